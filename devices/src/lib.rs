@@ -1,0 +1,23 @@
+//! Device models. Knows guest memory, queues and file descriptors; knows nothing of KVM, HTTP or
+//! the command line, so that every device is tested without `/dev/kvm`.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![cfg_attr(
+    test,
+    expect(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::arithmetic_side_effects,
+        reason = "a test that panics is a test that fails"
+    )
+)]
+
+pub mod backend;
+pub mod bus;
+pub mod io;
+pub mod legacy;
+pub mod sys;
+pub mod virtio;
+
+/// Guest RAM. One name for it, so that what tracks dirty pages can change in one place.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

@@ -1,0 +1,346 @@
+//! Descriptor chains (virtio 1.2, 2.7.5) and the bytes behind them.
+//!
+//! A chain is walked once, every descriptor is read once, and what was read is checked and kept:
+//! a driver that rewrites its descriptors meanwhile changes nothing. Where the buffers lie is not
+//! judged here; an access to a buffer that is not RAM fails when it is made ([`Fault`]).
+use virtio_bindings::bindings::virtio_ring::{
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+
+use crate::GuestRam;
+
+/// Most buffers in one chain. What an indirect table may hold beyond the queue size is bounded by
+/// what one `preadv` takes.
+pub const MAX_BUFFERS: usize = 1024;
+
+const DESCRIPTOR_SIZE: u32 = 16;
+const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+const NEXT: u16 = VRING_DESC_F_NEXT as u16;
+const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+
+/// A descriptor as it lies in guest memory (virtio 1.2, 2.7.5).
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+struct Descriptor {
+    addr: u64,
+    len: u32,
+    flags: u16,
+    next: u16,
+}
+
+#[expect(unsafe_code, reason = "plain data read from guest memory")]
+// SAFETY: four integers without padding; every bit pattern is a value.
+unsafe impl ByteValued for Descriptor {}
+
+/// Part of guest memory that one descriptor names. Not checked to be RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Buffer {
+    /// First byte.
+    pub addr: GuestAddress,
+    /// Length in bytes; may be 0.
+    pub len: u32,
+}
+
+/// Why a chain cannot be followed. The ring is then in no state to be trusted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ChainError {
+    /// The descriptor table is not in RAM.
+    #[error("a descriptor table is not in guest memory")]
+    Table,
+    /// A descriptor index is not below the table size.
+    #[error("descriptor index {index} is not below {size}")]
+    Index {
+        /// The index.
+        index: u16,
+        /// Entries in the table.
+        size: u32,
+    },
+    /// More descriptors than the table has, or than a chain may have: a loop.
+    #[error("a chain is a loop or longer than {0} descriptors")]
+    TooLong(u32),
+    /// An indirect table that is empty, ragged, nested, mixed with NEXT, or not negotiated.
+    #[error("an indirect descriptor is not allowed here or has a bad table length {0}")]
+    Indirect(u32),
+    /// More than 2^32 bytes in total.
+    #[error("a chain describes more than 4 GiB")]
+    TooBig,
+}
+
+/// The buffers of a chain, device-readable and device-writable apart. Reused between chains, so
+/// that serving a request allocates nothing.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    readable: Vec<Buffer>,
+    writable: Vec<Buffer>,
+    mixed: bool,
+    bytes: u32,
+}
+
+impl Buffers {
+    /// Forgets everything, keeps the storage.
+    pub fn clear(&mut self) {
+        self.readable.clear();
+        self.writable.clear();
+        self.mixed = false;
+        self.bytes = 0;
+    }
+
+    /// What the device may read.
+    pub fn readable<'a>(&'a self, mem: &'a GuestRam) -> Readable<'a> {
+        Readable(Span::new(mem, &self.readable))
+    }
+
+    /// What the device may write.
+    pub fn writable<'a>(&'a self, mem: &'a GuestRam) -> Writable<'a> {
+        Writable(Span::new(mem, &self.writable))
+    }
+
+    /// Appends the chain that starts at `head` of `table` with `size` entries.
+    pub(super) fn walk(
+        &mut self,
+        mem: &GuestRam,
+        table: GuestAddress,
+        size: u16,
+        head: u16,
+        is_indirect_allowed: bool,
+    ) -> Result<(), ChainError> {
+        let mut table = Table { addr: table, size: size.into(), is_indirect: !is_indirect_allowed };
+        let mut index = head;
+        let mut left = u32::from(size);
+        loop {
+            left = left.checked_sub(1).ok_or(ChainError::TooLong(table.size))?;
+            let desc = table.read(mem, index)?;
+            if desc.flags & INDIRECT != 0 {
+                table = table.enter(&desc)?;
+                left = table.size;
+                index = 0;
+                continue;
+            }
+            self.push(&desc)?;
+            if desc.flags & NEXT == 0 {
+                return Ok(());
+            }
+            index = desc.next;
+        }
+    }
+
+    fn push(&mut self, desc: &Descriptor) -> Result<(), ChainError> {
+        self.bytes = self.bytes.checked_add(desc.len).ok_or(ChainError::TooBig)?;
+        let buffer = Buffer { addr: GuestAddress(desc.addr), len: desc.len };
+        if desc.flags & WRITE != 0 {
+            self.writable.push(buffer);
+        } else {
+            self.mixed |= !self.writable.is_empty();
+            self.readable.push(buffer);
+        }
+        Ok(())
+    }
+}
+
+/// A descriptor table: the queue's own or an indirect one.
+struct Table {
+    addr: GuestAddress,
+    size: u32,
+    /// Whether a further indirect table is forbidden.
+    is_indirect: bool,
+}
+
+impl Table {
+    fn read(&self, mem: &GuestRam, index: u16) -> Result<Descriptor, ChainError> {
+        if u32::from(index) >= self.size {
+            return Err(ChainError::Index { index, size: self.size });
+        }
+        let offset = u64::from(index).wrapping_mul(u64::from(DESCRIPTOR_SIZE));
+        let addr = self.addr.0.checked_add(offset).ok_or(ChainError::Table)?;
+        mem.read_obj(GuestAddress(addr)).map_err(|_| ChainError::Table)
+    }
+
+    /// Virtio 1.2, 2.7.5.3.1: no table in a table, no NEXT beside INDIRECT.
+    fn enter(&self, desc: &Descriptor) -> Result<Self, ChainError> {
+        let size = desc.len / DESCRIPTOR_SIZE;
+        let fits = size > 0 && size as usize <= MAX_BUFFERS;
+        if self.is_indirect
+            || desc.flags & NEXT != 0
+            || !desc.len.is_multiple_of(DESCRIPTOR_SIZE)
+            || !fits
+        {
+            return Err(ChainError::Indirect(desc.len));
+        }
+        Ok(Self { addr: GuestAddress(desc.addr), size, is_indirect: true })
+    }
+}
+
+/// A buffer of the driver is not RAM, or is shorter than what was asked of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a buffer is not in guest memory or too short")]
+pub struct Fault;
+
+/// A request: the chain that starts at one head.
+#[derive(Debug)]
+pub struct Chain<'a> {
+    pub(super) mem: &'a GuestRam,
+    pub(super) buffers: &'a Buffers,
+    pub(super) head: u16,
+}
+
+impl<'a> Chain<'a> {
+    /// The head, by which the chain is completed.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device may read.
+    pub fn readable(&self) -> Readable<'a> {
+        self.buffers.readable(self.mem)
+    }
+
+    /// What the device may write.
+    pub fn writable(&self) -> Writable<'a> {
+        self.buffers.writable(self.mem)
+    }
+
+    /// Whether a readable buffer follows a writable one, which no driver may do (2.7.4.2).
+    pub fn is_mixed(&self) -> bool {
+        self.buffers.mixed
+    }
+}
+
+/// A cursor over device-readable bytes.
+#[derive(Clone, Debug)]
+pub struct Readable<'a>(Span<'a>);
+
+impl<'a> Readable<'a> {
+    /// Bytes left.
+    pub fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Reads the next `T`.
+    pub fn read_obj<T: ByteValued + Default>(&mut self) -> Result<T, Fault> {
+        let mut value = T::default();
+        self.read(value.as_mut_slice())?;
+        Ok(value)
+    }
+
+    /// Fills `to` from the next bytes.
+    pub fn read(&mut self, to: &mut [u8]) -> Result<(), Fault> {
+        let mut rest = to;
+        let len = rest.len() as u64;
+        self.0.take(len)?.for_each(|slice| {
+            let n = slice.copy_to(rest);
+            rest = std::mem::take(&mut rest).get_mut(n..).unwrap_or_default();
+        })
+    }
+
+    /// Cuts off the next `len` bytes.
+    pub fn take(&mut self, len: u64) -> Result<Readable<'a>, Fault> {
+        self.0.take(len).map(Readable)
+    }
+
+    /// Calls `f` with each piece of host memory behind the bytes left, in order.
+    pub fn for_each(&self, f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+        self.0.for_each(f)
+    }
+}
+
+/// A cursor over device-writable bytes.
+#[derive(Clone, Debug)]
+pub struct Writable<'a>(Span<'a>);
+
+impl<'a> Writable<'a> {
+    /// Bytes left.
+    pub fn len(&self) -> u64 {
+        self.0.len
+    }
+
+    /// Whether nothing is left.
+    pub fn is_empty(&self) -> bool {
+        self.0.len == 0
+    }
+
+    /// Writes `value`.
+    pub fn write_obj<T: ByteValued>(&mut self, value: T) -> Result<(), Fault> {
+        self.write(value.as_slice())
+    }
+
+    /// Writes all of `from`.
+    pub fn write(&mut self, from: &[u8]) -> Result<(), Fault> {
+        let mut rest = from;
+        self.0.take(from.len() as u64)?.for_each(|slice| {
+            let n = slice.len().min(rest.len());
+            slice.copy_from(rest.get(..n).unwrap_or_default());
+            rest = rest.get(n..).unwrap_or_default();
+        })
+    }
+
+    /// Cuts off the next `len` bytes.
+    pub fn take(&mut self, len: u64) -> Result<Writable<'a>, Fault> {
+        self.0.take(len).map(Writable)
+    }
+
+    /// Calls `f` with each piece of host memory behind the bytes left, in order.
+    pub fn for_each(&self, f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+        self.0.for_each(f)
+    }
+}
+
+/// `len` bytes of `buffers`, from `skip` bytes into the first.
+#[derive(Clone, Debug)]
+struct Span<'a> {
+    mem: &'a GuestRam,
+    buffers: &'a [Buffer],
+    skip: u32,
+    len: u64,
+}
+
+impl<'a> Span<'a> {
+    fn new(mem: &'a GuestRam, buffers: &'a [Buffer]) -> Self {
+        // The total is below 2^32: `push` counts.
+        let len = buffers.iter().map(|b| u64::from(b.len)).fold(0, u64::wrapping_add);
+        Self { mem, buffers, skip: 0, len }
+    }
+
+    fn take(&mut self, len: u64) -> Result<Self, Fault> {
+        let rest = self.len.checked_sub(len).ok_or(Fault)?;
+        let taken = Self { len, ..self.clone() };
+        let mut left = len;
+        while left > 0 {
+            let (first, tail) = self.buffers.split_first().ok_or(Fault)?;
+            let here = first.len.saturating_sub(self.skip);
+            if u64::from(here) > left {
+                self.skip = self.skip.wrapping_add(u32::try_from(left).map_err(|_| Fault)?);
+                break;
+            }
+            left = left.saturating_sub(here.into());
+            self.buffers = tail;
+            self.skip = 0;
+        }
+        self.len = rest;
+        Ok(taken)
+    }
+
+    fn for_each(&self, mut f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+        let mut left = self.len;
+        let mut skip = self.skip;
+        for buffer in self.buffers {
+            if left == 0 {
+                break;
+            }
+            let here = u64::from(buffer.len.saturating_sub(skip)).min(left);
+            let start = buffer.addr.0.checked_add(skip.into()).ok_or(Fault)?;
+            let count = usize::try_from(here).map_err(|_| Fault)?;
+            for slice in self.mem.get_slices(GuestAddress(start), count) {
+                f(slice.map_err(|_| Fault)?);
+            }
+            left = left.saturating_sub(here);
+            skip = 0;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,517 @@
+//! The virtio-mmio transport (virtio 1.2, 4.2), modern interface only.
+//!
+//! The driver configures queues through registers; DRIVER_OK makes an immutable value of them and
+//! gives it to the device, and from then on the registers change nothing.
+//!
+//! ```text
+//!            DRIVER_OK               pause
+//!   Idle ───────────────► Running ◄────────► Parked
+//!    ▲ │ activation fails    │       resume     │
+//!    │ ▼                     ▼                  │
+//!    │ Broken ◄──── host or ring failure        │
+//!    └───────────── reset (status = 0) ─────────┘
+//! ```
+//!
+//! A device answers at two addresses ([`Window`]): one that ACPI describes and one on the kernel
+//! command line. The first at which a driver acknowledges the device gets it; the other reads as a
+//! placeholder (device ID 0, 4.2.3.1.1), which drivers skip. So a guest may look in both places
+//! and finds each device once.
+use std::sync::{Arc, Mutex, PoisonError};
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::model::{Change, DeviceError, VirtioDevice};
+use super::notifier::{Interrupt, Notifier, status};
+use super::queue::{QueueConfig, RingFeatures, VirtQueue};
+use crate::GuestRam;
+use crate::bus::BusDevice;
+use crate::io::{IoThread, Retired, Ticket};
+
+/// Bytes of address space per window: registers, then the configuration space.
+pub const WINDOW_SIZE: u64 = 0x1000;
+/// Offset of the register that a driver kicks with (an ioeventfd in the VMM).
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Register offsets (virtio 1.2, table 4.1).
+mod reg {
+    pub(super) const MAGIC_VALUE: u64 = 0x00;
+    pub(super) const VERSION: u64 = 0x04;
+    pub(super) const DEVICE_ID: u64 = 0x08;
+    pub(super) const VENDOR_ID: u64 = 0x0c;
+    pub(super) const DEVICE_FEATURES: u64 = 0x10;
+    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub(super) const DRIVER_FEATURES: u64 = 0x20;
+    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub(super) const QUEUE_SEL: u64 = 0x30;
+    pub(super) const QUEUE_NUM_MAX: u64 = 0x34;
+    pub(super) const QUEUE_NUM: u64 = 0x38;
+    pub(super) const QUEUE_READY: u64 = 0x44;
+    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+    pub(super) const INTERRUPT_ACK: u64 = 0x64;
+    pub(super) const STATUS: u64 = 0x70;
+    pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
+    pub(super) const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub(super) const QUEUE_DEVICE_LOW: u64 = 0xa0;
+    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
+    pub(super) const SHM_LEN_LOW: u64 = 0xb0;
+    pub(super) const SHM_BASE_HIGH: u64 = 0xbc;
+    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
+    pub(super) const CONFIG: u64 = 0x100;
+}
+
+/// "virt", little-endian.
+const MAGIC: u32 = 0x7472_6976;
+/// The modern interface.
+const VERSION: u32 = 2;
+/// "husk", little-endian.
+const VENDOR: u32 = 0x6b73_7568;
+
+const F_RING_INDIRECT_DESC: u64 = 1 << 28;
+const F_RING_EVENT_IDX: u64 = 1 << 29;
+const F_VERSION_1: u64 = 1 << 32;
+const TRANSPORT_FEATURES: u64 = F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
+
+/// Where the queues are now. Exactly one place, by construction.
+#[derive(Debug)]
+enum Stage {
+    /// Not made yet: the driver is still configuring them.
+    Idle,
+    /// The worker has them, on the I/O thread.
+    Running(Ticket),
+    /// Held here, stopped.
+    Parked(Retired),
+    /// Gone with a failure; a reset makes new ones.
+    Broken,
+}
+
+/// One of the two addresses a device answers at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Window {
+    /// The one that ACPI describes.
+    Acpi,
+    /// The one that `virtio_mmio.device=` on the kernel command line names.
+    CommandLine,
+}
+
+/// What a snapshot keeps of one device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Saved {
+    registers: Registers,
+    status: u32,
+    isr: u32,
+    generation: u32,
+    /// `(next_avail, next_used)` of each live queue.
+    positions: Vec<(u16, u16)>,
+    device: Value,
+}
+
+/// What the driver wrote, before it has effect.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct Registers {
+    owner: Option<Window>,
+    driver_features: u64,
+    device_page: u32,
+    driver_page: u32,
+    selected: u32,
+    queues: Vec<QueueConfig>,
+}
+
+/// The transport of one device: what the vCPUs see at its windows.
+#[derive(Debug)]
+pub struct MmioTransport {
+    device: Box<dyn VirtioDevice>,
+    stage: Stage,
+    registers: Registers,
+    kicks: Vec<Arc<EventFd>>,
+    mem: GuestRam,
+    notifier: Arc<Notifier>,
+    io: Arc<IoThread>,
+}
+
+impl MmioTransport {
+    /// Connects `device` to its interrupt, memory and I/O thread. Boot and restore are one path;
+    /// `saved` is the only difference. A restored device is paused.
+    pub fn new(
+        device: Box<dyn VirtioDevice>,
+        mem: GuestRam,
+        line: Arc<dyn Interrupt>,
+        io: Arc<IoThread>,
+        saved: Option<&Saved>,
+    ) -> Result<Self, DeviceError> {
+        let kicks = device
+            .queue_sizes()
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
+            .collect::<Result<_, _>>()
+            .map_err(DeviceError::host("cannot make an eventfd for a queue"))?;
+        let mut transport = Self {
+            stage: Stage::Idle,
+            registers: Registers::default(),
+            kicks,
+            mem,
+            notifier: Arc::new(Notifier::new(line)),
+            io,
+            device,
+        };
+        transport.registers = transport.fresh_registers();
+        if let Some(saved) = saved {
+            transport.restore(saved)?;
+        }
+        Ok(transport)
+    }
+
+    /// Doorbells in queue order, for the VMM to register as ioeventfds.
+    pub fn kicks(&self) -> &[Arc<EventFd>] {
+        &self.kicks
+    }
+
+    /// The device, when the VM around it is taken apart. Its worker is stopped.
+    pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
+        self.stop();
+        self.device
+    }
+
+    /// Takes the worker off its thread. Requests in progress are finished first.
+    pub fn pause(&mut self) -> Result<(), DeviceError> {
+        if let Stage::Running(ticket) = self.stage {
+            self.stage = Stage::Broken;
+            self.stage = Stage::Parked(self.io.take(ticket)?.retire());
+        }
+        Ok(())
+    }
+
+    /// Puts the worker of a paused device back to work. What was queued meanwhile is served.
+    pub fn resume(&mut self) -> Result<(), DeviceError> {
+        if let Stage::Parked(retired) = &mut self.stage {
+            let Retired { queues, state } = std::mem::take(retired);
+            self.stage = Stage::Broken;
+            self.run(queues, Some(&state))?;
+        }
+        Ok(())
+    }
+
+    /// Applies a run-time change and tells the driver if it can see it. A change that is refused
+    /// leaves the device as it was.
+    pub fn update(&mut self, patch: &Value) -> Result<(), DeviceError> {
+        let was_running = matches!(self.stage, Stage::Running(_));
+        self.pause()?;
+        let changed = self.device.update(patch);
+        if was_running {
+            self.resume()?;
+        }
+        if changed? == Change::Config {
+            self.notifier.config_change();
+        }
+        Ok(())
+    }
+
+    /// Everything a restored device needs. The device must be paused.
+    pub fn save(&self) -> Saved {
+        let (positions, device) = match &self.stage {
+            Stage::Parked(retired) => {
+                let positions = retired.queues.iter().map(|q| q.state());
+                (positions.map(|q| (q.next_avail, q.next_used)).collect(), retired.state.clone())
+            }
+            Stage::Idle | Stage::Broken | Stage::Running(_) => (Vec::new(), Value::Null),
+        };
+        Saved {
+            registers: self.registers.clone(),
+            status: self.notifier.status(),
+            isr: self.notifier.isr(),
+            generation: self.notifier.generation(),
+            positions,
+            device,
+        }
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<(), DeviceError> {
+        let queues = self.registers.queues.len();
+        self.registers = saved.registers.clone();
+        self.registers.queues.resize_with(queues, QueueConfig::default);
+        self.notifier.restore(saved.status, saved.isr, saved.generation);
+        if saved.status & status::DRIVER_OK != 0 {
+            let mut queues = self.live_queues()?;
+            for (queue, &(next_avail, next_used)) in queues.iter_mut().zip(&saved.positions) {
+                queue.seek(next_avail, next_used);
+            }
+            self.stage = Stage::Parked(Retired { queues, state: saved.device.clone() });
+        }
+        Ok(())
+    }
+
+    /// Makes live queues of the registers and starts the device on them.
+    fn activate(&mut self) -> Result<(), DeviceError> {
+        self.stage = Stage::Broken;
+        let queues = self.live_queues()?;
+        self.run(queues, None)
+    }
+
+    fn run(&mut self, queues: Vec<VirtQueue>, saved: Option<&Value>) -> Result<(), DeviceError> {
+        let worker = self.device.activate(queues, self.registers.driver_features, saved)?;
+        self.stage = Stage::Running(self.io.add(worker)?);
+        // What was kicked while nobody listened, or before a save, is looked at once.
+        for kick in &self.kicks {
+            kick.write(1).map_err(DeviceError::host("cannot kick a queue"))?;
+        }
+        Ok(())
+    }
+
+    fn live_queues(&self) -> Result<Vec<VirtQueue>, DeviceError> {
+        let features = RingFeatures {
+            is_indirect: self.registers.driver_features & F_RING_INDIRECT_DESC != 0,
+            is_event_idx: self.registers.driver_features & F_RING_EVENT_IDX != 0,
+        };
+        let sizes = self.device.queue_sizes().iter().zip(&self.registers.queues);
+        (0..)
+            .zip(sizes.zip(&self.kicks))
+            .map(|(index, ((&max_size, config), kick))| {
+                let (kick, mem) = (kick.clone(), self.mem.clone());
+                let notifier = self.notifier.clone();
+                Ok(VirtQueue::new(index, max_size, config, features, kick, mem, notifier)?)
+            })
+            .collect()
+    }
+
+    /// Dropping what the worker left is what stops the device: when the status reads 0, nobody
+    /// writes to guest memory any more.
+    fn reset(&mut self) {
+        self.stop();
+        self.registers = self.fresh_registers();
+        self.notifier.reset();
+    }
+
+    fn stop(&mut self) {
+        if let Err(e) = self.pause() {
+            log::error!("virtio device {}: cannot stop: {e}", self.device.device_id());
+        }
+        self.stage = Stage::Idle;
+    }
+
+    fn fresh_registers(&self) -> Registers {
+        let queues = self.device.queue_sizes().iter();
+        let queues = queues.map(|&size| QueueConfig { size, ..QueueConfig::default() }).collect();
+        Registers { queues, ..Registers::default() }
+    }
+
+    fn features(&self) -> u64 {
+        self.device.features() | TRANSPORT_FEATURES
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        let selected = self.selected_config();
+        match offset {
+            reg::MAGIC_VALUE => MAGIC,
+            reg::VERSION => VERSION,
+            reg::DEVICE_ID => self.device.device_id(),
+            reg::VENDOR_ID => VENDOR,
+            reg::DEVICE_FEATURES => page(self.features(), self.registers.device_page),
+            reg::QUEUE_NUM_MAX => self.selected_max_size().into(),
+            reg::QUEUE_READY => selected.is_some_and(|q| q.is_ready).into(),
+            reg::INTERRUPT_STATUS => self.notifier.isr(),
+            reg::STATUS => self.notifier.status(),
+            reg::CONFIG_GENERATION => self.notifier.generation(),
+            // No shared memory region exists: its length reads as -1 (4.2.2.1).
+            reg::SHM_LEN_LOW..=reg::SHM_BASE_HIGH => u32::MAX,
+            _ => 0,
+        }
+    }
+
+    fn write_register(&mut self, offset: u64, value: u32) {
+        match offset {
+            reg::DEVICE_FEATURES_SEL => self.registers.device_page = value,
+            reg::DRIVER_FEATURES_SEL => self.registers.driver_page = value,
+            reg::DRIVER_FEATURES => self.write_driver_features(value),
+            reg::QUEUE_SEL => self.registers.selected = value,
+            reg::QUEUE_NOTIFY => self.kick(value),
+            reg::INTERRUPT_ACK => self.notifier.acknowledge(value),
+            reg::STATUS => self.write_status(value),
+            _ => self.write_queue_register(offset, value),
+        }
+    }
+
+    /// A kick that missed the ioeventfd: one at a width or value that it does not match.
+    fn kick(&self, queue: u32) {
+        let kick = usize::try_from(queue).ok().and_then(|q| self.kicks.get(q));
+        if let (Some(kick), Stage::Running(_)) = (kick, &self.stage) {
+            // A full counter means it is readable already.
+            let _ = kick.write(1);
+        }
+    }
+
+    fn write_driver_features(&mut self, value: u32) {
+        let status = self.notifier.status();
+        if status & status::DRIVER == 0 || status & status::FEATURES_OK != 0 {
+            return;
+        }
+        let features = &mut self.registers.driver_features;
+        match self.registers.driver_page {
+            0 => *features = *features & !0xffff_ffff | u64::from(value),
+            1 => *features = *features & 0xffff_ffff | u64::from(value) << 32,
+            _ => {}
+        }
+    }
+
+    /// Virtio 1.2, 2.1.1 and 3.1.1: bits are added in order and taken back only by a reset.
+    fn write_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let was = self.notifier.status();
+        let settled = was & !status::NEEDS_RESET;
+        if value & settled != settled {
+            return;
+        }
+        let added = value & !was;
+        let mut now = was;
+        self.notifier.set_status_bits(added & status::FAILED);
+        for (bit, needs) in [
+            (status::ACKNOWLEDGE, 0),
+            (status::DRIVER, status::ACKNOWLEDGE),
+            (status::FEATURES_OK, status::DRIVER),
+            (status::DRIVER_OK, status::FEATURES_OK),
+        ] {
+            let is_refused = bit == status::FEATURES_OK && !self.are_features_acceptable();
+            if added & bit != 0 && now & needs == needs && !is_refused {
+                now |= bit;
+                self.notifier.set_status_bits(bit);
+            }
+        }
+        if now & !was & status::DRIVER_OK != 0
+            && let Err(e) = self.activate()
+        {
+            // The guest cannot be told why; the operator can.
+            log::error!("virtio device {}: cannot activate: {e}", self.device.device_id());
+            self.notifier.needs_reset();
+        }
+    }
+
+    fn are_features_acceptable(&self) -> bool {
+        let features = self.registers.driver_features;
+        features & !self.features() == 0 && features & F_VERSION_1 != 0
+    }
+
+    fn write_queue_register(&mut self, offset: u64, value: u32) {
+        let status = self.notifier.status();
+        if status & status::DRIVER_OK != 0 || status & status::FEATURES_OK == 0 {
+            return;
+        }
+        let max_size = self.selected_max_size();
+        let Some(queue) = usize::try_from(self.registers.selected)
+            .ok()
+            .and_then(|selected| self.registers.queues.get_mut(selected))
+        else {
+            return;
+        };
+        if offset == reg::QUEUE_READY {
+            queue.is_ready = value == 1;
+            return;
+        }
+        if queue.is_ready {
+            return;
+        }
+        match offset {
+            reg::QUEUE_NUM => {
+                // Activation refuses what is not a power of two up to the maximum.
+                queue.size = u16::try_from(value).ok().filter(|&s| s <= max_size).unwrap_or(0);
+            }
+            reg::QUEUE_DESC_LOW => set_low(&mut queue.desc_table, value),
+            reg::QUEUE_DESC_HIGH => set_high(&mut queue.desc_table, value),
+            reg::QUEUE_DRIVER_LOW => set_low(&mut queue.avail_ring, value),
+            reg::QUEUE_DRIVER_HIGH => set_high(&mut queue.avail_ring, value),
+            reg::QUEUE_DEVICE_LOW => set_low(&mut queue.used_ring, value),
+            reg::QUEUE_DEVICE_HIGH => set_high(&mut queue.used_ring, value),
+            _ => {}
+        }
+    }
+
+    fn selected_config(&self) -> Option<&QueueConfig> {
+        self.registers.queues.get(usize::try_from(self.registers.selected).ok()?)
+    }
+
+    fn selected_max_size(&self) -> u16 {
+        usize::try_from(self.registers.selected)
+            .ok()
+            .and_then(|selected| self.device.queue_sizes().get(selected).copied())
+            .unwrap_or(0)
+    }
+
+    fn read(&mut self, window: Window, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if self.registers.owner.is_some_and(|owner| owner != window) {
+            // A placeholder: magic and version, no device.
+            if offset == reg::MAGIC_VALUE || offset == reg::VERSION {
+                copy(&self.read_register(offset).to_le_bytes(), 0, data);
+            }
+        } else if offset >= reg::CONFIG {
+            copy(self.device.config_space(), offset.wrapping_sub(reg::CONFIG), data);
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
+            // Registers are accessed as aligned 32-bit words only (4.2.2.2).
+            copy(&self.read_register(offset).to_le_bytes(), 0, data);
+        }
+    }
+
+    fn write(&mut self, window: Window, offset: u64, data: &[u8]) {
+        let (Ok(bytes), true) = (data.try_into(), offset.is_multiple_of(4)) else { return };
+        let value = u32::from_le_bytes(bytes);
+        if self.registers.owner.is_some_and(|owner| owner != window) || offset >= reg::CONFIG {
+            return;
+        }
+        if offset == reg::STATUS && value & status::ACKNOWLEDGE != 0 {
+            self.registers.owner = Some(window);
+        }
+        self.write_register(offset, value);
+    }
+}
+
+/// One window of a transport, to put on a bus.
+#[derive(Debug)]
+pub struct WindowDevice {
+    transport: Arc<Mutex<MmioTransport>>,
+    window: Window,
+}
+
+impl WindowDevice {
+    /// `transport` as seen at `window`.
+    pub fn new(transport: Arc<Mutex<MmioTransport>>, window: Window) -> Self {
+        Self { transport, window }
+    }
+}
+
+impl BusDevice for WindowDevice {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.read(self.window, offset, data);
+    }
+    fn write(&self, offset: u64, data: &[u8]) {
+        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
+        transport.write(self.window, offset, data);
+    }
+}
+
+/// 32 bits of `features`: page 0 the low half, page 1 the high one, nothing beyond.
+fn page(features: u64, page: u32) -> u32 {
+    let half = match page {
+        0 => features & 0xffff_ffff,
+        1 => features >> 32,
+        _ => 0,
+    };
+    u32::try_from(half).unwrap_or(0)
+}
+
+fn set_low(address: &mut u64, value: u32) {
+    *address = *address & !0xffff_ffff | u64::from(value);
+}
+
+fn set_high(address: &mut u64, value: u32) {
+    *address = *address & 0xffff_ffff | u64::from(value) << 32;
+}
+
+/// Bytes of `space` from `offset`; what lies past its end stays as it is.
+fn copy(space: &[u8], offset: u64, data: &mut [u8]) {
+    let tail = usize::try_from(offset).ok().and_then(|o| space.get(o..)).unwrap_or_default();
+    data.iter_mut().zip(tail).for_each(|(to, from)| *to = *from);
+}

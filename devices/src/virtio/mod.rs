@@ -1,0 +1,22 @@
+//! Virtio devices. To add one: write its file, then declare it and list it here.
+
+pub mod chain;
+pub mod mmio;
+pub mod model;
+pub mod notifier;
+pub mod queue;
+
+pub mod block;
+pub mod net;
+pub mod rng;
+
+use model::{Row, row};
+
+/// Every device model husk knows.
+pub const MODELS: &[Row] =
+    &[row::<block::Block>(), row::<net::Net>(), row::<rng::Rng>()];
+
+/// The row whose name (API route, config key) is `name`.
+pub fn model(name: &str) -> Option<&'static Row> {
+    MODELS.iter().find(|m| m.name == name)
+}

@@ -1,0 +1,231 @@
+//! What a virtio device is, and how one comes to be from its configuration.
+//!
+//! ```text
+//!  JSON ──Row::parse──► Recipe ──build──► VirtioDevice ──activate(queues)──► Worker
+//!        (the table)    (checked)         (in the transport)                 (on an I/O thread)
+//! ```
+use std::fmt::Debug;
+
+use schemars::{JsonSchema, Schema, SchemaGenerator};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::Value;
+
+use super::queue::VirtQueue;
+use crate::io::Worker;
+
+/// The control half of a device: what the driver sees before and besides the queues. Lives in the
+/// transport; called from vCPU exits and from the VMM thread, never from an I/O thread.
+pub trait VirtioDevice: Send + Debug {
+    /// The device ID (virtio 1.2, 5).
+    fn device_id(&self) -> u32;
+    /// Largest size of each queue, a power of two.
+    fn queue_sizes(&self) -> &[u16];
+    /// Device features offered, bits 0-23 and 50 up. The transport adds the reserved ones.
+    fn features(&self) -> u64 {
+        0
+    }
+    /// The configuration space as it is now.
+    fn config_space(&self) -> &[u8] {
+        &[]
+    }
+    /// Turns configured queues into a worker that is ready to run. `saved` is what an earlier
+    /// worker of this device left ([`crate::io::Retired`]). Called again after each reset, pause
+    /// and change, so it keeps what it needs for that.
+    fn activate(
+        &mut self,
+        queues: Vec<VirtQueue>,
+        features: u64,
+        saved: Option<&Value>,
+    ) -> Result<Box<dyn Worker>, DeviceError>;
+    /// Applies a run-time change, as sent by `PATCH`. The worker is off the I/O thread meanwhile.
+    fn update(&mut self, _patch: &Value) -> Result<Change, DeviceError> {
+        Err(DeviceError::Fixed)
+    }
+}
+
+/// What a run-time change means to the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Nothing it could see.
+    Silent,
+    /// The configuration space changed.
+    Config,
+}
+
+/// How a device comes to be: the part the table needs.
+pub trait Model: VirtioDevice + Sized + 'static {
+    /// Name in the API, the configuration file, snapshots, metrics and logs.
+    const NAME: &'static str;
+    /// Whether a VM may have several, told apart by id.
+    const MANY: bool = false;
+    /// One line for people: what it is.
+    const ABOUT: &'static str;
+    /// What the user says about it.
+    type Config: DeserializeOwned + Serialize + JsonSchema + Clone + Debug + Send + Sync + 'static;
+    /// What the user may change while the guest runs.
+    type Patch: DeserializeOwned + Serialize + JsonSchema + 'static;
+
+    /// The id that a configuration carries, of a model with [`Self::MANY`].
+    fn id(_config: &Self::Config) -> &str {
+        Self::NAME
+    }
+    /// Whether it comes before its siblings, whatever the order of requests: the root disk.
+    fn is_first(_config: &Self::Config) -> bool {
+        false
+    }
+    /// What to append to the kernel command line.
+    fn kernel_args(_config: &Self::Config) -> Option<String> {
+        None
+    }
+    /// Refuses a configuration that cannot work, host side included, and leaves no trace.
+    fn check(config: &Self::Config) -> Result<(), DeviceError>;
+    /// Opens the host side.
+    fn open(config: &Self::Config) -> Result<Self, DeviceError>;
+}
+
+/// Why a device was refused or could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The JSON does not fit the model.
+    #[error("{0}")]
+    Json(#[from] serde_json::Error),
+    /// A field has a value the model cannot have.
+    #[error("{field}: {why}")]
+    Field {
+        /// The field, as in the API.
+        field: &'static str,
+        /// What is wrong with its value, value included.
+        why: String,
+    },
+    /// The host does not give what the device needs.
+    #[error("{what}: {source}")]
+    Host {
+        /// The resource, with its name.
+        what: String,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// Nothing about the device can change while the guest runs.
+    #[error("this device has no run-time settings")]
+    Fixed,
+    /// The queues cannot be used.
+    #[error("queue")]
+    Queue(#[from] super::queue::QueueError),
+    /// No event loop.
+    #[error(transparent)]
+    Io(#[from] crate::io::IoError),
+}
+
+impl DeviceError {
+    /// A [`DeviceError::Field`].
+    pub fn field(field: &'static str, why: impl Into<String>) -> Self {
+        Self::Field { field, why: why.into() }
+    }
+
+    /// Makes a [`DeviceError::Host`] of an I/O error.
+    pub fn host(what: impl Into<String>) -> impl FnOnce(std::io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Host { what, source }
+    }
+
+    /// Whether the user's words are at fault, rather than the host.
+    pub fn is_config(&self) -> bool {
+        matches!(self, Self::Json(_) | Self::Field { .. } | Self::Fixed)
+    }
+}
+
+/// A parsed, not yet built device.
+pub trait Recipe: Debug + Send + Sync {
+    /// The model's name.
+    fn model(&self) -> &'static str;
+    /// The device's id; the model's name where there can be only one.
+    fn id(&self) -> &str;
+    /// See [`Model::is_first`].
+    fn is_first(&self) -> bool;
+    /// See [`Model::kernel_args`].
+    fn kernel_args(&self) -> Option<String>;
+    /// See [`Model::check`].
+    fn check(&self) -> Result<(), DeviceError>;
+    /// Opens the host side.
+    fn open(&self) -> Result<Box<dyn VirtioDevice>, DeviceError>;
+    /// The configuration, as `GET /vm/config` shows it.
+    fn to_json(&self) -> Value;
+    /// A copy.
+    fn duplicate(&self) -> Box<dyn Recipe>;
+}
+
+impl Clone for Box<dyn Recipe> {
+    fn clone(&self) -> Self {
+        self.duplicate()
+    }
+}
+
+#[derive(Debug)]
+struct Configured<M: Model>(M::Config);
+
+impl<M: Model> Recipe for Configured<M> {
+    fn model(&self) -> &'static str {
+        M::NAME
+    }
+    fn id(&self) -> &str {
+        M::id(&self.0)
+    }
+    fn is_first(&self) -> bool {
+        M::is_first(&self.0)
+    }
+    fn kernel_args(&self) -> Option<String> {
+        M::kernel_args(&self.0)
+    }
+    fn check(&self) -> Result<(), DeviceError> {
+        M::check(&self.0)
+    }
+    fn open(&self) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        Ok(Box::new(M::open(&self.0)?))
+    }
+    fn to_json(&self) -> Value {
+        serde_json::to_value(&self.0).unwrap_or(Value::Null)
+    }
+    fn duplicate(&self) -> Box<dyn Recipe> {
+        Box::new(Self(self.0.clone()))
+    }
+}
+
+/// Makes a recipe of a configuration made in Rust rather than parsed.
+pub fn recipe<M: Model>(config: M::Config) -> Box<dyn Recipe> {
+    Box::new(Configured::<M>(config))
+}
+
+/// One line of the device table.
+#[derive(Debug)]
+pub struct Row {
+    /// [`Model::NAME`].
+    pub name: &'static str,
+    /// [`Model::MANY`].
+    pub is_many: bool,
+    /// [`Model::ABOUT`].
+    pub about: &'static str,
+    /// Reads a configuration. Does not look at the host: [`Recipe::check`].
+    pub parse: fn(json: &[u8]) -> Result<Box<dyn Recipe>, DeviceError>,
+    /// Reads a run-time change, so that its mistakes are found before it is applied.
+    pub parse_patch: fn(json: &[u8]) -> Result<Value, DeviceError>,
+    /// JSON schema of the configuration.
+    pub schema: fn(&mut SchemaGenerator) -> Schema,
+    /// JSON schema of a run-time change.
+    pub patch_schema: fn(&mut SchemaGenerator) -> Schema,
+}
+
+/// The table's line for `M`.
+pub const fn row<M: Model>() -> Row {
+    Row {
+        name: M::NAME,
+        is_many: M::MANY,
+        about: M::ABOUT,
+        parse: |json| Ok(Box::new(Configured::<M>(serde_json::from_slice(json)?))),
+        parse_patch: |json| {
+            let patch: M::Patch = serde_json::from_slice(json)?;
+            Ok(serde_json::to_value(patch)?)
+        },
+        schema: |generator| generator.subschema_for::<M::Config>(),
+        patch_schema: |generator| generator.subschema_for::<M::Patch>(),
+    }
+}
