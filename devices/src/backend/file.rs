@@ -1,0 +1,141 @@
+//! Opening what the user named, without being blocked or fooled by it.
+//!
+//! A path may lead to a FIFO that nobody writes to, a device that answers forever or a directory.
+//! So everything is opened non-blocking, looked at through the open descriptor, and refused by
+//! type before it can block anybody.
+use std::fs::File;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+/// What the file is to be used for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write.
+    ReadWrite,
+}
+
+/// Which kinds of file will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A regular file.
+    Regular,
+    /// A regular file or a block device.
+    Disk,
+}
+
+/// Why a file was refused. Says which path and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The host refused.
+    #[error("cannot open {path} for {purpose}: {source}")]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// "reading" or "reading and writing".
+        purpose: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// It is not the kind of file wanted.
+    #[error("{path} is {found}, want {wanted}")]
+    Kind {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+        /// What was wanted.
+        wanted: &'static str,
+    },
+}
+
+/// Opens `path` for `access`, if it is of `kind`.
+pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> {
+    let (flags, purpose) = match access {
+        Access::Read => (OFlags::RDONLY, "reading"),
+        Access::ReadWrite => (OFlags::RDWR, "reading and writing"),
+    };
+    let failed = |source| OpenError::Open { path: path.into(), purpose, source };
+    let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    // What cannot be opened is best explained by what it is: a directory says EISDIR, a socket ENXIO.
+    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+        let found = std::fs::metadata(path).ok().map(|m| m.file_type());
+        match found.and_then(|found| refuse(found, kind)) {
+            Some((found, wanted)) => OpenError::Kind { path: path.into(), found, wanted },
+            None => failed(e.into()),
+        }
+    })?;
+    let file = File::from(file);
+    match refuse(file.metadata().map_err(failed)?.file_type(), kind) {
+        Some((found, wanted)) => Err(OpenError::Kind { path: path.into(), found, wanted }),
+        None => Ok(file),
+    }
+}
+
+fn refuse(found: std::fs::FileType, kind: Kind) -> Option<(&'static str, &'static str)> {
+    let name = if found.is_file() {
+        return None;
+    } else if found.is_block_device() {
+        if kind == Kind::Disk {
+            return None;
+        }
+        "a block device"
+    } else if found.is_dir() {
+        "a directory"
+    } else if found.is_fifo() {
+        "a FIFO"
+    } else if found.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    Some(match kind {
+        Kind::Regular => (name, "a regular file"),
+        Kind::Disk => (name, "a regular file or a block device"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn refuses_by_type_without_blocking() {
+        let dir = std::env::temp_dir().join(format!("husk-open-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        let fifo = dir.join("fifo");
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &fifo,
+            rustix::fs::FileType::Fifo,
+            Mode::RUSR | Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let socket = dir.join("socket");
+        let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let file = dir.join("file");
+        std::fs::write(&file, b"x").unwrap();
+
+        for kind in [Kind::Regular, Kind::Disk] {
+            open(&file, Access::ReadWrite, kind).unwrap();
+            for (path, what) in [
+                (fifo.as_path(), "a FIFO"),
+                (dir.as_path(), "a directory"),
+                (socket.as_path(), "a socket"),
+                (Path::new("/dev/zero"), "a character device"),
+            ] {
+                for access in [Access::Read, Access::ReadWrite] {
+                    let e = open(path, access, kind).unwrap_err().to_string();
+                    assert!(e.contains(what), "{e}");
+                }
+            }
+            let e = open(&dir.join("none"), Access::Read, kind).unwrap_err().to_string();
+            assert!(e.contains("none") && e.contains("No such file"), "{e}");
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
+    }
+}

@@ -1,0 +1,4 @@
+//! The host side of devices: files, taps, consoles. No virtio in here.
+pub mod console;
+pub mod file;
+pub mod tap;

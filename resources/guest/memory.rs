@@ -1,0 +1,109 @@
+//! Physical memory: identity mapped, so an address is a pointer. Reads of tables, MMIO, and a bump allocator over the
+//! RAM behind the image.
+
+use core::arch::asm;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::boot::BootInfo;
+use crate::cpu;
+
+/// Where the allocator goes on and where it must stop.
+static NEXT: AtomicU64 = AtomicU64::new(0);
+static LIMIT: AtomicU64 = AtomicU64::new(0);
+
+unsafe extern "C" {
+    static image_start: u8;
+    static image_end: u8;
+    static mut pdpt: [u64; 512];
+}
+
+/// First address of the image and the first behind it.
+pub fn image() -> (u64, u64) {
+    (&raw const image_start as u64, &raw const image_end as u64)
+}
+
+/// Gives the allocator the RAM between the image and the end of its range, the initrd or 4 GiB.
+pub(crate) fn init(boot: &BootInfo) {
+    let end = image().1;
+    let range = boot.memory().iter().find(|r| r.is_ram() && r.start <= end && end <= r.end());
+    let mut limit = range.map_or(end, |r| r.end()).min(1 << 32);
+    if let Some((initrd, _)) = boot.initrd
+        && initrd >= end
+    {
+        limit = limit.min(initrd);
+    }
+    NEXT.store(end, Ordering::Relaxed);
+    LIMIT.store(limit, Ordering::Relaxed);
+}
+
+/// Bytes the allocator has left.
+pub fn available() -> u64 {
+    LIMIT.load(Ordering::Relaxed).saturating_sub(NEXT.load(Ordering::Relaxed))
+}
+
+/// Zeroed bytes, page aligned, never freed. Panics when RAM runs out.
+pub fn allocate(len: usize) -> &'static mut [u8] {
+    let start = NEXT.load(Ordering::Relaxed).next_multiple_of(4096);
+    let end = start + len as u64;
+    assert!(end <= LIMIT.load(Ordering::Relaxed), "out of guest memory");
+    NEXT.store(end, Ordering::Relaxed);
+    // SAFETY: RAM that nothing else uses and that is handed out once.
+    unsafe {
+        (start as *mut u8).write_bytes(0, len);
+        core::slice::from_raw_parts_mut(start as *mut u8, len)
+    }
+}
+
+/// Maps what lies above 4 GiB, up to 512 GiB, if the CPU has 1 GiB pages; says whether it did.
+pub fn map_above_4g() -> bool {
+    let has = cpu::has_gib_pages();
+    if has {
+        for gib in 4..512 {
+            // SAFETY: our own table; entries turn from absent to present, so no TLB entry goes stale.
+            unsafe { (&raw mut pdpt[gib]).write_volatile((gib as u64) << 30 | 0x87) };
+        }
+    }
+    has
+}
+
+/// Reads a value that may be unaligned.
+///
+/// # Safety
+/// `address` must be that of a readable `T`.
+pub unsafe fn read_at<T: Copy>(address: u64) -> T {
+    // SAFETY: the caller's promise; memory is identity mapped.
+    unsafe { (address as *const T).read_unaligned() }
+}
+
+/// Fills a static cell and returns what is now in it.
+///
+/// # Safety
+/// `cell` must be a static that nothing else has a reference to.
+pub(crate) unsafe fn write_once<T>(cell: *mut Option<T>, value: T) -> &'static T {
+    // SAFETY: the caller's promise.
+    unsafe { (*cell).insert(value) }
+}
+
+/// Defines an access to device memory as one plain `mov`, which every instruction emulator knows; the compiler could
+/// otherwise merge it into a `cmp` or widen it.
+macro_rules! mmio {
+    ($read:ident, $write:ident, $int:ty, $class:ident, $load:literal, $store:literal) => {
+        pub fn $read(address: usize) -> $int {
+            let value: $int;
+            // SAFETY: device registers and holes only; ordinary memory is never read this way by mistake, as a
+            // read changes nothing.
+            unsafe { asm!($load, out($class) value, in(reg) address, options(nostack)) };
+            value
+        }
+
+        pub fn $write(address: usize, value: $int) {
+            // SAFETY: the address is a device register or a hole, where Rust has no objects.
+            unsafe { asm!($store, in(reg) address, in($class) value, options(nostack)) };
+        }
+    };
+}
+
+mmio!(mmio_read8, mmio_write8, u8, reg_byte, "mov {}, [{}]", "mov [{}], {}");
+mmio!(mmio_read16, mmio_write16, u16, reg, "mov {:x}, [{}]", "mov [{}], {:x}");
+mmio!(mmio_read32, mmio_write32, u32, reg, "mov {:e}, [{}]", "mov [{}], {:e}");
+mmio!(mmio_read64, mmio_write64, u64, reg, "mov {}, [{}]", "mov [{}], {}");
