@@ -1,12 +1,14 @@
 //! What the loader tells: PVH's hvm_start_info or Linux's boot_params, as one [`BootInfo`].
 
-use core::ffi::{CStr, c_char};
 use core::fmt;
 
-use crate::memory::{read_at, write_once};
+use crate::memory::read_at;
 
 const START_INFO_MAGIC: u32 = 0x336e_c578;
 const MAX_RANGES: usize = 128;
+const MAX_CMDLINE: u64 = 65536;
+
+static mut BOOT_INFO: Option<BootInfo> = None;
 
 /// How the guest was entered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,13 +88,17 @@ impl BootInfo {
 /// # Safety
 /// `address` is that of a hvm_start_info (`protocol` 0) or a boot_params (1), which the loader filled in.
 pub(crate) unsafe fn read(address: u64, protocol: u32) -> &'static BootInfo {
-    static mut BOOT_INFO: Option<BootInfo> = None;
-    // SAFETY: the caller's promise; `write_once` is called once, from here.
+    // SAFETY: the caller's promise; nothing refers to the static before this one write.
     unsafe {
-        let info =
-            if protocol == 0 { read_start_info(address) } else { read_boot_params(address) };
-        write_once(&raw mut BOOT_INFO, info)
+        let info = if protocol == 0 { read_start_info(address) } else { read_boot_params(address) };
+        (*&raw mut BOOT_INFO).insert(info)
     }
+}
+
+/// The boot information once it has been read: for what may run before that, such as a fault's report.
+pub(crate) fn current() -> Option<&'static BootInfo> {
+    // SAFETY: written once, by `read`, on this only thread.
+    unsafe { (*&raw const BOOT_INFO).as_ref() }
 }
 
 /// Xen's `arch-x86/hvm/start_info.h`.
@@ -153,6 +159,10 @@ unsafe fn read_cmdline(address: u64) -> &'static str {
     if address == 0 {
         return "";
     }
-    // SAFETY: the caller's promise.
-    unsafe { CStr::from_ptr(address as *const c_char) }.to_str().unwrap_or("")
+    // SAFETY: the caller's promise. No `CStr::from_ptr`: it wants C's strlen.
+    let bytes = unsafe {
+        let len = (0..MAX_CMDLINE).find(|&i| read_at::<u8>(address + i) == 0);
+        core::slice::from_raw_parts(address as *const u8, len.unwrap_or(MAX_CMDLINE) as usize)
+    };
+    core::str::from_utf8(bytes).unwrap_or("")
 }

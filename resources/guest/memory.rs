@@ -75,15 +75,6 @@ pub unsafe fn read_at<T: Copy>(address: u64) -> T {
     unsafe { (address as *const T).read_unaligned() }
 }
 
-/// Fills a static cell and returns what is now in it.
-///
-/// # Safety
-/// `cell` must be a static that nothing else has a reference to.
-pub(crate) unsafe fn write_once<T>(cell: *mut Option<T>, value: T) -> &'static T {
-    // SAFETY: the caller's promise.
-    unsafe { (*cell).insert(value) }
-}
-
 /// Defines an access to device memory as one plain `mov`, which every instruction emulator knows; the compiler could
 /// otherwise merge it into a `cmp` or widen it.
 macro_rules! mmio {

@@ -1,7 +1,6 @@
 //! Ends the VM: off or reset by the ACPI registers FADT names (ACPI 6.5, 4.8.3.7), reset by the keyboard controller.
 
 use crate::acpi::{self, Register};
-use crate::boot::BootInfo;
 use crate::{boot, memory, ring0};
 
 /// SLP_TYP of `\_S5`; `info` checks it against the DSDT.
@@ -12,7 +11,8 @@ const I8042_PULSE_RESET: u8 = 0xfe;
 
 /// Turns the machine off. Where no ACPI says how, a reset is the next best end.
 pub fn poweroff() -> ! {
-    if let Some(register) = current().and_then(acpi::fadt).and_then(|fadt| fadt.sleep_control) {
+    if let Some(register) = boot::current().and_then(acpi::fadt).and_then(|fadt| fadt.sleep_control)
+    {
         write(register, S5_SLEEP_TYPE << 2 | SLEEP_ENABLE);
     }
     reset_i8042()
@@ -26,7 +26,9 @@ pub fn reboot() -> ! {
 
 /// Resets by FADT's register; returns if there is none or it did nothing.
 pub fn reset_acpi() {
-    if let Some((register, value)) = current().and_then(acpi::fadt).and_then(|fadt| fadt.reset) {
+    if let Some((register, value)) =
+        boot::current().and_then(acpi::fadt).and_then(|fadt| fadt.reset)
+    {
         write(register, value);
     }
 }
@@ -35,10 +37,6 @@ pub fn reset_acpi() {
 pub fn reset_i8042() -> ! {
     ring0::out8(I8042_COMMAND, I8042_PULSE_RESET);
     ring0::halt()
-}
-
-fn current() -> Option<&'static BootInfo> {
-    boot::current()
 }
 
 fn write(register: Register, value: u8) {

@@ -127,14 +127,7 @@ pub fn rdmsr(index: u32) -> Result<u64, Faulted> {
 pub unsafe fn wrmsr(index: u32, value: u64) -> Result<(), Faulted> {
     #[unsafe(naked)]
     unsafe extern "C" fn write() {
-        naked_asm!(
-            "mov ecx, edi",
-            "mov eax, esi",
-            "shr rsi, 32",
-            "mov edx, esi",
-            "wrmsr",
-            "ret"
-        )
+        naked_asm!("mov ecx, edi", "mov eax, esi", "shr rsi, 32", "mov edx, esi", "wrmsr", "ret")
     }
     // SAFETY: the caller's promise.
     unsafe { call(write, index.into(), value, 0) }.map(|_| ())

@@ -6,6 +6,7 @@
 
 pub mod acpi;
 pub mod boot;
+mod builtins;
 pub mod clock;
 pub mod console;
 pub mod cpu;
