@@ -1,0 +1,125 @@
+//! Why a request was refused or a VM could not be made.
+use devices::virtio::model::DeviceError;
+
+use crate::exit::ExitCode;
+
+/// The API answers each with status 400 and its text; the command line prints its chain.
+#[derive(Debug, thiserror::Error)]
+pub enum Refusal {
+    /// No such section, or one that does not know the method.
+    #[error("Invalid request method and/or path: {method} {path}.")]
+    Route {
+        /// "PUT" and so on.
+        method: &'static str,
+        /// The path without its leading slash.
+        path: String,
+    },
+    /// The body is not the JSON that the section wants.
+    #[error("An error occurred when deserializing the json body of a request: {0}.")]
+    Body(serde_json::Error),
+    /// The id in the path is not the one in the body.
+    #[error("The id from the path does not match the id from the body!")]
+    IdMismatch,
+    /// A field has a value that cannot be.
+    #[error("{section}: {field}: {why}")]
+    Field {
+        /// The section of the configuration.
+        section: &'static str,
+        /// The field, as in the API.
+        field: &'static str,
+        /// What is wrong with its value, value included.
+        why: String,
+    },
+    /// A device refused its configuration or could not be made.
+    #[error("{section} {id}: {source}")]
+    Device {
+        /// The device's model.
+        section: &'static str,
+        /// Its id.
+        id: String,
+        /// What it said.
+        source: DeviceError,
+    },
+    /// Two disks want to be the root disk.
+    #[error("A root block device already exists!")]
+    SecondRoot,
+    /// No such device.
+    #[error("{section}: there is no device with id '{id}'")]
+    NoSuchDevice {
+        /// The device's model.
+        section: &'static str,
+        /// The id asked for.
+        id: String,
+    },
+    /// The kernel or the initrd is no good.
+    #[error("{0}")]
+    Boot(#[from] arch::BootError),
+    /// A configuration file is no good.
+    #[error("{path}: {why}")]
+    ConfigFile {
+        /// The file.
+        path: String,
+        /// What is wrong, with the place.
+        why: String,
+    },
+    /// Asked before start of what makes sense only after it.
+    #[error("The requested operation is not supported before starting the microVM.")]
+    NotStarted,
+    /// Asked after start of what makes sense only before it.
+    #[error("The requested operation is not supported after starting the microVM.")]
+    AlreadyStarted,
+    /// The VM has ended.
+    #[error("The microVM has ended: {0}.")]
+    Ended(crate::exit::Ending),
+    /// Paused twice, resumed twice.
+    #[error("The microVM is already {0}.")]
+    AlreadyIn(&'static str),
+    /// The host does not give what the VM needs.
+    #[error("{what}: {source}")]
+    Host {
+        /// The resource.
+        what: String,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// KVM refused a call.
+    #[error("KVM: {what}: {source}")]
+    Kvm {
+        /// The call.
+        what: &'static str,
+        /// What it said.
+        source: std::io::Error,
+    },
+    /// More devices than interrupt lines.
+    #[error("a microVM has room for {0} virtio devices")]
+    TooManyDevices(usize),
+    /// The VMM is gone: the process is on its way out.
+    #[error("the microVM is being torn down")]
+    Gone,
+}
+
+impl Refusal {
+    /// Makes a [`Refusal::Host`] of an I/O error.
+    pub(crate) fn host<E: Into<std::io::Error>>(what: impl Into<String>) -> impl FnOnce(E) -> Self {
+        let what = what.into();
+        move |e| Self::Host { what, source: e.into() }
+    }
+
+    /// Makes a [`Refusal::Kvm`] of an ioctl's error.
+    pub(crate) fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Self {
+        move |e| Self::Kvm { what, source: e.into() }
+    }
+
+    /// The exit code of a process that could not start its VM for this reason.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Host { .. } | Self::Kvm { .. } => ExitCode::Host,
+            Self::Device { source: DeviceError::Host { .. } | DeviceError::Io(_), .. } => {
+                ExitCode::Host
+            }
+            Self::Boot(e) if !e.is_config() => ExitCode::Host,
+            Self::Gone => ExitCode::Internal,
+            _ => ExitCode::Config,
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! What can be asked of a VM, and how a question gets to the thread that may answer it.
+//!
+//! The API, the command line and the library all hold a [`Handle`]; the VMM thread holds the
+//! [`Requests`] at the other end. Nobody else touches the VM.
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, Sender};
+
+use serde_json::Value;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::error::Refusal;
+use crate::events::Sink;
+
+/// Everything that can be asked. Devices and sections of the configuration are data, not variants.
+#[derive(Debug)]
+pub enum Request {
+    /// Set a section of the configuration, or one device of it.
+    Put {
+        /// The section: "boot-source", "drives".
+        section: String,
+        /// The device, where the section has several.
+        id: Option<String>,
+        /// JSON.
+        body: Vec<u8>,
+    },
+    /// Change part of a section, or a running device.
+    Patch {
+        /// The section.
+        section: String,
+        /// The device, where the section has several.
+        id: Option<String>,
+        /// JSON.
+        body: Vec<u8>,
+    },
+    /// Show one section.
+    Get {
+        /// The section.
+        section: String,
+    },
+    /// Set the whole configuration (JSON, as in a configuration file) and start.
+    Launch {
+        /// JSON.
+        body: Vec<u8>,
+    },
+    /// Start what is configured.
+    Start,
+    /// Stop the vCPUs and devices where they are.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Press the power button.
+    Shutdown,
+    /// Press Ctrl-Alt-Del.
+    CtrlAltDel,
+    /// End the VM at once.
+    Kill,
+    /// Write the metrics now.
+    FlushMetrics,
+    /// Who and in what state: `GET /`.
+    Describe,
+    /// The whole configuration: `GET /vm/config`.
+    Config,
+    /// Answered when the VM has ended, with the [`crate::Ending`].
+    Wait,
+    /// Every [`crate::Event`] from now on goes to the sink, until it returns false.
+    Subscribe(Sink),
+}
+
+/// `Null` where there is nothing to say.
+pub type Reply = Result<Value, Refusal>;
+
+/// Takes the reply to where it is wanted. Runs on the VMM thread: must not block.
+pub(crate) type Respond = Box<dyn FnOnce(Reply) + Send>;
+
+pub(crate) struct Call {
+    pub(crate) request: Request,
+    pub(crate) respond: Respond,
+}
+
+/// Asks a VM; clones ask the same one.
+#[derive(Clone)]
+pub struct Handle {
+    calls: Sender<Call>,
+    wake: Arc<EventFd>,
+}
+
+impl std::fmt::Debug for Handle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Handle").finish_non_exhaustive()
+    }
+}
+
+impl Handle {
+    /// Asks, and waits for the reply.
+    pub fn call(&self, request: Request) -> Reply {
+        let (sender, receiver) = mpsc::sync_channel(1);
+        self.send(request, move |reply| {
+            // The caller waits below, so it is there.
+            let _ = sender.send(reply);
+        });
+        receiver.recv().unwrap_or(Err(Refusal::Gone))
+    }
+
+    /// Asks; `respond` gets the reply, on another thread. It must not block. If the VMM is gone,
+    /// `respond` is dropped uncalled.
+    pub fn send(&self, request: Request, respond: impl FnOnce(Reply) + Send + 'static) {
+        if self.calls.send(Call { request, respond: Box::new(respond) }).is_ok() {
+            // A full counter means that the VMM is awake already.
+            let _ = self.wake.write(1);
+        }
+    }
+}
+
+/// The VMM's end.
+pub(crate) struct Requests {
+    calls: Receiver<Call>,
+    wake: Arc<EventFd>,
+}
+
+impl Requests {
+    /// A pair of connected ends.
+    pub(crate) fn channel() -> Result<(Handle, Requests), Refusal> {
+        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map(Arc::new)
+            .map_err(Refusal::host("cannot make an eventfd"))?;
+        let (sender, receiver) = mpsc::channel();
+        let handle = Handle { calls: sender, wake: wake.clone() };
+        Ok((handle, Requests { calls: receiver, wake }))
+    }
+
+    /// Readable when there is a call.
+    pub(crate) fn wake_fd(&self) -> &EventFd {
+        &self.wake
+    }
+
+    /// The next call, if there is one.
+    pub(crate) fn next(&self) -> Option<Call> {
+        match self.calls.try_recv() {
+            Ok(call) => Some(call),
+            Err(_) => {
+                // Quiet the descriptor, then look again: a call may have come in between.
+                let _ = self.wake.read();
+                self.calls.try_recv().ok()
+            }
+        }
+    }
+}
