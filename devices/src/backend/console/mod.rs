@@ -1,0 +1,492 @@
+//! Where a serial port leads: the user's terminal, a file, a pseudo-terminal, a Unix socket.
+//!
+//! Knows nothing of the serial port. Whatever the destination does, or nobody does, reading and
+//! writing never wait, and at most [`Console::KEPT`] bytes of output are kept.
+//!
+//! One epoll descriptor, the [`Console::events`], stands for everything behind the console, as a
+//! socket's client comes and goes while the console is in use. All in it is edge-triggered: a
+//! terminal nobody reads and a pseudo-terminal nobody has open are no reason to spin.
+mod host;
+mod output;
+mod terminal;
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::pty::OpenptFlags;
+use rustix::termios::OptionalActions;
+
+use self::host::{Direction, Host};
+pub use self::output::Counters;
+use self::output::Output;
+pub use self::terminal::restore_terminal;
+use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
+use super::unix::{ListenError, Listener};
+
+/// Called when the user asks to quit, on the I/O thread. Must not block.
+pub type Quit = Box<dyn Fn() + Send>;
+
+/// Why there is no console.
+#[derive(Debug, thiserror::Error)]
+pub enum ConsoleError {
+    /// The file cannot be opened.
+    #[error("cannot open {path} for serial output")]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The file is there, but is not one to write to.
+    #[error("{path} is {found}; serial output wants a file, a FIFO or a terminal")]
+    Kind {
+        /// The path.
+        path: PathBuf,
+        /// What it is.
+        found: &'static str,
+    },
+    /// The socket cannot be listened on.
+    #[error("no socket for the serial port")]
+    Listen(#[from] ListenError),
+    /// The host refused something else.
+    #[error("cannot {doing} for the serial port")]
+    Host {
+        /// What was being done.
+        doing: &'static str,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+impl ConsoleError {
+    fn host<E: Into<std::io::Error>>(doing: &'static str) -> impl Fn(E) -> Self {
+        move |e| Self::Host { doing, source: e.into() }
+    }
+}
+
+/// What there is to read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Input {
+    /// This many bytes for the guest; may be none, when the user spoke to husk.
+    Bytes(usize),
+    /// Nothing until the console's events say so, perhaps never.
+    Nothing,
+}
+
+/// What makes one destination different from another.
+enum Kind {
+    /// Nothing is kept and nothing is lost: nobody is meant to hear it.
+    Nowhere,
+    /// A file or whatever stdout is, without a terminal to type on.
+    Plain,
+    /// The user's terminal. Restored when this goes.
+    Terminal { _raw: RawMode, escape: Escape, quit: Quit },
+    /// A pseudo-terminal. We keep its other side open, so that it hangs up for nobody.
+    Pty { _slave: OwnedFd, path: PathBuf },
+    /// A socket, with or without a client.
+    Socket(Listener),
+}
+
+/// A destination, with the bytes on their way to it.
+pub struct Console {
+    kind: Kind,
+    events: Arc<Readiness>,
+    input: Option<Arc<Host>>,
+    output: Output,
+    has_complained: bool,
+}
+
+impl std::fmt::Debug for Console {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Console")
+            .field("path", &self.path())
+            .field("input", &self.input)
+            .field("counters", &self.counters())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Console {
+    /// Output kept while nobody takes it; beyond that the oldest goes.
+    pub const KEPT: usize = Output::LIMIT;
+
+    /// Leads nowhere: no input, and output is forgotten.
+    pub fn none() -> Result<Self, ConsoleError> {
+        Self::new(Kind::Nowhere)
+    }
+
+    /// Leads to stdin and stdout.
+    ///
+    /// If stdin is a terminal, and ours (we are not in the background), it becomes raw until the
+    /// console is dropped or [`restore_terminal`] is called; Ctrl-A x then calls `quit`. A terminal
+    /// in the background is not read. Any other stdin is passed to the guest as it is, until its
+    /// end. Who calls this should ignore SIGPIPE, and SIGTTOU in case of `stty tostop`.
+    pub fn stdio(quit: Quit) -> Result<Self, ConsoleError> {
+        Self::from_fds(rustix::stdio::stdin(), rustix::stdio::stdout(), quit)
+    }
+
+    /// Writes to `path`: created with mode 0600 if missing, appended to otherwise. A FIFO is
+    /// opened for reading too, so that it needs no reader, now or later.
+    pub fn file(path: &Path) -> Result<Self, ConsoleError> {
+        let host = Host::owned(open_output(path)?);
+        let mut console = Self::new(Kind::Plain)?;
+        console.connect(None, Some(Arc::new(host)))?;
+        Ok(console)
+    }
+
+    /// Leads to a new pseudo-terminal, whose [`path`](Self::path) the user opens.
+    pub fn pty() -> Result<Self, ConsoleError> {
+        let failed = ConsoleError::host::<Errno>;
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let nonblocking = OpenptFlags::from_bits_retain(OFlags::NONBLOCK.bits());
+        let master = rustix::pty::openpt(flags | nonblocking).map_err(failed("open a pty"))?;
+        rustix::pty::unlockpt(&master).map_err(failed("unlock a pty"))?;
+        let name = rustix::pty::ptsname(&master, Vec::new()).map_err(failed("name a pty"))?;
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).map_err(failed("open a pty"))?;
+        let mut modes = rustix::termios::tcgetattr(&slave).map_err(failed("set up a pty"))?;
+        modes.make_raw();
+        rustix::termios::tcsetattr(&slave, OptionalActions::Now, &modes)
+            .map_err(failed("set up a pty"))?;
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(name.as_bytes()));
+        let mut console = Self::new(Kind::Pty { _slave: slave, path })?;
+        let master = Arc::new(Host::owned(master));
+        console.connect(Some(master.clone()), Some(master))?;
+        Ok(console)
+    }
+
+    /// Listens at `path` for one client at a time; a new one takes the place of the one before,
+    /// so that a client that hangs can always be replaced. What the guest wrote while there was
+    /// none goes to the next, the last [`KEPT`](Self::KEPT) bytes of it. The socket has mode 0600,
+    /// takes the place of a dead one only, and is removed when the console is dropped.
+    pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
+        let console = Self::new(Kind::Socket(Listener::bind(path)?))?;
+        if let Kind::Socket(listener) = &console.kind {
+            console.events.watch(listener.as_fd(), EventFlags::IN)?;
+        }
+        Ok(console)
+    }
+
+    /// What the user opens or connects to: `/dev/pts/N`, or the socket.
+    pub fn path(&self) -> Option<&Path> {
+        match &self.kind {
+            Kind::Pty { path, .. } => Some(path),
+            Kind::Socket(listener) => Some(listener.path()),
+            Kind::Nowhere | Kind::Plain | Kind::Terminal { .. } => None,
+        }
+    }
+
+    /// What became of the guest's bytes so far.
+    pub fn counters(&self) -> Counters {
+        self.output.counters()
+    }
+
+    /// Readable when [`ready`](Self::ready) has something to do.
+    pub fn events(&self) -> Arc<Readiness> {
+        self.events.clone()
+    }
+
+    /// Handles the events: a client comes or goes, waiting output can go on. There may be input.
+    pub fn ready(&mut self) {
+        self.events.consume();
+        self.accept();
+        self.flush();
+    }
+
+    /// Takes the guest's bytes; [`flush`](Self::flush) sends them.
+    pub fn push(&mut self, bytes: &[u8]) {
+        if !matches!(self.kind, Kind::Nowhere) {
+            self.output.push(bytes);
+        }
+    }
+
+    /// Sends what can be sent without waiting.
+    pub fn flush(&mut self) {
+        let Err(e) = self.output.flush() else { return };
+        if matches!(self.kind, Kind::Socket(_)) {
+            // The client is gone. What it did not get, the next one gets.
+            log::debug!("serial console client is gone: {e}");
+            self.disconnect();
+            return;
+        }
+        self.output.discard();
+        if !std::mem::replace(&mut self.has_complained, true) {
+            log::warn!("serial output is being lost: {e}");
+        }
+    }
+
+    /// Waits up to `deadline` until everything is sent: for the end of a VM.
+    pub fn finish(&mut self, deadline: Duration) {
+        let start = Instant::now();
+        loop {
+            self.accept();
+            self.flush();
+            let left = deadline.saturating_sub(start.elapsed());
+            let Some(host) = self.output.host().filter(|_| self.output.is_waiting()) else {
+                return;
+            };
+            if left.is_zero() {
+                return;
+            }
+            let mut fds = [rustix::event::PollFd::new(&**host, rustix::event::PollFlags::OUT)];
+            let timeout = rustix::time::Timespec::try_from(left.min(Duration::from_millis(100)));
+            // An error, such as EINTR, only ends this wait early.
+            if let Err(e) = rustix::event::poll(&mut fds, timeout.ok().as_ref()) {
+                log::debug!("waiting for serial output: {e}");
+            }
+        }
+    }
+
+    /// Reads input for the guest into `buf`, without waiting. Wants room for two bytes at least.
+    pub fn read(&mut self, buf: &mut [u8]) -> Input {
+        let Some(host) = self.input.clone() else { return Input::Nothing };
+        if host.is_terminal() && !is_foreground(host.as_fd()) {
+            return Input::Nothing;
+        }
+        match &mut self.kind {
+            Kind::Terminal { .. } => self.read_keys(&host, buf),
+            _ => match self.read_host(&host, buf) {
+                0 => Input::Nothing,
+                read => Input::Bytes(read),
+            },
+        }
+    }
+
+    fn from_fds(
+        stdin: BorrowedFd<'_>,
+        stdout: BorrowedFd<'_>,
+        quit: Quit,
+    ) -> Result<Self, ConsoleError> {
+        let output = Host::shared(stdout, Direction::Output)
+            .map_err(ConsoleError::host("use standard output"))?;
+        let input = match Host::shared(stdin, Direction::Input) {
+            Ok(host) => Some(host),
+            Err(e) => {
+                log::debug!("no serial input: {e}");
+                None
+            }
+        };
+        let kind = match &input {
+            Some(host) if host.is_terminal() && is_foreground(host.as_fd()) => {
+                let raw = RawMode::enter(host.as_fd())
+                    .map_err(ConsoleError::host("set the terminal to raw mode"))?;
+                Kind::Terminal { _raw: raw, escape: Escape::default(), quit }
+            }
+            _ => Kind::Plain,
+        };
+        let is_usable = |host: &Host| !host.is_terminal() || matches!(kind, Kind::Terminal { .. });
+        let input = input.filter(is_usable).map(Arc::new);
+        let mut console = Self::new(kind)?;
+        console.connect(input, Some(Arc::new(output)))?;
+        Ok(console)
+    }
+
+    fn new(kind: Kind) -> Result<Self, ConsoleError> {
+        Ok(Self {
+            kind,
+            events: Arc::new(Readiness::new()?),
+            input: None,
+            output: Output::default(),
+            has_complained: false,
+        })
+    }
+
+    fn connect(
+        &mut self,
+        input: Option<Arc<Host>>,
+        output: Option<Arc<Host>>,
+    ) -> Result<(), ConsoleError> {
+        match (&input, &output) {
+            (Some(input), Some(output)) if Arc::ptr_eq(input, output) => {
+                self.events.watch(input.as_fd(), EventFlags::IN | EventFlags::OUT)?;
+            }
+            _ => {
+                for (host, flags) in [(&input, EventFlags::IN), (&output, EventFlags::OUT)] {
+                    if let Some(host) = host {
+                        self.events.watch(host.as_fd(), flags)?;
+                    }
+                }
+            }
+        }
+        self.input = input;
+        self.output.connect(output);
+        Ok(())
+    }
+
+    /// Closing the client, whose descriptor nobody else has, also ends its events.
+    fn disconnect(&mut self) {
+        self.input = None;
+        self.output.connect(None);
+    }
+
+    /// Takes a new client, at most one a call; looks whether the present one is still there.
+    fn accept(&mut self) {
+        let Kind::Socket(listener) = &self.kind else { return };
+        let accepted = listener.accept();
+        if accepted.is_ok()
+            && let Err(e) = self.events.rearm(listener.as_fd(), EventFlags::IN)
+        {
+            log::warn!("serial console socket: {e}");
+        }
+        match accepted {
+            Ok(client) => {
+                let client = Arc::new(Host::socket(client));
+                self.disconnect();
+                if let Err(e) = self.connect(Some(client.clone()), Some(client)) {
+                    log::warn!("serial console client: {e}");
+                }
+            }
+            Err(e) => {
+                // Anything else, such as too many open files, passes: the next to connect is told
+                // apart by its own edge.
+                if e != Errno::AGAIN {
+                    log::warn!("serial console client not accepted: {e}");
+                }
+                if self.output.host().is_some_and(|host| host.is_hung_up()) {
+                    self.disconnect();
+                }
+            }
+        }
+    }
+
+    /// Reads raw bytes; 0 for nothing, now or ever.
+    fn read_host(&mut self, host: &Host, buf: &mut [u8]) -> usize {
+        match host.read(buf) {
+            Ok(0) => {
+                // End of input. A socket's client may still listen.
+                self.input = None;
+                0
+            }
+            Ok(read) => read,
+            Err(Errno::AGAIN) => 0,
+            Err(e) => {
+                log::debug!("end of serial input: {e}");
+                self.input = None;
+                0
+            }
+        }
+    }
+
+    /// Reads what the user typed, less what was for us.
+    fn read_keys(&mut self, host: &Host, buf: &mut [u8]) -> Input {
+        let mut typed = [0; 64];
+        // An escape left over from the last time may come out as a second byte.
+        let room = buf.len().saturating_sub(1).min(typed.len());
+        let Some(typed) = typed.get_mut(..room) else { return Input::Nothing };
+        let read = self.read_host(host, typed);
+        if read == 0 {
+            return Input::Nothing;
+        }
+        let Kind::Terminal { escape, quit, .. } = &mut self.kind else { return Input::Nothing };
+        let mut wants_help = false;
+        let mut guest = buf.iter_mut();
+        let mut passed: usize = 0;
+        for byte in typed.iter().take(read) {
+            let key = escape.filter(*byte, |byte| {
+                if let Some(place) = guest.next() {
+                    *place = byte;
+                    passed = passed.saturating_add(1);
+                }
+            });
+            match key {
+                Some(Key::Quit) => quit(),
+                Some(Key::Help) => wants_help = true,
+                None => {}
+            }
+        }
+        if wants_help {
+            self.push(HELP);
+            self.flush();
+        }
+        Input::Bytes(passed)
+    }
+}
+
+/// For vm-superio, which writes and flushes byte by byte: it never fails, and sending is left to
+/// whoever knows when the last byte is written.
+impl std::io::Write for Console {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.push(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The epoll descriptor that stands for all descriptors of a console.
+#[derive(Debug)]
+pub struct Readiness(OwnedFd);
+
+impl Readiness {
+    fn new() -> Result<Self, ConsoleError> {
+        epoll::create(CreateFlags::CLOEXEC).map(Self).map_err(ConsoleError::host("make an epoll"))
+    }
+
+    fn watch(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> Result<(), ConsoleError> {
+        match epoll::add(&self.0, fd, EventData::new_u64(0), flags | EventFlags::ET) {
+            // A regular file cannot be waited for and need not be: it is always ready.
+            Ok(()) | Err(Errno::PERM) => Ok(()),
+            Err(e) => Err(ConsoleError::host("wait")(e)),
+        }
+    }
+
+    /// Says again what is ready, as if it had just become so.
+    fn rearm(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> Result<(), Errno> {
+        epoll::modify(&self.0, fd, EventData::new_u64(0), flags | EventFlags::ET)
+    }
+
+    /// Takes the events. Which they were does not matter: everything is looked at.
+    fn consume(&self) {
+        let mut events =
+            [epoll::Event { flags: EventFlags::empty(), data: EventData::new_u64(0) }; 8];
+        let now = rustix::time::Timespec::default();
+        if let Err(e) = epoll::wait(&self.0, &mut events[..], Some(&now)) {
+            log::debug!("serial console events: {e}");
+        }
+    }
+}
+
+impl AsRawFd for Readiness {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// Opens the file for output, whatever it may be, without being blocked by it.
+fn open_output(path: &Path) -> Result<OwnedFd, ConsoleError> {
+    let failed = |e: Errno| ConsoleError::Open { path: path.into(), source: e.into() };
+    let refused = |found| ConsoleError::Kind { path: path.into(), found };
+    let kind = |stat: rustix::fs::Stat| FileType::from_raw_mode(stat.st_mode);
+    let flags = OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let open = |access| {
+        let mode = Mode::RUSR | Mode::WUSR;
+        rustix::fs::open(path, access | flags | OFlags::CREATE, mode).map_err(|e| {
+            // What cannot be opened is best explained by what it is.
+            let found = rustix::fs::stat(path).ok().and_then(|stat| unfit(kind(stat)));
+            found.map_or(failed(e), refused)
+        })
+    };
+    // Write-only, a FIFO without a reader cannot be opened, and one that has lost its reader fails.
+    let is_fifo = rustix::fs::stat(path).is_ok_and(|stat| kind(stat) == FileType::Fifo);
+    let fd = open(if is_fifo { OFlags::RDWR } else { OFlags::WRONLY })?;
+    match unfit(kind(rustix::fs::fstat(&fd).map_err(failed)?)) {
+        Some(found) => Err(refused(found)),
+        None => Ok(fd),
+    }
+}
+
+fn unfit(kind: FileType) -> Option<&'static str> {
+    match kind {
+        FileType::Directory => Some("a directory"),
+        FileType::Socket => Some("a socket"),
+        FileType::BlockDevice => Some("a block device"),
+        _ => None,
+    }
+}

@@ -1,0 +1,178 @@
+//! A listening Unix socket at a path: takes the place of a dead one, never of anything else, and
+//! goes when it is dropped.
+use std::fs::Metadata;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+
+/// Why nobody can listen at a path.
+#[derive(Debug, thiserror::Error)]
+pub enum ListenError {
+    /// The path does not fit a socket address, which holds 107 bytes.
+    #[error("socket path {path} is too long: the limit is 107 bytes")]
+    TooLong {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Another process listens there.
+    #[error("socket {path} is in use by another process")]
+    InUse {
+        /// The path.
+        path: PathBuf,
+    },
+    /// There is something that is not ours to remove.
+    #[error("{path} is {found}; remove it or choose another path")]
+    Foreign {
+        /// The path.
+        path: PathBuf,
+        /// What is there.
+        found: &'static str,
+    },
+    /// The host refused.
+    #[error("cannot listen at {path}")]
+    Host {
+        /// The path.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+}
+
+/// The socket; removed from its path when dropped.
+#[derive(Debug)]
+pub struct Listener {
+    fd: OwnedFd,
+    path: PathBuf,
+    device_and_inode: (u64, u64),
+}
+
+impl Listener {
+    /// Connections that may wait to be accepted.
+    const BACKLOG: i32 = 16;
+    /// How long to wait for another process that is looking at the same directory: it takes
+    /// microseconds.
+    const LOCK_TRIES: u32 = 100;
+    const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
+    /// Listens at `path`, a stream socket of mode 0600, non-blocking.
+    ///
+    /// A socket nobody listens on any more is replaced, if it belongs to our user. A live one, or
+    /// a file of another kind, is an error and stays.
+    pub fn bind(path: &Path) -> Result<Self, ListenError> {
+        let host = |source: Errno| ListenError::Host { path: path.into(), source: source.into() };
+        let address = SocketAddrUnix::new(path).map_err(|e| match e {
+            Errno::NAMETOOLONG => ListenError::TooLong { path: path.into() },
+            e => host(e),
+        })?;
+        // 107 bytes and a NUL: one more would bind, and be out of reach for many a client.
+        if path.as_os_str().len() > 107 {
+            return Err(ListenError::TooLong { path: path.into() });
+        }
+        let fd = socket(SocketType::STREAM).map_err(host)?;
+        // Before bind, so that there is no moment when others may connect (unix(7), NOTES).
+        rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(host)?;
+        let _lock = lock_directory(path).map_err(host)?;
+        remove_stale(path, &address)?;
+        rustix::net::bind(&fd, &address).map_err(host)?;
+        let found = std::fs::symlink_metadata(path)
+            .map_err(|source| ListenError::Host { path: path.into(), source })?;
+        let listener = Self { fd, path: path.into(), device_and_inode: (found.dev(), found.ino()) };
+        rustix::net::listen(&listener.fd, Self::BACKLOG).map_err(host)?;
+        Ok(listener)
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Takes one waiting connection, non-blocking; `Errno::AGAIN` when there is none.
+    pub fn accept(&self) -> Result<OwnedFd, Errno> {
+        rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for Listener {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        let is_ours = |found: Metadata| (found.dev(), found.ino()) == self.device_and_inode;
+        if std::fs::symlink_metadata(&self.path).is_ok_and(is_ours)
+            && let Err(e) = std::fs::remove_file(&self.path)
+        {
+            log::warn!("cannot remove socket {}: {e}", self.path.display());
+        }
+    }
+}
+
+fn socket(kind: SocketType) -> Result<OwnedFd, Errno> {
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
+}
+
+/// Two of us that find the same dead socket must not both replace it.
+fn lock_directory(path: &Path) -> Result<OwnedFd, Errno> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(parent, flags, Mode::empty())?;
+    for _ in 0..Listener::LOCK_TRIES {
+        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::AGAIN) => std::thread::sleep(Listener::LOCK_PAUSE),
+            Err(e) => return Err(e),
+            Ok(()) => return Ok(directory),
+        }
+    }
+    Err(Errno::AGAIN)
+}
+
+/// Makes way for a new socket.
+fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
+    let host = |source| ListenError::Host { path: path.into(), source };
+    let found = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        found => found.map_err(host)?,
+    };
+    let kind = found.file_type();
+    let foreign = if kind.is_socket() {
+        (found.uid() != rustix::process::geteuid().as_raw()).then_some("another user's socket")
+    } else if kind.is_symlink() {
+        Some("a symbolic link")
+    } else if kind.is_dir() {
+        Some("a directory")
+    } else if kind.is_file() {
+        Some("a regular file")
+    } else {
+        Some("a FIFO or a device")
+    };
+    if let Some(found) = foreign {
+        return Err(ListenError::Foreign { path: path.into(), found });
+    }
+    // A socket of another type cannot connect, but is told whether anybody is there; so the owner
+    // of a live socket does not see a client that is none.
+    let probe = socket(SocketType::DGRAM).map_err(|e| host(e.into()))?;
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(host),
+        Err(Errno::PROTOTYPE | Errno::AGAIN) | Ok(()) => {
+            Err(ListenError::InUse { path: path.into() })
+        }
+        Err(e) => Err(host(e.into())),
+    }
+}
