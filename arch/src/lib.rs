@@ -1,0 +1,20 @@
+//! What husk knows of a processor architecture: where things lie in guest memory, how a kernel is
+//! entered, what a vCPU starts with, which tables describe the machine.
+//!
+//! One architecture is one folder. The VMM uses the names re-exported here and no others:
+//!
+//! * [`layout`] — addresses of RAM, devices and boot structures;
+//! * [`Kernel::read`], [`Kernel::load`] — check an image, put it into RAM;
+//! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
+//! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers.
+
+mod x86_64;
+
+pub use x86_64::boot::{Initrd, Platform, VirtioMmio};
+pub use x86_64::error::{BootError, FileError};
+pub use x86_64::kernel::{Entry, Kernel, Protocol};
+pub use x86_64::layout;
+pub use x86_64::vcpu::{HostCpu, SetupError, Topology};
+
+/// Guest RAM as this crate sees it.
+pub type GuestRam = vm_memory::GuestMemoryMmap<()>;

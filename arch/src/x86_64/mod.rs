@@ -1,0 +1,10 @@
+//! x86-64.
+pub(crate) mod acpi;
+pub(crate) mod boot;
+pub(crate) mod cpuid;
+pub(crate) mod error;
+pub(crate) mod kernel;
+pub mod layout;
+pub(crate) mod mptable;
+pub(crate) mod regs;
+pub(crate) mod vcpu;
