@@ -12,7 +12,6 @@ use std::thread::{self, JoinHandle};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
-    SubscriberOps,
 };
 
 use crate::virtio::queue::VirtQueue;

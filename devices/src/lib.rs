@@ -16,8 +16,16 @@ pub mod backend;
 pub mod bus;
 pub mod io;
 pub mod legacy;
+pub mod limiter;
+pub mod metrics;
 pub mod sys;
 pub mod virtio;
 
 /// Guest RAM. One name for it, so that what tracks dirty pages can change in one place.
-pub type GuestRam = vm_memory::GuestMemoryMmap<()>;
+pub type GuestRam = vm_memory::GuestMemoryMmap<GuestBitmap>;
+
+/// What records the pages that devices write. `()` records nothing.
+pub type GuestBitmap = ();
+
+/// A piece of guest RAM where the host has it.
+pub type GuestSlice<'a> = vm_memory::VolatileSlice<'a, vm_memory::bitmap::BS<'a, GuestBitmap>>;

@@ -1,5 +1,5 @@
 //! The host side of devices: files, taps, consoles. No virtio in here.
 pub mod console;
+pub mod disk;
 pub mod file;
-pub mod tap;
 pub mod unix;

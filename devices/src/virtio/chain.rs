@@ -3,21 +3,19 @@
 //! A chain is walked once, every descriptor is read once, and what was read is checked and kept:
 //! a driver that rewrites its descriptors meanwhile changes nothing. Where the buffers lie is not
 //! judged here; an access to a buffer that is not RAM fails when it is made ([`Fault`]).
-use virtio_bindings::bindings::virtio_ring::{
-    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
-};
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
+use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::GuestRam;
+use crate::{GuestRam, GuestSlice};
 
 /// Most buffers in one chain. What an indirect table may hold beyond the queue size is bounded by
 /// what one `preadv` takes.
 pub const MAX_BUFFERS: usize = 1024;
 
 const DESCRIPTOR_SIZE: u32 = 16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
+/// Descriptor flags (virtio 1.2, 2.7.5).
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
 
 /// A descriptor as it lies in guest memory (virtio 1.2, 2.7.5).
 #[derive(Clone, Copy, Debug, Default)]
@@ -244,7 +242,7 @@ impl<'a> Readable<'a> {
     }
 
     /// Calls `f` with each piece of host memory behind the bytes left, in order.
-    pub fn for_each(&self, f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+    pub fn for_each(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         self.0.for_each(f)
     }
 }
@@ -285,7 +283,7 @@ impl<'a> Writable<'a> {
     }
 
     /// Calls `f` with each piece of host memory behind the bytes left, in order.
-    pub fn for_each(&self, f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+    pub fn for_each(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         self.0.for_each(f)
     }
 }
@@ -325,7 +323,7 @@ impl<'a> Span<'a> {
         Ok(taken)
     }
 
-    fn for_each(&self, mut f: impl FnMut(VolatileSlice<'a>)) -> Result<(), Fault> {
+    fn for_each(&self, mut f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         let mut left = self.len;
         let mut skip = self.skip;
         for buffer in self.buffers {

@@ -189,7 +189,7 @@ impl MmioTransport {
         if let Stage::Parked(retired) = &mut self.stage {
             let Retired { queues, state } = std::mem::take(retired);
             self.stage = Stage::Broken;
-            self.run(queues, Some(&state))?;
+            self.run(queues, Some(&state)).inspect_err(|_| self.notifier.needs_reset())?;
         }
         Ok(())
     }
@@ -229,17 +229,30 @@ impl MmioTransport {
     }
 
     fn restore(&mut self, saved: &Saved) -> Result<(), DeviceError> {
-        let queues = self.registers.queues.len();
-        self.registers = saved.registers.clone();
-        self.registers.queues.resize_with(queues, QueueConfig::default);
-        self.notifier.restore(saved.status, saved.isr, saved.generation);
-        if saved.status & status::DRIVER_OK != 0 {
-            let mut queues = self.live_queues()?;
-            for (queue, &(next_avail, next_used)) in queues.iter_mut().zip(&saved.positions) {
-                queue.seek(next_avail, next_used);
-            }
-            self.stage = Stage::Parked(Retired { queues, state: saved.device.clone() });
+        if saved.registers.queues.len() != self.kicks.len() {
+            return Err(DeviceError::Saved("it has another number of queues"));
         }
+        self.registers = saved.registers.clone();
+        if saved.status & status::FEATURES_OK != 0 && !self.are_features_acceptable() {
+            return Err(DeviceError::Saved("its driver uses features that are not offered here"));
+        }
+        self.notifier.restore(saved.status, saved.isr, saved.generation);
+        if saved.status & status::DRIVER_OK == 0 {
+            return Ok(());
+        }
+        if saved.status & status::NEEDS_RESET != 0 {
+            // Its queues may be what it needs a reset for.
+            self.stage = Stage::Broken;
+            return Ok(());
+        }
+        if saved.positions.len() != self.kicks.len() {
+            return Err(DeviceError::Saved("it was not paused when it was saved"));
+        }
+        let mut queues = self.live_queues()?;
+        for (queue, &(next_avail, next_used)) in queues.iter_mut().zip(&saved.positions) {
+            queue.seek(next_avail, next_used);
+        }
+        self.stage = Stage::Parked(Retired { queues, state: saved.device.clone() });
         Ok(())
     }
 
@@ -326,7 +339,7 @@ impl MmioTransport {
             reg::DRIVER_FEATURES_SEL => self.registers.driver_page = value,
             reg::DRIVER_FEATURES => self.write_driver_features(value),
             reg::QUEUE_SEL => self.registers.selected = value,
-            reg::QUEUE_NOTIFY => self.kick(value),
+            QUEUE_NOTIFY => self.kick(value),
             reg::INTERRUPT_ACK => self.notifier.acknowledge(value),
             reg::STATUS => self.write_status(value),
             _ => self.write_queue_register(offset, value),
@@ -443,7 +456,7 @@ impl MmioTransport {
         data.fill(0);
         if self.registers.owner.is_some_and(|owner| owner != window) {
             // A placeholder: magic and version, no device.
-            if offset == reg::MAGIC_VALUE || offset == reg::VERSION {
+            if data.len() == 4 && (offset == reg::MAGIC_VALUE || offset == reg::VERSION) {
                 copy(&self.read_register(offset).to_le_bytes(), 0, data);
             }
         } else if offset >= reg::CONFIG {

@@ -37,6 +37,11 @@ pub trait VirtioDevice: Send + Debug {
         features: u64,
         saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError>;
+    /// Names and values of what the device has counted since it was made. Names are Firecracker's
+    /// where it counts the same thing.
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        Vec::new()
+    }
     /// Applies a run-time change, as sent by `PATCH`. The worker is off the I/O thread meanwhile.
     fn update(&mut self, _patch: &Value) -> Result<Change, DeviceError> {
         Err(DeviceError::Fixed)
@@ -108,6 +113,9 @@ pub enum DeviceError {
     /// Nothing about the device can change while the guest runs.
     #[error("this device has no run-time settings")]
     Fixed,
+    /// A snapshot does not fit the device it is to be restored to.
+    #[error("saved device: {0}")]
+    Saved(&'static str),
     /// The queues cannot be used.
     #[error("queue")]
     Queue(#[from] super::queue::QueueError),
@@ -133,6 +141,31 @@ impl DeviceError {
         matches!(self, Self::Json(_) | Self::Field { .. } | Self::Fixed)
     }
 }
+
+/// Refuses an id that would not do as a path component of the API: 1 to 64 of `[A-Za-z0-9_-]`.
+pub fn check_id(field: &'static str, id: &str) -> Result<(), DeviceError> {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    if (1..=64).contains(&id.len()) && id.chars().all(is_allowed) {
+        return Ok(());
+    }
+    Err(DeviceError::field(
+        field,
+        format!("{id:?} is not 1 to 64 letters, digits, underscores or hyphens"),
+    ))
+}
+
+/// Refuses a setting that is understood but not implemented, so that nobody relies on it.
+pub fn refuse_unsupported<T>(field: &'static str, value: Option<&T>) -> Result<(), DeviceError> {
+    match value {
+        Some(_) => Err(DeviceError::field(field, "is not supported yet")),
+        None => Ok(()),
+    }
+}
+
+/// The run-time change of a model that has none.
+#[derive(Clone, Debug, Default, Serialize, serde::Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NoPatch {}
 
 /// A parsed, not yet built device.
 pub trait Recipe: Debug + Send + Sync {
@@ -195,6 +228,9 @@ pub fn recipe<M: Model>(config: M::Config) -> Box<dyn Recipe> {
     Box::new(Configured::<M>(config))
 }
 
+/// What [`Row::parse`] gives.
+pub type ParseResult = Result<Box<dyn Recipe>, DeviceError>;
+
 /// One line of the device table.
 #[derive(Debug)]
 pub struct Row {
@@ -205,7 +241,7 @@ pub struct Row {
     /// [`Model::ABOUT`].
     pub about: &'static str,
     /// Reads a configuration. Does not look at the host: [`Recipe::check`].
-    pub parse: fn(json: &[u8]) -> Result<Box<dyn Recipe>, DeviceError>,
+    pub parse: fn(json: &[u8]) -> ParseResult,
     /// Reads a run-time change, so that its mistakes are found before it is applied.
     pub parse_patch: fn(json: &[u8]) -> Result<Value, DeviceError>,
     /// JSON schema of the configuration.

@@ -1,8 +1,9 @@
 //! A virtqueue with everything needed to serve it: ring, guest memory, kick, notifier.
 //!
-//! Ring mechanics (indices, notification suppression) are rust-vmm's `virtio-queue`; the walk of a
-//! chain is ours ([`super::chain`]), because a request must be read once and a malformed one told
-//! from an empty one. No device repeats the loop in [`VirtQueue::serve`].
+//! The available ring and kick suppression are rust-vmm's `virtio-queue`. The walk of a chain is
+//! ours ([`super::chain`]), because a request must be read once and a malformed one told from an
+//! empty one. So is the used ring, because a packet that fills several chains must become visible
+//! at once. No device repeats the loop in [`VirtQueue::serve`].
 //!
 //! ```text
 //!            pop                     complete
@@ -11,10 +12,10 @@
 //!     └─────────────────┘          a ring that lies: latched, dead until reset
 //! ```
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{Ordering, fence};
 
 use virtio_queue::{Queue, QueueOwnedT, QueueState, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, Le64};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::chain::{Buffers, Chain, ChainError};
@@ -46,6 +47,12 @@ pub enum QueueError {
     /// A head is not below the queue size.
     #[error("head {0} is not below the queue size")]
     Head(u16),
+    /// A head that the device still has is available again.
+    #[error("head {0} is available twice")]
+    Twice(u16),
+    /// The device was given the wrong number of queues.
+    #[error("a device got {0} queues")]
+    Count(usize),
     /// A ring is not in RAM, or two of them share bytes.
     #[error("a ring at {0:#x} is not in guest memory or overlaps another")]
     Placement(u64),
@@ -73,6 +80,10 @@ pub struct VirtQueue {
     ring: Queue,
     is_indirect_negotiated: bool,
     is_latched: bool,
+    /// One bit for each head that is with the device.
+    taken: Vec<u64>,
+    /// Used entries written but not yet visible.
+    staged: u16,
     /// The used index the driver was last told of.
     notified: u16,
     kick: Arc<EventFd>,
@@ -124,12 +135,19 @@ impl VirtQueue {
             ring,
             is_indirect_negotiated: features.is_indirect,
             is_latched: false,
+            taken: vec![0; usize::from(max_size).div_ceil(64)],
+            staged: 0,
             notified: 0,
             kick,
             mem,
             notifier,
             scratch: Buffers::default(),
         })
+    }
+
+    /// Whether the ring lied and is dead until the driver resets the device.
+    pub fn is_latched(&self) -> bool {
+        self.is_latched
     }
 
     /// Becomes readable when the driver kicks.
@@ -167,7 +185,8 @@ impl VirtQueue {
         let mut buffers = std::mem::take(&mut self.scratch);
         let mut budget = u32::from(self.ring.size()).saturating_mul(2);
         self.disable_kicks();
-        loop {
+        while budget > 0 {
+            budget = budget.saturating_sub(1);
             buffers.clear();
             let Some(head) = self.pop(&mut buffers) else {
                 if self.enable_kicks() {
@@ -179,15 +198,13 @@ impl VirtQueue {
                 Served::Used(len) => self.complete(head, len),
                 Served::Pending => {}
                 Served::Later => {
-                    self.undo_pop();
+                    self.undo_pop(head);
                     break;
                 }
             }
-            budget = budget.saturating_sub(1);
-            if budget == 0 {
-                self.kick_again();
-                break;
-            }
+        }
+        if budget == 0 {
+            self.kick_again();
         }
         self.scratch = buffers;
         self.notify();
@@ -216,21 +233,61 @@ impl VirtQueue {
         }
         let table = GuestAddress(self.ring.desc_table());
         buffers.walk(&self.mem, table, size, head, self.is_indirect_negotiated)?;
+        if self.set_taken(head, true) {
+            return Err(QueueError::Twice(head));
+        }
         Ok(Some(head))
     }
 
-    /// Puts the last popped chain back.
-    pub fn undo_pop(&mut self) {
+    /// Puts `head`, which was popped last, back. To put back several, begin with the last.
+    pub fn undo_pop(&mut self, head: u16) {
+        self.set_taken(head, false);
         self.ring.go_to_previous_position();
     }
 
-    /// Gives a chain back to the driver with `written` bytes in it. Does not interrupt: [`Self::notify`].
+    /// Whether `head` was taken until now.
+    fn set_taken(&mut self, head: u16, is_taken: bool) -> bool {
+        let bit = 1u64.wrapping_shl(u32::from(head));
+        let Some(word) = self.taken.get_mut(usize::from(head) / 64) else { return false };
+        let was_taken = *word & bit != 0;
+        *word = if is_taken { *word | bit } else { *word & !bit };
+        was_taken
+    }
+
+    /// Gives a chain back to the driver with `written` bytes in it. Does not interrupt:
+    /// [`Self::notify`].
     pub fn complete(&mut self, head: u16, written: u32) {
-        if self.is_latched {
+        self.stage(head, written);
+        self.publish();
+    }
+
+    /// Does the same, but the driver does not see it before [`Self::publish`].
+    pub fn stage(&mut self, head: u16, written: u32) {
+        if self.is_latched || !self.set_taken(head, false) {
             return;
         }
-        if let Err(e) = self.ring.add_used(&self.mem, head, written) {
-            self.latch(&e.into());
+        let slot = self.ring.next_used().wrapping_add(self.staged).checked_rem(self.ring.size());
+        // The rings were checked to be RAM: neither sum can overflow.
+        let offset = u64::from(slot.unwrap_or(0)).wrapping_mul(8).wrapping_add(4);
+        let address = GuestAddress(self.ring.used_ring().wrapping_add(offset));
+        // Two little-endian words (virtio 1.2, 2.7.8): head, then length.
+        let entry = Le64::from(u64::from(written) << 32 | u64::from(head));
+        match self.mem.write_obj(entry, address) {
+            Ok(()) => self.staged = self.staged.wrapping_add(1),
+            Err(e) => self.latch(&virtio_queue::Error::GuestMemory(e).into()),
+        }
+    }
+
+    /// Shows the driver all staged chains at once.
+    pub fn publish(&mut self) {
+        if self.is_latched || self.staged == 0 {
+            return;
+        }
+        let index = self.ring.next_used().wrapping_add(std::mem::take(&mut self.staged));
+        self.ring.set_next_used(index);
+        let address = GuestAddress(self.ring.used_ring().wrapping_add(2));
+        if let Err(e) = self.mem.store(index.to_le(), address, Ordering::Release) {
+            self.latch(&virtio_queue::Error::GuestMemory(e).into());
         }
     }
 
@@ -247,19 +304,27 @@ impl VirtQueue {
     }
 
     fn wants_interrupt(&mut self) -> Result<bool, QueueError> {
-        if self.notified == self.ring.next_used() {
+        let new = self.ring.next_used();
+        let old = std::mem::replace(&mut self.notified, new);
+        if old == new {
             return Ok(false);
         }
-        self.notified = self.ring.next_used();
+        // The driver must see the used index before we look at whether it wants to hear of it.
+        fence(Ordering::SeqCst);
         if self.ring.event_idx_enabled() {
-            return Ok(self.ring.needs_notification(&self.mem)?);
+            let offset = u64::from(self.ring.size()).wrapping_mul(2).wrapping_add(4);
+            let used_event = self.avail_word(offset)?;
+            // Virtio 1.2, 2.7.7.2: whether the driver's mark is among what is new.
+            let past_mark = new.wrapping_sub(used_event).wrapping_sub(1);
+            return Ok(past_mark < new.wrapping_sub(old));
         }
-        std::sync::atomic::fence(Ordering::SeqCst);
-        let flags: u16 = self
-            .mem
-            .load(GuestAddress(self.ring.avail_ring()), Ordering::Relaxed)
-            .map_err(virtio_queue::Error::GuestMemory)?;
-        Ok(u16::from_le(flags) & AVAIL_F_NO_INTERRUPT == 0)
+        Ok(self.avail_word(0)? & AVAIL_F_NO_INTERRUPT == 0)
+    }
+
+    fn avail_word(&self, offset: u64) -> Result<u16, QueueError> {
+        let address = GuestAddress(self.ring.avail_ring().wrapping_add(offset));
+        let word = self.mem.load(address, Ordering::Relaxed);
+        Ok(word.map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)?)
     }
 
     /// Asks the driver not to kick while its chains are being served anyway.
@@ -296,6 +361,11 @@ impl VirtQueue {
         log::warn!("queue {}: latched until the driver resets: {why} {detail}", self.index);
         self.notifier.needs_reset();
     }
+}
+
+/// Takes a device's queues apart.
+pub fn split<const N: usize>(queues: Vec<VirtQueue>) -> Result<[VirtQueue; N], QueueError> {
+    queues.try_into().map_err(|queues: Vec<_>| QueueError::Count(queues.len()))
 }
 
 /// Refuses rings that are not wholly RAM or that overlap each other (virtio 1.2, 2.7).

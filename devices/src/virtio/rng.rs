@@ -1,0 +1,142 @@
+//! virtio-rng (virtio 1.2, 5.4): fills the driver's buffers with the host's entropy.
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::EventSet;
+use rustix::io::Errno;
+use rustix::rand::{GetRandomFlags, getrandom};
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::chain::Chain;
+use super::model::{DeviceError, Model, NoPatch, VirtioDevice, refuse_unsupported};
+use super::queue::{Served, VirtQueue, split};
+use crate::io::{Retired, Watch, Worker};
+use crate::limiter::RateLimiter;
+use crate::metrics::Counter;
+
+/// Most bytes given to one request, however much room it has.
+const MAX_BYTES: u32 = 64 << 10;
+
+/// What the user says about it.
+#[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Limits on the entropy handed out. Not supported yet.
+    #[serde(default)]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+/// The control half.
+#[derive(Debug)]
+pub struct Rng {
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    queue_events: Counter,
+    bytes: Counter,
+    failed: Counter,
+}
+
+impl Model for Rng {
+    const NAME: &'static str = "entropy";
+    const ABOUT: &'static str = "Random numbers from the host";
+    type Config = Config;
+    type Patch = NoPatch;
+
+    fn check(config: &Config) -> Result<(), DeviceError> {
+        refuse_unsupported("rate_limiter", config.rate_limiter.as_ref())
+    }
+
+    fn open(config: &Config) -> Result<Self, DeviceError> {
+        Self::check(config)?;
+        Ok(Self { counters: Arc::default() })
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_id(&self) -> u32 {
+        4
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[256]
+    }
+
+    fn activate(
+        &mut self,
+        queues: Vec<VirtQueue>,
+        _features: u64,
+        _saved: Option<&Value>,
+    ) -> Result<Box<dyn Worker>, DeviceError> {
+        let [requests] = split(queues)?;
+        Ok(Box::new(RngWorker { requests, counters: self.counters.clone() }))
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![
+            ("entropy_event_count", self.counters.queue_events.get()),
+            ("entropy_bytes", self.counters.bytes.get()),
+            ("entropy_event_fails", self.counters.failed.get()),
+        ]
+    }
+}
+
+#[derive(Debug)]
+struct RngWorker {
+    requests: VirtQueue,
+    counters: Arc<Counters>,
+}
+
+impl Worker for RngWorker {
+    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
+        vec![(self.requests.kick_fd(), EventSet::IN)]
+    }
+
+    fn ready(&mut self, _source: usize) -> Watch {
+        let Self { requests, counters } = self;
+        counters.queue_events.inc();
+        requests.serve(|chain| {
+            let written = fill(&chain);
+            counters.bytes.add(written.into());
+            if written == 0 {
+                counters.failed.inc();
+            }
+            Served::Used(written)
+        });
+        Watch::Keep
+    }
+
+    fn retire(self: Box<Self>) -> Retired {
+        Retired { queues: vec![self.requests], state: Value::Null }
+    }
+}
+
+/// Fills what `chain` has to write to, from its start; gives the bytes written.
+fn fill(chain: &Chain<'_>) -> u32 {
+    let mut room = chain.writable();
+    let mut pool = [0; 1024];
+    let mut written: u32 = 0;
+    while written < MAX_BYTES && !room.is_empty() {
+        let left = u64::from(MAX_BYTES.saturating_sub(written)).min(room.len());
+        let want = usize::try_from(left).unwrap_or(usize::MAX).min(pool.len());
+        let Some(wanted) = pool.get_mut(..want) else { break };
+        // Never blocks: the host's pool was initialised long before it could run a VM.
+        let got = match getrandom(&mut *wanted, GetRandomFlags::NONBLOCK) {
+            Err(Errno::INTR) => continue,
+            Err(e) => {
+                log::warn!("entropy: the host gives none: {e}");
+                break;
+            }
+            Ok(got) => got,
+        };
+        if room.write(wanted.get(..got).unwrap_or_default()).is_err() {
+            break;
+        }
+        written = written.saturating_add(u32::try_from(got).unwrap_or(0));
+    }
+    written
+}
