@@ -91,14 +91,16 @@ pub(crate) unsafe fn read(address: u64, protocol: u32) -> &'static BootInfo {
     // SAFETY: the caller's promise; nothing refers to the static before this one write.
     unsafe {
         let info = if protocol == 0 { read_start_info(address) } else { read_boot_params(address) };
-        (*&raw mut BOOT_INFO).insert(info)
+        let cell = &raw mut BOOT_INFO;
+        (*cell).insert(info)
     }
 }
 
 /// The boot information once it has been read: for what may run before that, such as a fault's report.
 pub(crate) fn current() -> Option<&'static BootInfo> {
+    let cell = &raw const BOOT_INFO;
     // SAFETY: written once, by `read`, on this only thread.
-    unsafe { (*&raw const BOOT_INFO).as_ref() }
+    unsafe { (*cell).as_ref() }
 }
 
 /// Xen's `arch-x86/hvm/start_info.h`.

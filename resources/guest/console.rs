@@ -1,5 +1,5 @@
-//! The serial console: text is formatted into a fixed buffer and leaves by one `rep outsb`, which costs the monitor one
-//! exit a line instead of one a character. Lines end in CR LF, as a terminal wants them.
+//! The serial console: text is formatted into a fixed buffer and leaves by one `rep outsb`. KVM still exits once a byte,
+//! but with no ring-0 instruction between two of them. Lines end in CR LF, as a terminal wants them.
 
 use core::fmt::{self, Write};
 
@@ -18,7 +18,7 @@ macro_rules! print {
     ($($arg:tt)*) => { $crate::console::text(format_args!($($arg)*)) };
 }
 
-/// Prints `args` and a line end. Beyond 1 KiB, what KVM moves in one exit, the text is cut.
+/// Prints `args` and a line end. Beyond 1 KiB the text is cut.
 pub fn line(args: fmt::Arguments) {
     let mut text = Text::<1024>::new();
     text.push(args);

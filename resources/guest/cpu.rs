@@ -31,11 +31,6 @@ pub fn vendor() -> Text<12> {
     text(&bytes)
 }
 
-/// Whether the page tables may have 1 GiB entries.
-pub fn has_gib_pages() -> bool {
-    cpuid(0x8000_0000, 0)[0] >= 0x8000_0001 && cpuid(0x8000_0001, 0)[3] >> 26 & 1 == 1
-}
-
 fn copy(to: &mut [u8], registers: &[u32]) {
     for (to, register) in to.chunks_mut(4).zip(registers) {
         to.copy_from_slice(&register.to_le_bytes());

@@ -150,6 +150,7 @@ pd:
     .endr
 
     .balign 8
+    .globl gdt
 gdt:
     .quad 0
     .quad 0x00af9b000000ffff            # 0x08 ring 0 code, 64-bit
@@ -158,7 +159,6 @@ gdt:
     .quad 0x00affb000000ffff            # 0x20 ring 3 code, 64-bit
 gdt_tss:
     .quad 0x0000890000000067, 0         # 0x28 TSS, base filled in above
-    .globl gdtr
 gdtr:
     .word gdtr - gdt - 1
     .quad gdt

@@ -5,7 +5,6 @@ use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use crate::boot::BootInfo;
-use crate::cpu;
 
 /// Where the allocator goes on and where it must stop.
 static NEXT: AtomicU64 = AtomicU64::new(0);
@@ -54,16 +53,23 @@ pub fn allocate(len: usize) -> &'static mut [u8] {
     }
 }
 
-/// Maps what lies above 4 GiB, up to 512 GiB, if the CPU has 1 GiB pages; says whether it did.
-pub fn map_above_4g() -> bool {
-    let has = cpu::has_gib_pages();
-    if has {
-        for gib in 4..512 {
-            // SAFETY: our own table; entries turn from absent to present, so no TLB entry goes stale.
-            unsafe { (&raw mut pdpt[gib]).write_volatile((gib as u64) << 30 | 0x87) };
+/// Identity maps the GiB around an address above 4 GiB, below 512 GiB, in 2 MiB pages; below 4 GiB all is mapped.
+pub fn map_gib(address: u64) {
+    let gib = (address >> 30) as usize;
+    assert!(gib < 512, "{address:#x} is out of the page tables' reach");
+    let entry = (&raw mut pdpt).cast::<u64>().wrapping_add(gib);
+    // SAFETY: our own table, inside it by the assertion; an entry only ever turns from absent to present, so no TLB
+    // entry goes stale.
+    unsafe {
+        if entry.read_volatile() & 1 == 0 {
+            let directory = allocate(4096);
+            for (i, page) in directory.chunks_exact_mut(8).enumerate() {
+                let flags_and_frame = (gib << 30 | i << 21) as u64 | 0x87;
+                page.copy_from_slice(&flags_and_frame.to_le_bytes());
+            }
+            entry.write_volatile(directory.as_ptr() as u64 | 7);
         }
     }
-    has
 }
 
 /// Reads a value that may be unaligned.

@@ -5,6 +5,7 @@
 #![no_std]
 
 pub mod acpi;
+pub mod block;
 pub mod boot;
 mod builtins;
 pub mod clock;
@@ -60,7 +61,7 @@ pub type Outcome = Result<(), Failure>;
 
 /// Why a guest failed, in words.
 #[derive(Debug)]
-pub struct Failure(Text<160>);
+pub struct Failure(Text<112>);
 
 impl Failure {
     pub fn new(args: fmt::Arguments) -> Self {
