@@ -1,0 +1,356 @@
+//! From an HTTP request to a question for the VMM, and from its reply to an HTTP response.
+use std::convert::Infallible;
+use std::fmt;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use http_body_util::BodyExt;
+use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
+use hyper::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, SERVER};
+use hyper::http::request::Parts;
+use hyper::{Response, StatusCode, Version as HttpVersion};
+use serde::Serialize;
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use super::message::{FIRECRACKER_VERSION, FaultMessage, StateLine, StateTag, Version};
+use super::openapi;
+use super::route::{Act, Content, Method, Route, RouteError, Routes};
+use super::stream::{Phase, Progress};
+use crate::error::Refusal;
+use crate::events::{Sink, What};
+use crate::request::{Handle, Request};
+
+/// What every connection needs.
+#[derive(Debug)]
+pub(super) struct Api {
+    pub(super) handle: Handle,
+    pub(super) routes: Routes,
+    /// Bytes.
+    pub(super) body_limit: usize,
+}
+
+/// A body this much too large is read to its end, so that the client gets to see the refusal rather
+/// than a broken pipe. Beyond it the connection is closed.
+const DRAIN_LIMIT: usize = 1 << 20;
+/// Events that a client may be behind before it is cut off.
+const EVENTS_BEHIND_MAX: usize = 64;
+
+/// Answers one request.
+pub(super) async fn serve(
+    api: Rc<Api>,
+    progress: Rc<Progress>,
+    request: hyper::Request<Incoming>,
+) -> Result<Response<ReplyBody>, Infallible> {
+    progress.flushed().await;
+    let started = Instant::now();
+    progress.enter(Phase::Body);
+    // From here on, however this ends, the connection is between requests again when the reply is
+    // out or given up.
+    let in_progress = InProgress(progress.clone());
+    let (parts, body) = request.into_parts();
+    let body = read_body(body, &parts, &api, &progress).await;
+    log::info!("The API server received a {}.", Described(&parts, body.as_deref().ok()));
+    progress.enter(Phase::Serving);
+    let outcome = match body {
+        Ok(body) => answer(&api, &progress, &parts, &body).await,
+        Err(fault) => Err(fault),
+    };
+    match &outcome {
+        Ok(answer) => {
+            log::info!("The request was executed successfully. Status code: {}.", answer.status())
+        }
+        Err(fault) => {
+            log::info!("Received Error. Status code: {}. Message: {fault}", StatusCode::BAD_REQUEST)
+        }
+    }
+    let is_last = outcome.as_ref().is_err_and(Fault::ends_connection)
+        || progress.is_closing()
+        || !client_keeps_alive(&parts);
+    let response = respond(outcome, is_last, in_progress);
+    log::info!("Total previous API call duration: {} us.", started.elapsed().as_micros());
+    Ok(response)
+}
+
+/// Why a request was refused here or by the VMM.
+#[derive(Debug, thiserror::Error)]
+enum Fault {
+    #[error(transparent)]
+    Route(#[from] RouteError),
+    #[error("GET request cannot have a body.")]
+    NeedlessBody,
+    #[error("Empty {} request.", .0.name())]
+    NoBody(Method),
+    #[error(
+        "Request payload with size {size} is larger than the limit of {limit} allowed by server."
+    )]
+    TooLarge { size: u64, limit: usize, is_drained: bool },
+    #[error("The request's body did not arrive within {0:?}.")]
+    TooSlow(std::time::Duration),
+    #[error("The request's body is broken: {0}.")]
+    Broken(hyper::Error),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+}
+
+impl Fault {
+    /// Whether there may be bytes left that are no request.
+    fn ends_connection(&self) -> bool {
+        matches!(
+            self,
+            Self::TooSlow(_) | Self::Broken(_) | Self::TooLarge { is_drained: false, .. }
+        )
+    }
+}
+
+/// What goes back when all went well.
+enum Answer {
+    Nothing,
+    Json(Bytes),
+    Lines { first: Bytes, rest: mpsc::Receiver<Bytes> },
+}
+
+impl Answer {
+    fn json(value: &impl Serialize) -> Self {
+        Self::Json(Bytes::from(to_json(value)))
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Nothing => StatusCode::NO_CONTENT,
+            _ => StatusCode::OK,
+        }
+    }
+}
+
+async fn read_body(
+    mut body: Incoming,
+    parts: &Parts,
+    api: &Api,
+    progress: &Progress,
+) -> Result<Vec<u8>, Fault> {
+    let limit = api.body_limit;
+    let announced = parts.headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse().ok());
+    let drain_limit = limit.saturating_add(DRAIN_LIMIT) as u64;
+    if let Some(size) = announced.filter(|size| *size > drain_limit) {
+        return Err(Fault::TooLarge { size, limit, is_drained: false });
+    }
+    let read = async {
+        let mut bytes = Vec::new();
+        let mut size = 0_u64;
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(Fault::Broken)?.into_data() else { continue };
+            size = size.saturating_add(data.len() as u64);
+            if size > drain_limit {
+                return Err(Fault::TooLarge { size, limit, is_drained: false });
+            }
+            if size <= limit as u64 {
+                bytes.extend_from_slice(&data);
+            }
+        }
+        if size > limit as u64 {
+            return Err(Fault::TooLarge { size, limit, is_drained: true });
+        }
+        Ok(bytes)
+    };
+    let patience = progress.deadlines().body;
+    tokio::time::timeout(patience, read).await.unwrap_or(Err(Fault::TooSlow(patience)))
+}
+
+async fn answer(
+    api: &Api,
+    progress: &Progress,
+    parts: &Parts,
+    body: &[u8],
+) -> Result<Answer, Fault> {
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let (route, id) = api.routes.find(parts.method.as_str(), path)?;
+    match (&route.body, body.is_empty()) {
+        (None, false) => return Err(Fault::NeedlessBody),
+        (Some(_), true) => return Err(Fault::NoBody(route.method)),
+        _ => (),
+    }
+    match route.act {
+        Act::Ask(make) => Ok(of_route(route, ask(api, make(body)?).await?)),
+        Act::Section(name) => {
+            Ok(of_route(route, ask(api, about_section(route.method, name, id, body)).await?))
+        }
+        Act::Wait => {
+            progress.enter(Phase::Waiting);
+            Ok(of_route(route, ask(api, Request::Wait).await?))
+        }
+        Act::Events => follow(api, progress).await,
+        Act::Version => Ok(Answer::json(&Version { firecracker_version: FIRECRACKER_VERSION })),
+        Act::Document => Ok(Answer::json(&openapi::document(&api.routes))),
+    }
+}
+
+fn about_section(method: Method, name: &str, id: Option<String>, body: &[u8]) -> Request {
+    let section = name.to_owned();
+    match method {
+        Method::Get => Request::Get { section },
+        Method::Put => Request::Put { section, id, body: body.to_vec() },
+        Method::Patch => Request::Patch { section, id, body: body.to_vec() },
+    }
+}
+
+/// A route that promises JSON gives JSON, `null` included.
+fn of_route(route: &Route, value: Value) -> Answer {
+    match (&route.reply, &value) {
+        (Content::Nothing, Value::Null) => Answer::Nothing,
+        _ => Answer::json(&value),
+    }
+}
+
+async fn ask(api: &Api, request: Request) -> Result<Value, Refusal> {
+    let (sender, receiver) = oneshot::channel();
+    api.handle.send(request, move |reply| {
+        // Without a receiver the client has gone.
+        let _ = sender.send(reply);
+    });
+    receiver.await.unwrap_or(Err(Refusal::Gone))
+}
+
+/// Subscribes, and makes lines of what comes. A client that falls behind is cut off rather than
+/// waited for or remembered without bound.
+async fn follow(api: &Api, progress: &Progress) -> Result<Answer, Fault> {
+    let (sender, rest) = mpsc::channel(EVENTS_BEHIND_MAX);
+    let sink = Sink::new(move |event| {
+        let is_taken = sender.try_send(line(event)).is_ok();
+        is_taken && !matches!(event.what, What::Ended(_))
+    });
+    let instance = ask(api, Request::Subscribe(sink)).await?;
+    progress.enter(Phase::Waiting);
+    Ok(Answer::Lines { first: line(&StateLine { event: StateTag::State, instance }), rest })
+}
+
+fn respond(
+    outcome: Result<Answer, Fault>,
+    is_last: bool,
+    in_progress: InProgress,
+) -> Response<ReplyBody> {
+    let (status, frames, mime) = match outcome {
+        Ok(Answer::Nothing) => (StatusCode::NO_CONTENT, Frames::Done, None),
+        Ok(Answer::Json(bytes)) => (StatusCode::OK, Frames::One(bytes), Some("application/json")),
+        Ok(Answer::Lines { first, rest }) => {
+            (StatusCode::OK, Frames::Lines { first, rest }, Some("application/x-ndjson"))
+        }
+        Err(fault) => {
+            let fault_message = fault.to_string();
+            let bytes = Bytes::from(to_json(&FaultMessage { fault_message }));
+            (StatusCode::BAD_REQUEST, Frames::One(bytes), Some("application/json"))
+        }
+    };
+    let mut response = Response::new(ReplyBody { frames, _in_progress: in_progress });
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(SERVER, HeaderValue::from_static("Firecracker API"));
+    let connection = if is_last { "close" } else { "keep-alive" };
+    headers.insert(CONNECTION, HeaderValue::from_static(connection));
+    if let Some(mime) = mime {
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(mime));
+    }
+    response
+}
+
+/// As HTTP/1.1 and 1.0 have it (RFC 9112, 9.3).
+fn client_keeps_alive(parts: &Parts) -> bool {
+    let says = |word: &str| {
+        let values = parts.headers.get_all(CONNECTION).into_iter();
+        values
+            .filter_map(|value| value.to_str().ok())
+            .flat_map(|value| value.split(','))
+            .any(|token| token.trim().eq_ignore_ascii_case(word))
+    };
+    !says("close") && (parts.version == HttpVersion::HTTP_11 || says("keep-alive"))
+}
+
+fn to_json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("values made here have string keys and cannot fail")
+}
+
+fn line(value: &impl Serialize) -> Bytes {
+    let mut json = to_json(value);
+    json.push(b'\n');
+    Bytes::from(json)
+}
+
+/// Sees the connection through to the end of the reply: dropped with its last byte.
+struct InProgress(Rc<Progress>);
+
+impl Drop for InProgress {
+    fn drop(&mut self) {
+        self.0.enter(Phase::Sent);
+    }
+}
+
+/// What is still to be sent of a reply.
+pub(super) struct ReplyBody {
+    frames: Frames,
+    _in_progress: InProgress,
+}
+
+enum Frames {
+    Done,
+    One(Bytes),
+    Lines {
+        /// Empty once sent.
+        first: Bytes,
+        rest: mpsc::Receiver<Bytes>,
+    },
+}
+
+impl Body for ReplyBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        let data = match &mut self.frames {
+            Frames::Done => Poll::Ready(None),
+            Frames::One(bytes) => {
+                let bytes = std::mem::take(bytes);
+                self.frames = Frames::Done;
+                Poll::Ready(Some(bytes))
+            }
+            Frames::Lines { first, rest } if first.is_empty() => rest.poll_recv(cx),
+            Frames::Lines { first, .. } => Poll::Ready(Some(std::mem::take(first))),
+        };
+        data.map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self.frames, Frames::Done)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.frames {
+            Frames::Done => SizeHint::with_exact(0),
+            Frames::One(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Frames::Lines { .. } => SizeHint::default(),
+        }
+    }
+}
+
+/// A request in the words of Firecracker's log.
+struct Described<'a>(&'a Parts, Option<&'a [u8]>);
+
+impl fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(parts, body) = self;
+        let method = parts.method.as_str();
+        let (initial, rest) = method.split_at_checked(1).unwrap_or((method, ""));
+        write!(f, "{initial}{} request on {:?}", rest.to_ascii_lowercase(), parts.uri.path())?;
+        match body {
+            None | Some([]) => Ok(()),
+            Some(body) => {
+                let text = std::str::from_utf8(body).unwrap_or("inconvertible to UTF-8");
+                write!(f, " with body {text:?}")
+            }
+        }
+    }
+}

@@ -1,0 +1,29 @@
+//! The REST API on a Unix socket: Firecracker's paths, fields and status codes, and more.
+//!
+//! ```text
+//!  socket.rs    the socket file: who may have it, and when it goes
+//!  server.rs    the thread: accept, evict, shut down
+//!  stream.rs    one connection: what it is doing and until when it may
+//!  http.rs      bytes to a question, the reply to bytes
+//!  route.rs     THE TABLE: method and path to Request
+//!  openapi.rs   the table as an OpenAPI document
+//!  message.rs   the JSON of the fixed routes
+//!  client.rs    the other end, for `husk ctl`
+//! ```
+//!
+//! Nothing here knows the VM: a request goes to the VMM thread through a [`crate::request::Handle`]
+//! and comes back as JSON or as a refusal. The thread, and the tokio runtime on it, exist only while
+//! there is a socket.
+
+pub(crate) mod client;
+mod http;
+pub(crate) mod message;
+mod openapi;
+pub(crate) mod route;
+mod server;
+mod socket;
+mod stream;
+
+pub(crate) use route::Section;
+pub(crate) use server::{Options, Server};
+pub(crate) use socket::{BindError, Listener, StalePolicy, bind};

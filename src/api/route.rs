@@ -1,0 +1,454 @@
+//! The table of everything the API offers. Dispatch and the OpenAPI document both read it, so that
+//! neither can know an endpoint that the other does not.
+//!
+//! To add an endpoint: a row in [`ROUTES`], or a [`Section`] where the configuration has a new one.
+use std::borrow::Cow;
+
+use schemars::{Schema, SchemaGenerator, json_schema};
+use serde::de::DeserializeOwned;
+
+use super::message::{Action, ActionType, InstanceInfo, StateLine, Version, Vm, VmState};
+use crate::error::Refusal;
+use crate::events::Event;
+use crate::exit::Ending;
+use crate::request::Request;
+
+/// Gives a type's JSON schema: `|generator| generator.subschema_for::<T>()`.
+pub(crate) type SchemaFn = fn(&mut SchemaGenerator) -> Schema;
+
+/// A section of the configuration, as the API offers it. A method without a schema is not offered.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Section {
+    /// Its key in the configuration and its path: "boot-source", "drives".
+    pub(crate) name: &'static str,
+    /// What follows the name in the path.
+    pub(crate) id: Id,
+    /// One line for people: what it is.
+    pub(crate) about: &'static str,
+    /// What `GET` shows.
+    pub(crate) get: Option<SchemaFn>,
+    /// What `PUT` takes: the section, or one entry where there are several.
+    pub(crate) put: Option<SchemaFn>,
+    /// What `PATCH` takes.
+    pub(crate) patch: Option<SchemaFn>,
+}
+
+/// What follows a section's name in the path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Id {
+    /// Nothing: there is one.
+    None,
+    /// The id of one of several.
+    Needed,
+    /// Nothing, or anything: Firecracker's clients send `/vsock/vsock0`.
+    Ignored,
+}
+
+/// The methods that routes know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Method {
+    /// Show.
+    Get,
+    /// Set, or do.
+    Put,
+    /// Change.
+    Patch,
+}
+
+impl Method {
+    /// As HTTP spells it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Put => "PUT",
+            Self::Patch => "PATCH",
+        }
+    }
+}
+
+/// One line of the table.
+#[derive(Debug)]
+pub(crate) struct Route {
+    pub(crate) method: Method,
+    /// `{id}` stands for one segment.
+    pub(crate) path: Cow<'static, str>,
+    pub(crate) summary: Cow<'static, str>,
+    /// What the request's body is.
+    pub(crate) body: Option<Shape>,
+    pub(crate) reply: Content,
+    pub(crate) act: Act,
+    /// Whether more path may follow, and is ignored.
+    pub(crate) ignores_rest: bool,
+}
+
+/// What a piece of JSON looks like.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Shape {
+    Type(SchemaFn),
+    /// Every section under its name.
+    Configuration,
+}
+
+/// What a reply holds when all went well.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Content {
+    Nothing,
+    Json(Shape),
+    /// JSON, one value a line, as things happen.
+    Lines(Shape),
+}
+
+/// What a route does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Act {
+    /// Asks the VMM what the function makes of the body.
+    Ask(fn(&[u8]) -> Result<Request, Refusal>),
+    /// Asks the VMM about a section.
+    Section(&'static str),
+    /// Asks the VMM to say when the VM has ended: may take for ever.
+    Wait,
+    /// Follows the VM.
+    Events,
+    /// Says which API this is.
+    Version,
+    /// Shows the OpenAPI document.
+    Document,
+}
+
+const ROUTES: &[Route] = &[
+    get(
+        "/",
+        "Who this is, and what the microVM is doing",
+        Content::Json(shape::<InstanceInfo>()),
+        Act::Ask(|_| Ok(Request::Describe)),
+    ),
+    get("/version", "The version of the API", Content::Json(shape::<Version>()), Act::Version),
+    get(
+        "/vm/config",
+        "The whole configuration",
+        Content::Json(Shape::Configuration),
+        Act::Ask(|_| Ok(Request::Config)),
+    ),
+    change(
+        Method::Put,
+        "/actions",
+        "Start the microVM, or press one of its buttons",
+        shape::<Action>(),
+        act,
+    ),
+    change(
+        Method::Put,
+        "/vm",
+        "Set the whole configuration, and start",
+        Shape::Configuration,
+        |body| Ok(Request::Launch { body: body.to_vec() }),
+    ),
+    change(Method::Patch, "/vm", "Pause the microVM, or let it go on", shape::<Vm>(), set_state),
+    get(
+        "/events",
+        "What happens to the microVM until its end, one JSON object a line",
+        Content::Lines(Shape::Type(event_line)),
+        Act::Events,
+    ),
+    get(
+        "/wait",
+        "Why the microVM ended; answered when it has",
+        Content::Json(shape::<Ending>()),
+        Act::Wait,
+    ),
+    get("/openapi.json", "This document", Content::Json(Shape::Type(anything)), Act::Document),
+];
+
+/// All routes, the sections' included.
+#[derive(Debug)]
+pub(crate) struct Routes {
+    routes: Vec<Route>,
+    sections: Vec<Section>,
+}
+
+impl Routes {
+    pub(crate) fn new(sections: Vec<Section>) -> Self {
+        Self { routes: sections.iter().flat_map(section_routes).collect(), sections }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Route> {
+        ROUTES.iter().chain(&self.routes)
+    }
+
+    pub(crate) fn sections(&self) -> &[Section] {
+        &self.sections
+    }
+
+    /// The route that `method` and `path` mean, and the id in the path. A query is part of the
+    /// path, and of no route.
+    pub(crate) fn find(
+        &self,
+        method: &str,
+        path: &str,
+    ) -> Result<(&Route, Option<String>), RouteError> {
+        let segments = split(path);
+        let with_method = || self.iter().filter(|route| route.method.name() == method);
+        let found = with_method().find_map(|route| Some((route, route.captures(&segments)?)));
+        match found {
+            Some((route, None)) => Ok((route, None)),
+            Some((route, Some(raw))) => Ok((route, Some(checked_id(raw)?))),
+            None if with_method().any(|route| route.lacks_only_id(&segments)) => {
+                Err(RouteError::EmptyId)
+            }
+            None => Err(RouteError::unknown(method, path)),
+        }
+    }
+}
+
+/// Why a request does not get as far as the VMM. The texts are Firecracker's where it has one.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum RouteError {
+    #[error("Invalid request method and/or path: {method} {path}.")]
+    Unknown { method: String, path: String },
+    #[error("The ID cannot be empty.")]
+    EmptyId,
+    #[error(
+        "API Resource IDs can only contain alphanumeric characters, underscores and hyphens, \
+         {ID_LEN_MAX} at most."
+    )]
+    InvalidId,
+}
+
+impl RouteError {
+    /// Of a path that may be anything, shown as far as is sensible.
+    fn unknown(method: &str, path: &str) -> Self {
+        let path = path.trim_start_matches('/').chars().take(SHOWN_PATH_LEN).collect();
+        Self::Unknown { method: method.chars().take(SHOWN_PATH_LEN).collect(), path }
+    }
+}
+
+const SHOWN_PATH_LEN: usize = 128;
+const ID_LEN_MAX: usize = 64;
+const ID_PLACE: &str = "{id}";
+
+impl Route {
+    /// `None` if the route is not meant; otherwise the segment in the id's place, if it has one.
+    fn captures<'a>(&self, segments: &[&'a str]) -> Option<Option<&'a str>> {
+        let mut segments = segments.iter();
+        let mut id = None;
+        for part in split(&self.path) {
+            let segment = segments.next()?;
+            if part == ID_PLACE {
+                id = Some(*segment);
+            } else if part != *segment {
+                return None;
+            }
+        }
+        (self.ignores_rest || segments.next().is_none()).then_some(id)
+    }
+
+    fn lacks_only_id(&self, segments: &[&str]) -> bool {
+        split(&self.path)
+            .split_last()
+            .is_some_and(|(&last, rest)| last == ID_PLACE && rest == segments)
+    }
+}
+
+/// Slashes in front and one at the end mean nothing, as in Firecracker.
+fn split(path: &str) -> Vec<&str> {
+    path.trim_start_matches('/').split_terminator('/').collect()
+}
+
+fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
+    let Section { name, id, about, .. } = *section;
+    let plain = format!("/{name}");
+    let one = if id == Id::Needed { format!("/{name}/{ID_PLACE}") } else { plain.clone() };
+    let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
+        method,
+        path: Cow::Owned(path.to_owned()),
+        summary: Cow::Owned(format!("{verb}: {about}")),
+        body: body.map(Shape::Type),
+        reply,
+        act: Act::Section(name),
+        ignores_rest: id == Id::Ignored,
+    };
+    let get = section
+        .get
+        .map(|f| route(Method::Get, &plain, "Show", None, Content::Json(Shape::Type(f))));
+    let put = section.put.map(|f| route(Method::Put, &one, "Set", Some(f), Content::Nothing));
+    let patch =
+        section.patch.map(|f| route(Method::Patch, &one, "Change", Some(f), Content::Nothing));
+    [get, put, patch].into_iter().flatten()
+}
+
+const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act) -> Route {
+    Route {
+        method: Method::Get,
+        path: Cow::Borrowed(path),
+        summary: Cow::Borrowed(summary),
+        body: None,
+        reply,
+        act,
+        ignores_rest: false,
+    }
+}
+
+const fn change(
+    method: Method,
+    path: &'static str,
+    summary: &'static str,
+    body: Shape,
+    ask: fn(&[u8]) -> Result<Request, Refusal>,
+) -> Route {
+    Route {
+        method,
+        path: Cow::Borrowed(path),
+        summary: Cow::Borrowed(summary),
+        body: Some(body),
+        reply: Content::Nothing,
+        act: Act::Ask(ask),
+        ignores_rest: false,
+    }
+}
+
+const fn shape<T: schemars::JsonSchema>() -> Shape {
+    Shape::Type(|generator| generator.subschema_for::<T>())
+}
+
+fn event_line(generator: &mut SchemaGenerator) -> Schema {
+    let state = generator.subschema_for::<StateLine>();
+    let event = generator.subschema_for::<Event>();
+    json_schema!({ "oneOf": [state, event] })
+}
+
+fn anything(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "type": "object" })
+}
+
+fn act(body: &[u8]) -> Result<Request, Refusal> {
+    Ok(match parse::<Action>(body)?.action_type {
+        ActionType::InstanceStart => Request::Start,
+        ActionType::SendCtrlAltDel => Request::CtrlAltDel,
+        ActionType::FlushMetrics => Request::FlushMetrics,
+        ActionType::Shutdown => Request::Shutdown,
+        ActionType::Kill => Request::Kill,
+    })
+}
+
+fn set_state(body: &[u8]) -> Result<Request, Refusal> {
+    Ok(match parse::<Vm>(body)?.state {
+        VmState::Paused => Request::Pause,
+        VmState::Resumed => Request::Resume,
+    })
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(Refusal::Body)
+}
+
+fn checked_id(raw: &str) -> Result<String, RouteError> {
+    let id = percent_decoded(raw).ok_or(RouteError::InvalidId)?;
+    let is_fit = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
+    match id.len() {
+        0 => Err(RouteError::EmptyId),
+        1..=ID_LEN_MAX if id.bytes().all(is_fit) => Ok(id),
+        _ => Err(RouteError::InvalidId),
+    }
+}
+
+/// `None` if a percent sign is not followed by two hexadecimal digits or the text is not ASCII,
+/// which no id is.
+fn percent_decoded(raw: &str) -> Option<String> {
+    let mut bytes = raw.bytes();
+    let mut text = String::with_capacity(raw.len());
+    while let Some(byte) = bytes.next() {
+        let byte = if byte == b'%' {
+            let mut digit = || char::from(bytes.next()?).to_digit(16);
+            u8::try_from(digit()? * 16 + digit()?).ok()?
+        } else {
+            byte
+        };
+        text.push(byte.is_ascii().then_some(char::from(byte))?);
+    }
+    Some(text)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// Sections of each kind.
+    pub(crate) fn sections() -> Vec<Section> {
+        let schema: SchemaFn = |generator| generator.subschema_for::<InstanceInfo>();
+        let section = |name, id| Section {
+            name,
+            id,
+            about: "something",
+            get: (id == Id::None).then_some(schema),
+            put: Some(schema),
+            patch: (id != Id::Ignored).then_some(schema),
+        };
+        vec![
+            section("machine-config", Id::None),
+            section("drives", Id::Needed),
+            section("vsock", Id::Ignored),
+        ]
+    }
+
+    fn found(method: &str, path: &str) -> Result<(String, Option<String>), RouteError> {
+        let routes = Routes::new(sections());
+        routes.find(method, path).map(|(route, id)| (route.path.to_string(), id))
+    }
+
+    fn text(method: &str, path: &str) -> String {
+        found(method, path).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn finds_fixed_routes_and_sections() {
+        assert_eq!(found("GET", "/"), Ok(("/".into(), None)));
+        assert_eq!(found("GET", "//vm/config/"), Ok(("/vm/config".into(), None)));
+        assert_eq!(found("PATCH", "/vm"), Ok(("/vm".into(), None)));
+        assert_eq!(found("GET", "/machine-config"), Ok(("/machine-config".into(), None)));
+        assert_eq!(
+            found("PUT", "/drives/r-0_t"),
+            Ok(("/drives/{id}".into(), Some("r-0_t".into())))
+        );
+        assert_eq!(
+            found("PUT", "/drives/%72oot"),
+            Ok(("/drives/{id}".into(), Some("root".into())))
+        );
+        assert_eq!(found("PUT", "/vsock/vsock0"), Ok(("/vsock".into(), None)));
+        assert_eq!(found("PUT", "/vsock"), Ok(("/vsock".into(), None)));
+    }
+
+    #[test]
+    fn refuses_what_is_in_no_table() {
+        assert_eq!(text("GET", "/nope"), "Invalid request method and/or path: GET nope.");
+        assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
+        assert_eq!(text("POST", "/"), "Invalid request method and/or path: POST .");
+        assert_eq!(text("PUT", "/actions/x"), "Invalid request method and/or path: PUT actions/x.");
+        assert_eq!(text("GET", "/version?x"), "Invalid request method and/or path: GET version?x.");
+        assert!(text("GET", &format!("/{}", "x".repeat(5000))).len() < 200);
+    }
+
+    #[test]
+    fn refuses_bad_ids() {
+        assert_eq!(text("PUT", "/drives"), "The ID cannot be empty.");
+        assert_eq!(text("PUT", "/drives/"), "The ID cannot be empty.");
+        for id in ["..", "%2e%2e", "a%2fb", "%00", "%", "%4", "%zz", "caf%c3%a9", "a b"] {
+            assert_eq!(found("PUT", &format!("/drives/{id}")), Err(RouteError::InvalidId), "{id}");
+        }
+        assert!(found("PUT", &format!("/drives/{}", "x".repeat(64))).is_ok());
+        assert_eq!(
+            found("PUT", &format!("/drives/{}", "x".repeat(65))),
+            Err(RouteError::InvalidId)
+        );
+    }
+
+    #[test]
+    fn reads_actions_in_serde_words() {
+        assert!(matches!(act(br#"{"action_type":"Kill"}"#), Ok(Request::Kill)));
+        let text = act(br#"{"action_type":"Nope"}"#).unwrap_err().to_string();
+        assert!(text.contains("unknown variant `Nope`, expected one of `InstanceStart`"), "{text}");
+        assert!(text.ends_with("at line 1 column 21."), "{text}");
+        let text = act(br#"{"action_type":"Kill","x":1}"#).unwrap_err().to_string();
+        assert!(text.contains("unknown field `x`"), "{text}");
+        assert!(matches!(set_state(br#"{"state":"Paused"}"#), Ok(Request::Pause)));
+    }
+}

@@ -1,0 +1,291 @@
+//! The API thread: accepts connections, makes room for new ones, and goes when the VM has.
+use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
+use std::io;
+use std::os::unix::net::UnixListener as StdListener;
+use std::pin::pin;
+use std::rc::Rc;
+use std::task::Poll;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::runtime::{Builder, Runtime};
+use tokio::sync::{Notify, oneshot};
+use tokio::task::{AbortHandle, LocalSet, spawn_local};
+
+use super::http::{self, Api};
+use super::route::{Routes, Section};
+use super::socket::{Listener, SocketFile};
+use super::stream::{Deadlines, Phase, Progress, Stream};
+use crate::request::Handle;
+
+/// How a server behaves.
+#[derive(Clone, Debug)]
+pub(crate) struct Options {
+    /// `husk_api`; `fc_api` under the name `firecracker`.
+    pub(crate) thread_name: String,
+    /// The sections of the configuration.
+    pub(crate) sections: Vec<Section>,
+    /// Largest body, in bytes.
+    pub(crate) body_limit: usize,
+    /// How long clients may take.
+    pub(crate) deadlines: Deadlines,
+    /// Connections at a time; one more and the oldest idle one goes.
+    pub(crate) connections_max: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            thread_name: "husk_api".to_owned(),
+            sections: Vec::new(),
+            // Firecracker's.
+            body_limit: 51200,
+            deadlines: Deadlines {
+                head: Duration::from_secs(5),
+                body: Duration::from_secs(10),
+                write: Duration::from_secs(10),
+            },
+            connections_max: 64,
+        }
+    }
+}
+
+/// tokio, hyper and the JSON of a request need a fraction of this; pages not touched cost nothing.
+const STACK_SIZE: usize = 256 << 10;
+/// Largest head, and the size to which hyper's buffers grow.
+const HEAD_LIMIT: usize = 16 << 10;
+/// Readiness reports fetched at a time: tokio's default of 1024 takes 12 KiB.
+const IO_EVENTS: usize = 64;
+/// Before accepting again when the process is out of descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A running API thread. Dropping it cuts every connection; see [`Server::shutdown`].
+#[derive(Debug)]
+pub(crate) struct Server {
+    running: Option<(oneshot::Sender<Duration>, JoinHandle<()>)>,
+}
+
+impl Server {
+    /// Starts the thread. It inherits the signal mask of this one.
+    pub(crate) fn spawn(listener: Listener, handle: Handle, options: Options) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread()
+            .enable_io()
+            .enable_time()
+            .max_io_events_per_tick(IO_EVENTS)
+            .build()?;
+        let (stop, stopped) = oneshot::channel();
+        let thread = std::thread::Builder::new()
+            .name(options.thread_name.clone())
+            .stack_size(STACK_SIZE)
+            .spawn(move || run(&runtime, listener, handle, options, stopped))?;
+        Ok(Self { running: Some((stop, thread)) })
+    }
+
+    /// Removes the socket file and ends the thread. Clients that are owed a reply or the last lines
+    /// of events get them, but not after `grace`. For those to be answered at all, the VMM's end of
+    /// the requests, and its event sinks, must have answered or be dropped.
+    pub(crate) fn shutdown(mut self, grace: Duration) {
+        self.stop(grace);
+    }
+
+    fn stop(&mut self, grace: Duration) {
+        let Some((stop, thread)) = self.running.take() else { return };
+        // Without a receiver the thread has ended already.
+        let _ = stop.send(grace);
+        if thread.join().is_err() {
+            log::error!("the API thread has panicked");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop(Duration::ZERO);
+    }
+}
+
+fn run(
+    runtime: &Runtime,
+    listener: Listener,
+    handle: Handle,
+    options: Options,
+    stopped: oneshot::Receiver<Duration>,
+) {
+    let Options { sections, body_limit, deadlines, connections_max, .. } = options;
+    let api = Rc::new(Api { handle, routes: Routes::new(sections), body_limit });
+    let connections = Rc::new(Connections::new(connections_max));
+    let Listener { file, socket } = listener;
+    let accept = accept(socket, api, deadlines, connections.clone());
+    LocalSet::new().block_on(runtime, async {
+        let accepting = spawn_local(accept);
+        log::info!("API server started.");
+        let grace = stopped.await.unwrap_or_default();
+        finish(file, &accepting.abort_handle(), &connections, grace).await;
+    });
+}
+
+async fn finish(
+    file: SocketFile,
+    accepting: &AbortHandle,
+    connections: &Connections,
+    grace: Duration,
+) {
+    // While the socket still listens: see `Listener`.
+    drop(file);
+    accepting.abort();
+    connections.close();
+    if tokio::time::timeout(grace, connections.gone()).await.is_err() {
+        log::info!("API clients did not take their replies within {grace:?}");
+    }
+}
+
+async fn accept(
+    socket: StdListener,
+    api: Rc<Api>,
+    deadlines: Deadlines,
+    connections: Rc<Connections>,
+) {
+    let socket = match UnixListener::from_std(socket) {
+        Ok(socket) => socket,
+        Err(e) => return log::error!("cannot listen to the API socket: {e}"),
+    };
+    loop {
+        match socket.accept().await {
+            Ok((stream, _)) => connections.start(stream, &api, deadlines),
+            Err(e) => {
+                log::warn!("cannot accept an API connection: {e}");
+                connections.evict();
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+}
+
+/// The connections there are.
+#[derive(Debug)]
+struct Connections {
+    entries: RefCell<Vec<Entry>>,
+    max: usize,
+    next_id: Cell<u64>,
+    changed: Notify,
+}
+
+#[derive(Debug)]
+struct Entry {
+    id: u64,
+    progress: Rc<Progress>,
+    task: AbortHandle,
+}
+
+impl Connections {
+    fn new(max: usize) -> Self {
+        let entries = RefCell::default();
+        Self { entries, max: max.max(1), next_id: Cell::new(0), changed: Notify::new() }
+    }
+
+    fn start(self: &Rc<Self>, stream: UnixStream, api: &Rc<Api>, deadlines: Deadlines) {
+        if self.entries.borrow().len() >= self.max {
+            self.evict();
+        }
+        let id = self.next_id.replace(self.next_id.get().wrapping_add(1));
+        let progress = Rc::new(Progress::new(deadlines));
+        let leave = Leave { connections: self.clone(), id };
+        let connection = converse(stream, api.clone(), progress.clone(), leave);
+        let task = spawn_local(connection).abort_handle();
+        self.entries.borrow_mut().push(Entry { id, progress, task });
+    }
+
+    /// Drops the connection that is worth least: one that no reply is owed to, the one that has
+    /// been so for longest; failing that, one that waits for the VM's end or events; failing that,
+    /// any.
+    fn evict(&self) {
+        let mut entries = self.entries.borrow_mut();
+        let worth = |entry: &Entry| match entry.progress.phase() {
+            Phase::Serving => 2,
+            Phase::Waiting => 1,
+            _ => 0,
+        };
+        let least = entries
+            .iter()
+            .enumerate()
+            .min_by_key(|(_, entry)| (worth(entry), entry.progress.since()))
+            .map(|(index, _)| index);
+        if let Some(index) = least {
+            let entry = entries.swap_remove(index);
+            log::info!("API connection closed to make room: it was {:?}", entry.progress.phase());
+            entry.task.abort();
+        }
+    }
+
+    /// Ends connections, those that are owed a reply after it.
+    fn close(&self) {
+        for entry in self.entries.borrow().iter() {
+            if entry.progress.is_busy() {
+                entry.progress.close();
+            } else {
+                entry.task.abort();
+            }
+        }
+    }
+
+    async fn gone(&self) {
+        while !self.entries.borrow().is_empty() {
+            self.changed.notified().await;
+        }
+    }
+}
+
+/// Takes a connection off the list when its task ends, however it does.
+struct Leave {
+    connections: Rc<Connections>,
+    id: u64,
+}
+
+impl Drop for Leave {
+    fn drop(&mut self) {
+        self.connections.entries.borrow_mut().retain(|entry| entry.id != self.id);
+        self.connections.changed.notify_one();
+    }
+}
+
+/// Serves one connection until its end or its deadline.
+async fn converse(stream: UnixStream, api: Rc<Api>, progress: Rc<Progress>, _leave: Leave) {
+    let io = TokioIo::new(Stream::new(stream, progress.clone()));
+    let service = service_fn(|request| http::serve(api.clone(), progress.clone(), request));
+    let mut connection = pin!(
+        http1::Builder::new()
+            .auto_date_header(false)
+            .title_case_headers(true)
+            .max_buf_size(HEAD_LIMIT)
+            .serve_connection(io, service)
+    );
+    let mut alarm = pin!(tokio::time::sleep(progress.deadlines().head));
+    let mut is_closing = false;
+    poll_fn(|cx| {
+        if progress.poll_closing(cx) && !is_closing {
+            is_closing = true;
+            connection.as_mut().graceful_shutdown();
+        }
+        if let Poll::Ready(end) = connection.as_mut().poll(cx) {
+            if let Err(e) = end {
+                log::debug!("API connection: {e}");
+            }
+            return Poll::Ready(());
+        }
+        let Some(deadline) = progress.deadline() else { return Poll::Pending };
+        if alarm.deadline() != deadline {
+            alarm.as_mut().reset(deadline);
+        }
+        let is_over = alarm.as_mut().poll(cx);
+        if is_over.is_ready() {
+            log::info!("API connection dropped: the client took too long ({:?})", progress.phase());
+        }
+        is_over
+    })
+    .await;
+}
