@@ -1,5 +1,6 @@
-// Compiles a bare-metal guest with nothing but rustc and the system's linker driver. Included by `build.rs`, by the
-// test harness and by `make.rs`, so it is written against std alone and has no inner attributes.
+//! Compiles a bare-metal guest with nothing but rustc and the system's linker driver.
+//!
+//! `build.rs`, the tests and `make.rs` have it as a module, by `#[path]`; so it is written against std alone.
 
 use std::collections::hash_map::DefaultHasher;
 use std::ffi::OsStr;

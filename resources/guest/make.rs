@@ -1,6 +1,10 @@
 //! Compiles a guest by hand: `make SOURCE OUT [LOAD_ADDR]`. See README.md for the one command.
 
-include!("compile.rs");
+use std::env;
+use std::path::Path;
+
+#[path = "compile.rs"]
+mod compile;
 
 fn main() {
     let arguments: Vec<String> = env::args().collect();
@@ -13,7 +17,9 @@ fn main() {
     };
     let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
     let load_addr = load_addr.unwrap_or_else(|| usage());
-    if let Err(why) = compile(Path::new(&rustc), Path::new(source), Path::new(out), load_addr) {
+    if let Err(why) =
+        compile::compile(Path::new(&rustc), Path::new(source), Path::new(out), load_addr)
+    {
         eprintln!("{why}");
         std::process::exit(1);
     }

@@ -155,6 +155,11 @@ fn print_time(source: Source) {
         ring0::out8(0x70, register);
         ring0::in8(0x71)
     };
+    // Status register A of an RTC that is not there.
+    if read(0x0a) == 0xff {
+        println!("rtc=none");
+        return;
+    }
     let is_binary = read(0x0b) & 4 != 0;
     let number = |register| match read(register) {
         value if is_binary => value,

@@ -19,9 +19,13 @@ const LAPIC_ID: usize = 0xfee0_0020;
 const LAPIC_ICR_LOW: usize = 0xfee0_0300;
 const LAPIC_ICR_HIGH: usize = 0xfee0_0310;
 const MSR_APIC_BASE: u32 = 0x1b;
+const LAPIC_SPURIOUS: usize = 0xfee0_00f0;
 const MSR_X2APIC_ID: u32 = 0x802;
+const MSR_X2APIC_SPURIOUS: u32 = 0x80f;
 const MSR_X2APIC_ICR: u32 = 0x830;
 const INIT: u32 = 0x4500;
+/// The software enable bit and a vector. A CPU may send IPIs without it, but KVM then may not know its last vCPU yet.
+const SPURIOUS: u32 = 0x12f;
 const STARTUP: u32 = 0x4600 | (TRAMPOLINE >> 12) as u32;
 
 #[unsafe(no_mangle)]
@@ -141,10 +145,15 @@ enum Apic {
 impl Apic {
     fn enable(wants_x2apic: bool) -> Self {
         let base = ring0::rdmsr(MSR_APIC_BASE).unwrap_or(0);
+        let has_x2apic = ring0::cpuid(1, 0)[2] >> 21 & 1 == 1;
         // SAFETY: the mode bit only; the address stays.
-        if wants_x2apic && unsafe { ring0::wrmsr(MSR_APIC_BASE, base | 1 << 10) }.is_ok() {
+        let set = || unsafe { ring0::wrmsr(MSR_APIC_BASE, base | 1 << 10) };
+        if wants_x2apic && has_x2apic && set().is_ok() {
+            // SAFETY: a register of the local APIC.
+            let _ = unsafe { ring0::wrmsr(MSR_X2APIC_SPURIOUS, SPURIOUS.into()) };
             Self::Msr
         } else {
+            mmio_write32(LAPIC_SPURIOUS, SPURIOUS);
             Self::Mmio
         }
     }
