@@ -13,6 +13,11 @@ pub trait BusDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Takes what the guest writes at `offset`.
     fn write(&self, offset: u64, data: &[u8]);
+    /// Takes several writes of `width` bytes to the same `offset`, made by one instruction
+    /// (`rep outs`).
+    fn write_burst(&self, offset: u64, width: usize, data: &[u8]) {
+        data.chunks(width).for_each(|item| self.write(offset, item));
+    }
 }
 
 /// The same, for devices content to be locked as a whole.
@@ -21,6 +26,10 @@ pub trait BusDeviceMut: Send {
     fn read(&mut self, offset: u64, data: &mut [u8]);
     /// Takes what the guest writes at `offset`.
     fn write(&mut self, offset: u64, data: &[u8]);
+    /// As [`BusDevice::write_burst`].
+    fn write_burst(&mut self, offset: u64, width: usize, data: &[u8]) {
+        data.chunks(width).for_each(|item| self.write(offset, item));
+    }
 }
 
 impl<D: BusDeviceMut> BusDevice for Mutex<D> {
@@ -29,6 +38,9 @@ impl<D: BusDeviceMut> BusDevice for Mutex<D> {
     }
     fn write(&self, offset: u64, data: &[u8]) {
         self.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+    }
+    fn write_burst(&self, offset: u64, width: usize, data: &[u8]) {
+        self.lock().unwrap_or_else(PoisonError::into_inner).write_burst(offset, width, data);
     }
 }
 
@@ -120,6 +132,17 @@ impl Bus {
         match self.resolve(addr, data.len()) {
             Some((device, offset)) => {
                 device.write(offset, data);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Writes `data` to `addr` in items of `width` bytes, as one instruction may do.
+    pub fn write_burst(&self, addr: u64, width: usize, data: &[u8]) -> bool {
+        match self.resolve(addr, width) {
+            Some((device, offset)) => {
+                device.write_burst(offset, width, data);
                 true
             }
             None => false,

@@ -29,7 +29,11 @@ pub const LEN: u64 = 8;
 pub const FIFO_LEN: usize = 64;
 
 const DATA: u64 = 0;
+const INTERRUPT_ENABLE: u64 = 1;
+const INTERRUPT_ID: u64 = 2;
+const LINE_CONTROL: u64 = 3;
 const MODEM_CONTROL: u8 = 4;
+const LINE_STATUS: u64 = 5;
 const MODEM_CONTROL_LOOP: u8 = 1 << 4;
 const INTERRUPT_ENABLE_VALID: u8 = 0x0f;
 const INTERRUPT_ID_VALID: u8 = 0x07;
@@ -105,12 +109,16 @@ impl Serial {
         self.uart.state().into()
     }
 
-    /// Writes a burst to the data register, as `rep outsb` does: one write to the host at the end.
-    pub fn write_bytes(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            self.write_register(0, *byte);
+    /// Puts the registers back to what they are after power-on. Input that the guest has not read
+    /// is lost, as it would be on a real port; output is with the console already.
+    pub fn reset(&mut self) {
+        for register in [LINE_CONTROL, INTERRUPT_ENABLE, MODEM_CONTROL.into()] {
+            self.write_register(register, 0);
         }
-        self.uart.writer_mut().flush();
+        while self.read_register(LINE_STATUS) & LINE_STATUS_DATA_READY != 0 {
+            self.read_register(0);
+        }
+        self.read_register(INTERRUPT_ID);
         self.resume_input();
     }
 
@@ -206,6 +214,15 @@ impl BusDeviceMut for Serial {
         if offset == DATA {
             self.uart.writer_mut().flush();
         }
+        self.resume_input();
+    }
+
+    fn write_burst(&mut self, offset: u64, width: usize, data: &[u8]) {
+        for item in data.chunks(width) {
+            write_bytes(offset, item, |register, value| self.write_register(register, value));
+        }
+        // One write to the host for all of them.
+        self.uart.writer_mut().flush();
         self.resume_input();
     }
 }
