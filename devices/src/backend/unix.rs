@@ -176,3 +176,100 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
         Err(e) => Err(host(e.into())),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    fn scratch(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("husk-unix-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    #[test]
+    fn is_private_from_the_start_and_gone_at_the_end() {
+        let dir = scratch("private");
+        let path = dir.join("s");
+        let listener = Listener::bind(&path).unwrap();
+        assert_eq!(std::fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
+        drop(listener);
+        assert!(!path.exists());
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn replaces_the_dead_and_refuses_the_living() {
+        let dir = scratch("stale");
+        let path = dir.join("s");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        let listener = Listener::bind(&path).unwrap();
+
+        let e = Listener::bind(&path).unwrap_err();
+
+        assert!(matches!(e, ListenError::InUse { .. }), "{e}");
+        assert!(path.exists());
+        assert_eq!(listener.accept().unwrap_err(), Errno::AGAIN, "the probe is not a client");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn leaves_what_is_not_a_socket() {
+        let dir = scratch("foreign");
+        let (file, link) = (dir.join("file"), dir.join("link"));
+        std::fs::write(&file, b"precious").unwrap();
+        std::os::unix::fs::symlink(&file, &link).unwrap();
+        for (path, what) in [(&file, "a regular file"), (&link, "a symbolic link"), (&dir, "a dir")]
+        {
+            let e = Listener::bind(path).unwrap_err().to_string();
+            assert!(e.contains(what) && e.contains(path.to_str().unwrap()), "{e}");
+        }
+        assert_eq!(std::fs::read(&file).unwrap(), b"precious");
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn leaves_a_successor_at_its_path() {
+        let dir = scratch("successor");
+        let path = dir.join("s");
+        let first = Listener::bind(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        let _second = Listener::bind(&path).unwrap();
+        drop(first);
+        assert!(path.exists());
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn names_a_path_too_long() {
+        for len in [108, 109, 5000] {
+            let path = PathBuf::from("/".repeat(len));
+            let e = Listener::bind(&path).unwrap_err();
+            assert!(matches!(e, ListenError::TooLong { .. }), "{len}: {e}");
+        }
+    }
+
+    #[test]
+    fn one_of_many_at_once_wins() {
+        let dir = scratch("race");
+        let path = dir.join("s");
+        for _ in 0..20 {
+            drop(UnixListener::bind(&path).unwrap());
+            let racers: Vec<_> = (0..8)
+                .map(|_| {
+                    let path = path.clone();
+                    std::thread::spawn(move || Listener::bind(&path))
+                })
+                .collect();
+            let results: Vec<_> = racers.into_iter().map(|r| r.join().unwrap()).collect();
+            assert_eq!(results.iter().filter(|r| r.is_ok()).count(), 1);
+            for e in results.iter().filter_map(|r| r.as_ref().err()) {
+                assert!(matches!(e, ListenError::InUse { .. }), "{e}");
+            }
+        }
+        std::fs::remove_dir_all(dir).unwrap();
+    }
+}

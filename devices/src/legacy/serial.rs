@@ -308,3 +308,379 @@ impl From<SerialState> for vm_superio::SerialState {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::io::IoThread;
+
+    const IER: u64 = 1;
+    const IIR: u64 = 2;
+    const FCR: u64 = 2;
+    const LCR: u64 = 3;
+    const MCR: u64 = 4;
+    const LSR: u64 = 5;
+
+    /// A port that leads to a socket with a client.
+    struct Rig {
+        serial: Arc<Mutex<Serial>>,
+        input: SerialInput,
+        line: Arc<AtomicUsize>,
+        user: UnixStream,
+    }
+
+    impl Rig {
+        fn new(name: &str) -> Self {
+            let path =
+                std::env::temp_dir().join(format!("husk-serial-{name}-{}", std::process::id()));
+            let console = Console::socket(&path).unwrap();
+            let user = UnixStream::connect(&path).unwrap();
+            let line = Arc::new(AtomicUsize::new(0));
+            let (serial, input) = Serial::new(Box::new(line.clone()), console).unwrap();
+            let mut rig = Self { serial, input, line, user };
+            rig.run();
+            rig
+        }
+
+        /// Does what the I/O thread would, until there is nothing more to do.
+        fn run(&mut self) -> usize {
+            let mut runs = 0;
+            loop {
+                let sources = self.input.sources();
+                let ready = sources.iter().position(|(fd, _)| is_readable(fd.as_raw_fd()));
+                let Some(ready) = ready else { return runs };
+                assert_eq!(self.input.ready(ready), Watch::Keep);
+                runs += 1;
+                assert!(runs < 1000, "spins");
+            }
+        }
+
+        fn inb(&self, register: u64) -> u8 {
+            inb(&self.serial, register)
+        }
+
+        fn outb(&self, register: u64, value: u8) {
+            self.serial.lock().unwrap().write(register, &[value]);
+        }
+
+        fn received(&self) -> Vec<u8> {
+            received(&self.serial)
+        }
+
+        fn interrupts(&self) -> usize {
+            self.line.swap(0, Ordering::Relaxed)
+        }
+    }
+
+    fn is_readable(fd: i32) -> bool {
+        let epoll = vmm_sys_util::epoll::Epoll::new().unwrap();
+        let mut event = vmm_sys_util::epoll::EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(vmm_sys_util::epoll::ControlOperation::Add, fd, event).unwrap();
+        epoll.wait(0, std::slice::from_mut(&mut event)).unwrap() == 1
+    }
+
+    fn inb(serial: &Mutex<Serial>, register: u64) -> u8 {
+        let mut data = [0];
+        serial.lock().unwrap().read(register, &mut data);
+        data[0]
+    }
+
+    fn received(serial: &Mutex<Serial>) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        while inb(serial, LSR) & LINE_STATUS_DATA_READY != 0 {
+            bytes.push(inb(serial, DATA));
+        }
+        bytes
+    }
+
+    #[test]
+    fn carries_bytes_both_ways() {
+        let mut rig = Rig::new("both");
+        rig.outb(IER, 1);
+        for byte in b"out" {
+            rig.outb(DATA, *byte);
+        }
+        rig.serial.lock().unwrap().write_bytes(b"put");
+        let mut buf = [0; 6];
+        rig.user.read_exact(&mut buf).unwrap();
+        assert_eq!(&buf, b"output");
+        assert_eq!(rig.serial.lock().unwrap().counters().written, 6);
+
+        rig.user.write_all(b"in").unwrap();
+        rig.run();
+        assert_eq!(rig.interrupts(), 1);
+        assert_eq!(rig.inb(IIR) & 0x0f, 4, "received data");
+        assert_eq!(rig.received(), b"in");
+    }
+
+    #[test]
+    fn a_full_fifo_leaves_the_rest_with_the_host() {
+        let mut rig = Rig::new("full");
+        let sent: Vec<u8> = (0..=255).collect();
+        rig.user.write_all(&sent).unwrap();
+        assert!(rig.run() < 10, "does not spin while it is full");
+        assert_eq!(rig.serial.lock().unwrap().state().in_buffer, sent[..FIFO_LEN]);
+        assert_eq!(rig.run(), 0);
+
+        let mut got = Vec::new();
+        for _ in 0..4 {
+            got.extend(rig.received());
+            rig.run();
+        }
+        assert_eq!(got, sent);
+    }
+
+    #[test]
+    fn loopback_keeps_input_waiting_and_loses_none() {
+        let mut rig = Rig::new("loop");
+        rig.outb(MCR, 0x10);
+        rig.user.write_all(b"typed").unwrap();
+        assert!(rig.run() < 10, "does not spin");
+        for _ in 0..1000 {
+            rig.outb(DATA, b'L');
+        }
+        assert_eq!(rig.run(), 0);
+        assert_eq!(rig.received(), [b'L'; FIFO_LEN]);
+        rig.outb(MCR, 0);
+        rig.run();
+        assert_eq!(rig.received(), b"typed");
+        assert_eq!(rig.serial.lock().unwrap().counters(), Counters::default());
+    }
+
+    #[test]
+    fn every_register_takes_every_value_in_every_width() {
+        let mut rig = Rig::new("registers");
+        rig.user.write_all(&[b'i'; 1000]).unwrap();
+        for register in 0..LEN {
+            for value in 0..=255 {
+                for width in [1, 2, 4, 8] {
+                    if register + width > LEN {
+                        continue;
+                    }
+                    let width = usize::try_from(width).unwrap();
+                    let mut data = vec![value; width];
+                    let mut serial = rig.serial.lock().unwrap();
+                    serial.write(register, &data);
+                    serial.read(register, &mut data);
+                    assert!(serial.state().in_buffer.len() <= FIFO_LEN);
+                    drop(serial);
+                    rig.run();
+                }
+            }
+        }
+        rig.outb(LCR, 3);
+        rig.outb(MCR, 0);
+        assert_eq!(rig.inb(LSR) & LINE_STATUS_IDLE, LINE_STATUS_IDLE);
+    }
+
+    #[test]
+    fn a_storm_of_fifo_resets_and_interrupt_enables_is_bounded() {
+        let rig = Rig::new("storm");
+        for i in 0..100_000u32 {
+            rig.outb(FCR, 0xc7);
+            rig.outb(IER, i.to_le_bytes()[0]);
+        }
+        assert!(rig.interrupts() <= 100_000, "an edge for each time it is enabled at most");
+    }
+
+    #[test]
+    fn nobody_at_the_other_end_costs_only_bytes() {
+        let console = Console::pty().unwrap();
+        let (serial, _input) =
+            Serial::new(Box::new(Arc::new(AtomicUsize::new(0))), console).unwrap();
+        for _ in 0..100 {
+            serial.lock().unwrap().write_bytes(&[b'x'; 4096]);
+        }
+        let counters = serial.lock().unwrap().counters();
+        assert_eq!(
+            counters.written + counters.dropped + Console::KEPT as u64,
+            100 * 4096,
+            "{counters:?}"
+        );
+    }
+
+    #[test]
+    fn is_as_it_was_saved() {
+        let mut rig = Rig::new("saved");
+        rig.outb(IER, 1);
+        rig.outb(7, 0x5a);
+        rig.user.write_all(b"waiting").unwrap();
+        rig.run();
+        let state = rig.serial.lock().unwrap().state();
+        let json = serde_json::to_string(&state).unwrap();
+        let read: SerialState = serde_json::from_str(&json).unwrap();
+
+        let line = Arc::new(AtomicUsize::new(0));
+        let (serial, _) =
+            Serial::from_state(read, Box::new(line.clone()), Console::none().unwrap()).unwrap();
+
+        assert_eq!(serial.lock().unwrap().state(), state);
+        assert_eq!(line.load(Ordering::Relaxed), 1, "the guest is told again");
+        assert_eq!(received(&serial), b"waiting");
+        assert_eq!(inb(&serial, 7), 0x5a);
+    }
+
+    #[test]
+    fn saved_nonsense_is_refused_or_made_sense_of() {
+        let mut state = SerialState {
+            baud_divisor_low: 0xff,
+            baud_divisor_high: 0xff,
+            interrupt_enable: 0xff,
+            interrupt_identification: 0xff,
+            line_control: 0xff,
+            line_status: 0xff,
+            modem_control: 0xff,
+            modem_status: 0xff,
+            scratch: 0xff,
+            in_buffer: Vec::new(),
+        };
+        let restore = |state: &SerialState| {
+            let line = Box::new(Arc::new(AtomicUsize::new(0)));
+            Serial::from_state(state.clone(), line, Console::none().unwrap())
+        };
+        let (serial, _) = restore(&state).unwrap();
+        assert_eq!(received(&serial), b"", "no data is ready when there is none");
+        state.in_buffer = vec![0; FIFO_LEN + 1];
+        assert!(matches!(restore(&state), Err(SerialError::Fifo(65))));
+    }
+
+    /// A paste far larger than any buffer arrives whole, with a guest that reads at its leisure.
+    #[test]
+    fn a_flood_of_input_is_bounded_and_complete() {
+        let total: usize = std::env::var("HUSK_FLOOD").map_or(1 << 20, |n| n.parse().unwrap());
+        let Rig { serial, input, line: _, user } = Rig::new("flood");
+        let io = IoThread::spawn("serial").unwrap();
+        io.add(Box::new(input)).unwrap();
+        let writer = std::thread::spawn(move || {
+            let mut user = user;
+            let chunk: Vec<u8> = (0..251).collect();
+            let mut left = total;
+            while left > 0 {
+                let n = left.min(chunk.len());
+                user.write_all(&chunk[..n]).unwrap();
+                left -= n;
+            }
+        });
+        let mut got = 0;
+        while got < total {
+            for byte in received(&serial) {
+                assert_eq!(usize::from(byte), got % 251);
+                got += 1;
+            }
+            std::thread::yield_now();
+        }
+        writer.join().unwrap();
+    }
+
+    /// Runs as a process of its own, with a terminal: the other half of the test below.
+    #[test]
+    #[ignore = "wants a terminal; run by a_terminal_is_raw_for_the_guest_and_restored"]
+    fn echoes_on_a_terminal() {
+        if std::env::var_os("HUSK_TEST").is_none() {
+            return;
+        }
+        let (quit, has_quit) = std::sync::mpsc::channel();
+        let console = Console::stdio(Box::new(move || quit.send(()).unwrap())).unwrap();
+        let (serial, input) =
+            Serial::new(Box::new(Arc::new(AtomicUsize::new(0))), console).unwrap();
+        serial.lock().unwrap().write_bytes(b"<ready>");
+        let io = IoThread::spawn("serial").unwrap();
+        io.add(Box::new(input)).unwrap();
+        while has_quit.try_recv().is_err() {
+            for byte in received(&serial) {
+                serial.lock().unwrap().write_bytes(format!("[{byte}]").as_bytes());
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        crate::backend::console::restore_terminal();
+        print!("<quit>");
+        std::process::exit(0);
+    }
+
+    struct Terminal {
+        screen: std::fs::File,
+        slave: std::os::fd::OwnedFd,
+        child: std::process::Child,
+    }
+
+    impl Terminal {
+        /// Runs the test above with a new controlling terminal.
+        fn run(shell: &str) -> Self {
+            use rustix::pty::OpenptFlags;
+            let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+            let master = rustix::pty::openpt(flags).unwrap();
+            rustix::pty::unlockpt(&master).unwrap();
+            let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+            let stdio = || slave.try_clone().unwrap();
+            let child = std::process::Command::new("setsid")
+                .args(["--ctty", "--wait", "sh", "-mc", shell])
+                .env("HUSK_TEST", std::env::current_exe().unwrap())
+                .stdin(stdio())
+                .stdout(stdio())
+                .stderr(stdio())
+                .spawn()
+                .unwrap();
+            Self { screen: std::fs::File::from(master), slave, child }
+        }
+
+        fn type_in(&mut self, bytes: &[u8]) {
+            self.screen.write_all(bytes).unwrap();
+        }
+
+        /// Reads the screen until `text` is on it.
+        fn wait_for(&mut self, text: &str) {
+            let mut seen = Vec::new();
+            while !String::from_utf8_lossy(&seen).contains(text) {
+                let mut fds =
+                    [rustix::event::PollFd::new(&self.screen, rustix::event::PollFlags::IN)];
+                let patience = rustix::time::Timespec { tv_sec: 20, tv_nsec: 0 };
+                rustix::event::poll(&mut fds, Some(&patience)).unwrap();
+                assert!(!fds[0].revents().is_empty(), "{}", String::from_utf8_lossy(&seen));
+                let mut buf = [0; 256];
+                let read = self.screen.read(&mut buf).unwrap();
+                seen.extend(&buf[..read]);
+            }
+        }
+
+        fn is_raw(&self) -> bool {
+            let modes = rustix::termios::tcgetattr(&self.slave).unwrap().local_modes;
+            !modes.contains(rustix::termios::LocalModes::ICANON)
+        }
+    }
+
+    const CHILD: &str = "\"$HUSK_TEST\" --exact legacy::serial::tests::echoes_on_a_terminal \
+                         --ignored --nocapture";
+
+    #[test]
+    fn a_terminal_is_raw_for_the_guest_and_restored() {
+        let mut terminal = Terminal::run(CHILD);
+        terminal.wait_for("<ready>");
+        assert!(terminal.is_raw());
+        // Ctrl-C, Ctrl-Z, Ctrl-D and Enter are the guest's; so is Ctrl-A before what is not ours.
+        terminal.type_in(b"a\x03\x1a\x04\r");
+        terminal.wait_for("[97][3][26][4][13]");
+        terminal.type_in(b"\x01h");
+        terminal.wait_for("Ctrl-A x: quit");
+        terminal.type_in(b"\x01\x01\x01e");
+        terminal.wait_for("[1][1][101]");
+        terminal.type_in(b"\x01x");
+        terminal.wait_for("<quit>");
+        assert!(terminal.child.wait().unwrap().success());
+        assert!(!terminal.is_raw());
+    }
+
+    #[test]
+    fn a_terminal_in_the_background_is_left_alone() {
+        let mut terminal =
+            Terminal::run(&format!("{CHILD} & echo shell $!; read line; echo got $line; kill %1"));
+        terminal.wait_for("<ready>");
+        assert!(!terminal.is_raw());
+        terminal.type_in(b"for the shell\n");
+        terminal.wait_for("got for the shell");
+        assert!(terminal.child.wait().unwrap().success());
+    }
+}

@@ -151,3 +151,63 @@ fn reopen(fd: BorrowedFd<'_>, direction: Direction) -> rustix::io::Result<OwnedF
 fn again<T>(mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     rustix::io::retry_on_intr(&mut call)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Writes until there is no more room: returns at all only if nothing waits.
+    fn fill(host: &Host) -> usize {
+        let mut total = 0;
+        loop {
+            match host.write(&[b'x'; 1000]) {
+                Ok(written) => total += written,
+                Err(e) => {
+                    assert_eq!(e, Errno::AGAIN);
+                    return total;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn asking_first_never_waits_on_a_pipe() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let input = Host { fd: reader, means: Means::Poll(4096), is_terminal: false };
+        let output = Host { fd: writer, means: Means::Poll(4096), is_terminal: false };
+        let mut buf = [0; 100];
+        assert_eq!(input.read(&mut buf), Err(Errno::AGAIN));
+        assert!(fill(&output) >= 60_000);
+        assert_eq!(input.read(&mut buf), Ok(100));
+        drop(output);
+        assert!(input.is_hung_up());
+        while input.read(&mut [0; 4096]).unwrap() != 0 {}
+    }
+
+    #[test]
+    fn asking_first_never_waits_on_a_terminal() {
+        let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+        let host = Host { fd: slave, means: Means::Poll(1), is_terminal: true };
+        assert_eq!(host.read(&mut [0]), Err(Errno::AGAIN));
+        assert!(fill(&host) > 1000);
+    }
+
+    #[test]
+    fn opens_again_what_it_shares() {
+        let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+        for direction in [Direction::Input, Direction::Output] {
+            let host = Host::shared(slave.as_fd(), direction).unwrap();
+            assert_eq!((host.means, host.is_terminal), (Means::Plain, true));
+            let master = Host::shared(master.as_fd(), direction).unwrap();
+            assert_eq!(master.means, Means::Poll(1), "to open it again makes another one");
+        }
+        let shared = rustix::fs::fcntl_getfl(&slave).unwrap();
+        assert!(!shared.contains(OFlags::NONBLOCK));
+    }
+}

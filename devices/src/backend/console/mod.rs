@@ -29,7 +29,8 @@ pub use self::terminal::restore_terminal;
 use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
 use super::unix::{ListenError, Listener};
 
-/// Called when the user asks to quit, on the I/O thread. Must not block.
+/// Called when the user asks to quit, on the I/O thread with the serial port locked: may set a
+/// flag or an eventfd, and must not block.
 pub type Quit = Box<dyn Fn() + Send>;
 
 /// Why there is no console.
@@ -167,7 +168,7 @@ impl Console {
     pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
         let console = Self::new(Kind::Socket(Listener::bind(path)?))?;
         if let Kind::Socket(listener) = &console.kind {
-            console.events.watch(listener.as_fd(), EventFlags::IN)?;
+            console.events.watch(listener.as_fd())?;
         }
         Ok(console)
     }
@@ -211,7 +212,7 @@ impl Console {
         if matches!(self.kind, Kind::Socket(_)) {
             // The client is gone. What it did not get, the next one gets.
             log::debug!("serial console client is gone: {e}");
-            self.disconnect();
+            self.output.connect(None);
             return;
         }
         self.output.discard();
@@ -301,27 +302,12 @@ impl Console {
         input: Option<Arc<Host>>,
         output: Option<Arc<Host>>,
     ) -> Result<(), ConsoleError> {
-        match (&input, &output) {
-            (Some(input), Some(output)) if Arc::ptr_eq(input, output) => {
-                self.events.watch(input.as_fd(), EventFlags::IN | EventFlags::OUT)?;
-            }
-            _ => {
-                for (host, flags) in [(&input, EventFlags::IN), (&output, EventFlags::OUT)] {
-                    if let Some(host) = host {
-                        self.events.watch(host.as_fd(), flags)?;
-                    }
-                }
-            }
+        for host in [&input, &output].into_iter().flatten() {
+            self.events.watch(host.as_fd())?;
         }
         self.input = input;
         self.output.connect(output);
         Ok(())
-    }
-
-    /// Closing the client, whose descriptor nobody else has, also ends its events.
-    fn disconnect(&mut self) {
-        self.input = None;
-        self.output.connect(None);
     }
 
     /// Takes a new client, at most one a call; looks whether the present one is still there.
@@ -329,14 +315,14 @@ impl Console {
         let Kind::Socket(listener) = &self.kind else { return };
         let accepted = listener.accept();
         if accepted.is_ok()
-            && let Err(e) = self.events.rearm(listener.as_fd(), EventFlags::IN)
+            && let Err(e) = self.events.rearm(listener.as_fd())
         {
             log::warn!("serial console socket: {e}");
         }
         match accepted {
             Ok(client) => {
                 let client = Arc::new(Host::socket(client));
-                self.disconnect();
+                // To close the one before, whose descriptor nobody else has, also ends its events.
                 if let Err(e) = self.connect(Some(client.clone()), Some(client)) {
                     log::warn!("serial console client: {e}");
                 }
@@ -347,8 +333,9 @@ impl Console {
                 if e != Errno::AGAIN {
                     log::warn!("serial console client not accepted: {e}");
                 }
+                // What it sent before it left may not have been read yet.
                 if self.output.host().is_some_and(|host| host.is_hung_up()) {
-                    self.disconnect();
+                    self.output.connect(None);
                 }
             }
         }
@@ -429,17 +416,20 @@ impl Readiness {
         epoll::create(CreateFlags::CLOEXEC).map(Self).map_err(ConsoleError::host("make an epoll"))
     }
 
-    fn watch(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> Result<(), ConsoleError> {
-        match epoll::add(&self.0, fd, EventData::new_u64(0), flags | EventFlags::ET) {
-            // A regular file cannot be waited for and need not be: it is always ready.
-            Ok(()) | Err(Errno::PERM) => Ok(()),
+    const FLAGS: EventFlags = EventFlags::IN.union(EventFlags::OUT).union(EventFlags::ET);
+
+    fn watch(&self, fd: BorrowedFd<'_>) -> Result<(), ConsoleError> {
+        match epoll::add(&self.0, fd, EventData::new_u64(0), Self::FLAGS) {
+            // A regular file cannot be waited for and need not be: it is always ready. And input
+            // and output may be one.
+            Ok(()) | Err(Errno::PERM | Errno::EXIST) => Ok(()),
             Err(e) => Err(ConsoleError::host("wait")(e)),
         }
     }
 
-    /// Says again what is ready, as if it had just become so.
-    fn rearm(&self, fd: BorrowedFd<'_>, flags: EventFlags) -> Result<(), Errno> {
-        epoll::modify(&self.0, fd, EventData::new_u64(0), flags | EventFlags::ET)
+    /// Says again that `fd` is ready, if it is, as if it had just become so.
+    fn rearm(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        epoll::modify(&self.0, fd, EventData::new_u64(0), Self::FLAGS)
     }
 
     /// Takes the events. Which they were does not matter: everything is looked at.
@@ -488,5 +478,360 @@ fn unfit(kind: FileType) -> Option<&'static str> {
         FileType::Socket => Some("a socket"),
         FileType::BlockDevice => Some("a block device"),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+    use std::os::unix::net::{UnixListener, UnixStream};
+
+    use super::*;
+
+    /// A directory of the test's own, removed afterwards.
+    struct Scratch(PathBuf);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("husk-{name}-{}", std::process::id()));
+            std::fs::create_dir_all(&path).unwrap();
+            Self(path)
+        }
+
+        fn fifo(&self) -> PathBuf {
+            let path = self.0.join("fifo");
+            rustix::fs::mknodat(rustix::fs::CWD, &path, FileType::Fifo, Mode::RWXU, 0).unwrap();
+            path
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(&self.0).unwrap();
+        }
+    }
+
+    fn send(console: &mut Console, bytes: &[u8]) {
+        console.push(bytes);
+        console.flush();
+    }
+
+    fn read(console: &mut Console) -> Vec<u8> {
+        let mut buf = [0; 64];
+        match console.read(&mut buf) {
+            Input::Bytes(read) => buf[..read].to_vec(),
+            Input::Nothing => Vec::new(),
+        }
+    }
+
+    fn over(stdin: BorrowedFd<'_>, stdout: BorrowedFd<'_>) -> Console {
+        Console::from_fds(stdin, stdout, Box::new(|| ())).unwrap()
+    }
+
+    fn is_nonblocking(fd: impl AsFd) -> bool {
+        rustix::fs::fcntl_getfl(fd).unwrap().contains(OFlags::NONBLOCK)
+    }
+
+    fn has_event(console: &Console) -> bool {
+        let events = console.events();
+        let mut fds = [rustix::event::PollFd::new(&events.0, rustix::event::PollFlags::IN)];
+        rustix::event::poll(&mut fds, Some(&Default::default())).unwrap() == 1
+    }
+
+    #[test]
+    fn nowhere_takes_everything_and_counts_nothing() {
+        let mut console = Console::none().unwrap();
+        send(&mut console, &[b'x'; 100_000]);
+        assert_eq!(console.counters(), Counters::default());
+        assert_eq!(read(&mut console), b"");
+        console.finish(Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_file_is_created_private_and_appended_to() {
+        let dir = Scratch::new("file");
+        let path = dir.0.join("log");
+        for _ in 0..2 {
+            send(&mut Console::file(&path).unwrap(), b"hello\n");
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), b"hello\nhello\n");
+        assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
+    }
+
+    #[test]
+    fn what_cannot_be_written_to_is_refused_by_name() {
+        let dir = Scratch::new("refused");
+        let socket = dir.0.join("socket");
+        let _listener = UnixListener::bind(&socket).unwrap();
+        for (path, what) in [
+            (&dir.0, "is a directory"),
+            (&socket, "is a socket"),
+            (&dir.0.join("none/file"), "cannot open"),
+        ] {
+            let e = Console::file(path).unwrap_err().to_string();
+            assert!(e.contains(what) && e.contains(path.to_str().unwrap()), "{e}");
+        }
+    }
+
+    #[test]
+    fn a_fifo_nobody_reads_keeps_the_last_bytes() {
+        let dir = Scratch::new("fifo");
+        let path = dir.fifo();
+        let mut console = Console::file(&path).unwrap();
+        let chunk: Vec<u8> = (0..=255).collect();
+        for _ in 0..4096 {
+            send(&mut console, &chunk);
+        }
+        let Counters { written, dropped } = console.counters();
+        assert_eq!(written + dropped + Console::KEPT as u64, 4096 * 256);
+        assert!(dropped > 0);
+
+        console.ready();
+        let mut reader =
+            File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&path).unwrap();
+        let mut all: Vec<u8> = Vec::new();
+        let mut buf = [0; 65_536];
+        for _ in 0..3 {
+            while let Ok(read) = reader.read(&mut buf) {
+                all.extend(&buf[..read]);
+            }
+            console.ready();
+        }
+        assert_eq!(all.len() as u64, written + Console::KEPT as u64);
+        assert_eq!(all[all.len() - Console::KEPT..], chunk.repeat(Console::KEPT / 256));
+        assert_eq!(console.counters().dropped, dropped);
+    }
+
+    #[test]
+    fn a_full_disk_and_a_closed_pipe_only_cost_bytes() {
+        let mut full = Console::file(Path::new("/dev/full")).unwrap();
+        send(&mut full, b"hello");
+        assert_eq!(full.counters(), Counters { written: 0, dropped: 5 });
+
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        drop(reader);
+        let null = File::open("/dev/null").unwrap();
+        let mut closed = over(null.as_fd(), writer.as_fd());
+        send(&mut closed, b"hello");
+        assert_eq!(closed.counters(), Counters { written: 0, dropped: 5 });
+    }
+
+    #[test]
+    fn pipes_are_used_without_making_them_nonblocking() {
+        let (their_in, to_guest) = rustix::pipe::pipe().unwrap();
+        let (from_guest, their_out) = rustix::pipe::pipe().unwrap();
+        let mut console = over(their_in.as_fd(), their_out.as_fd());
+        assert_eq!(read(&mut console), b"");
+
+        rustix::io::write(&to_guest, b"\x01xhi").unwrap();
+        send(&mut console, b"out");
+
+        assert_eq!(read(&mut console), b"\x01xhi", "no escape on a pipe");
+        let mut buf = [0; 8];
+        assert_eq!(rustix::io::read(&from_guest, &mut buf).unwrap(), 3);
+        for _ in 0..100 {
+            send(&mut console, &[b'x'; 4096]);
+        }
+        assert!(console.counters().dropped > 0);
+        assert!(!is_nonblocking(&their_in) && !is_nonblocking(&their_out));
+
+        drop(to_guest);
+        assert_eq!(read(&mut console), b"");
+        assert!(console.input.is_none(), "the end of the pipe is the end of input");
+    }
+
+    #[test]
+    fn sockets_as_stdio_never_block() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut console = over(theirs.as_fd(), theirs.as_fd());
+        assert_eq!(read(&mut console), b"");
+        for _ in 0..200 {
+            send(&mut console, &[b'x'; 4096]);
+        }
+        assert!(console.counters().dropped > 0);
+        assert!(!is_nonblocking(&theirs));
+        (&ours).write_all(b"in").unwrap();
+        assert_eq!(read(&mut console), b"in");
+    }
+
+    #[test]
+    fn a_file_as_stdin_is_read_to_its_end() {
+        let dir = Scratch::new("stdin");
+        let path = dir.0.join("in");
+        std::fs::write(&path, [7; 100]).unwrap();
+        let file = File::open(&path).unwrap();
+        let null = File::options().write(true).open("/dev/null").unwrap();
+        let mut console = over(file.as_fd(), null.as_fd());
+        assert_eq!(read(&mut console).len(), 64);
+        assert_eq!(read(&mut console).len(), 36);
+        assert_eq!(read(&mut console), b"");
+        assert!(console.input.is_none());
+        send(&mut console, &[0; 10_000]);
+        assert_eq!(console.counters(), Counters { written: 10_000, dropped: 0 });
+    }
+
+    fn open_pty(console: &Console) -> File {
+        let flags = libc::O_NOCTTY | libc::O_NONBLOCK;
+        File::options()
+            .read(true)
+            .write(true)
+            .custom_flags(flags)
+            .open(console.path().unwrap())
+            .unwrap()
+    }
+
+    #[test]
+    fn a_pty_survives_users_that_come_and_go() {
+        let mut console = Console::pty().unwrap();
+        console.ready();
+        for _ in 0..3 {
+            send(&mut console, b"out\r\n");
+            let mut user = open_pty(&console);
+            user.write_all(b"in\x03\x04\r").unwrap();
+            let mut buf = [0; 64];
+            assert_eq!(user.read(&mut buf).unwrap(), 5);
+            assert_eq!(read(&mut console), b"in\x03\x04\r");
+            drop(user);
+            assert_eq!(read(&mut console), b"");
+            console.ready();
+            assert!(!has_event(&console), "would spin");
+            assert!(console.input.is_some());
+        }
+    }
+
+    #[test]
+    fn a_pty_nobody_reads_is_bounded_and_goes_on_when_read() {
+        let mut console = Console::pty().unwrap();
+        for _ in 0..1000 {
+            send(&mut console, &[b'x'; 1000]);
+        }
+        let before = console.counters();
+        assert!(before.dropped > 0);
+        let mut user = open_pty(&console);
+        let mut buf = [0; 4096];
+        let mut total = 0;
+        for _ in 0..1000 {
+            while let Ok(read) = user.read(&mut buf) {
+                total += read;
+            }
+            if has_event(&console) {
+                console.ready();
+            }
+            std::thread::yield_now();
+        }
+        assert_eq!(total as u64, before.written + Console::KEPT as u64);
+        assert_eq!(console.counters().dropped, before.dropped);
+    }
+
+    fn client(path: &Path) -> UnixStream {
+        let client = UnixStream::connect(path).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        client
+    }
+
+    fn expect(client: &mut UnixStream, bytes: &[u8]) {
+        let mut buf = vec![0; bytes.len()];
+        client.read_exact(&mut buf).unwrap();
+        assert_eq!(buf, bytes);
+    }
+
+    #[test]
+    fn a_socket_replays_what_nobody_heard_to_the_next_client() {
+        let dir = Scratch::new("replay");
+        let path = dir.0.join("serial");
+        let mut console = Console::socket(&path).unwrap();
+        assert_eq!(std::fs::symlink_metadata(&path).unwrap().mode() & 0o777, 0o600);
+        send(&mut console, b"boot\n");
+
+        let mut first = client(&path);
+        assert!(has_event(&console));
+        console.ready();
+        expect(&mut first, b"boot\n");
+        first.write_all(b"ls\n").unwrap();
+        drop(first);
+        console.ready();
+        assert_eq!(read(&mut console), b"ls\n", "what it sent before it left");
+        send(&mut console, &[b'x'; 10]);
+        send(&mut console, &vec![b'y'; Console::KEPT]);
+
+        let mut second = client(&path);
+        console.ready();
+        expect(&mut second, &vec![b'y'; Console::KEPT]);
+        assert_eq!(console.counters().dropped, 10);
+        drop(console);
+        assert!(!path.exists());
+        assert_eq!(second.read(&mut [0]).unwrap(), 0);
+    }
+
+    #[test]
+    fn a_new_client_replaces_the_old_one() {
+        let dir = Scratch::new("replace");
+        let path = dir.0.join("serial");
+        let mut console = Console::socket(&path).unwrap();
+        let mut clients: Vec<_> = (0..5).map(|_| client(&path)).collect();
+        while has_event(&console) {
+            console.ready();
+        }
+        send(&mut console, b"hello");
+        let mut last = clients.pop().unwrap();
+        expect(&mut last, b"hello");
+        last.write_all(b"hi").unwrap();
+        assert_eq!(read(&mut console), b"hi");
+        for mut old in clients {
+            assert_eq!(old.read(&mut [0; 8]).unwrap(), 0);
+        }
+    }
+
+    #[test]
+    fn a_client_that_sends_no_more_still_listens() {
+        let dir = Scratch::new("half");
+        let mut console = Console::socket(&dir.0.join("serial")).unwrap();
+        let mut client = client(console.path().unwrap());
+        client.write_all(b"cmd").unwrap();
+        client.shutdown(std::net::Shutdown::Write).unwrap();
+        console.ready();
+        assert_eq!(read(&mut console), b"cmd");
+        assert_eq!(read(&mut console), b"");
+        console.ready();
+        send(&mut console, b"reply");
+        expect(&mut client, b"reply");
+    }
+
+    #[test]
+    fn a_client_that_never_reads_costs_bytes_only() {
+        let dir = Scratch::new("deaf");
+        let mut console = Console::socket(&dir.0.join("serial")).unwrap();
+        let _client = client(console.path().unwrap());
+        console.ready();
+        for _ in 0..1000 {
+            send(&mut console, &[b'x'; 1000]);
+        }
+        let Counters { written, dropped } = console.counters();
+        assert_eq!(written + dropped + Console::KEPT as u64, 1_000_000);
+    }
+
+    #[test]
+    fn finish_waits_for_a_slow_reader_but_not_for_ever() {
+        let (from_guest, their_out) = rustix::pipe::pipe().unwrap();
+        let null = File::open("/dev/null").unwrap();
+        let mut console = over(null.as_fd(), their_out.as_fd());
+        for _ in 0..30 {
+            send(&mut console, &[b'x'; 4096]);
+        }
+        let start = Instant::now();
+        console.finish(Duration::from_millis(50));
+        assert!(start.elapsed() >= Duration::from_millis(50));
+        assert!(console.output.is_waiting());
+
+        let mut reader = File::from(from_guest);
+        let reading = std::thread::spawn(move || {
+            let mut all = vec![0; 30 * 4096];
+            reader.read_exact(&mut all).unwrap();
+        });
+        console.finish(Duration::from_secs(10));
+        reading.join().unwrap();
+        assert_eq!(console.counters(), Counters { written: 30 * 4096, dropped: 0 });
     }
 }

@@ -91,3 +91,25 @@ impl Output {
             self.counters.dropped.saturating_add(bytes.try_into().unwrap_or(u64::MAX));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_the_last_bytes_whatever_the_pieces() {
+        for piece in [1, 7, 4096, Output::LIMIT - 1, Output::LIMIT, Output::LIMIT + 1, 200_000] {
+            let mut output = Output::default();
+            let all: Vec<u8> = (0..200_000u32).map(|i| i.to_le_bytes()[0]).collect();
+            for piece in all.chunks(piece) {
+                output.push(piece);
+            }
+            let kept: Vec<u8> = output.pending.iter().copied().collect();
+            assert_eq!(kept, all[all.len() - Output::LIMIT..], "{piece}");
+            assert_eq!(output.counters.dropped, (all.len() - Output::LIMIT) as u64);
+            assert!(output.pending.capacity() <= 2 * Output::LIMIT);
+            output.discard();
+            assert_eq!(output.counters.dropped, all.len() as u64);
+        }
+    }
+}

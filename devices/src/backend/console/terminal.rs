@@ -124,3 +124,62 @@ impl Escape {
         None
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn typed(escape: &mut Escape, bytes: &[u8]) -> (Vec<u8>, Vec<Key>) {
+        let mut guest = Vec::new();
+        let keys =
+            bytes.iter().filter_map(|byte| escape.filter(*byte, |b| guest.push(b))).collect();
+        (guest, keys)
+    }
+
+    #[test]
+    fn ctrl_a_speaks_to_husk() {
+        for (bytes, guest, keys) in [
+            (&b"ls\r"[..], &b"ls\r"[..], &[][..]),
+            (b"a\x01xb", b"ab", &[Key::Quit]),
+            (b"\x01h\x01?", b"", &[Key::Help, Key::Help]),
+            (b"\x01\x01x", b"\x01x", &[]),
+            (b"\x01ax", b"\x01x", &[]),
+            (b"\x01e", b"\x01e", &[]),
+        ] {
+            let mut escape = Escape::default();
+            assert_eq!(typed(&mut escape, bytes), (guest.to_vec(), keys.to_vec()));
+        }
+    }
+
+    #[test]
+    fn the_escape_waits_for_the_next_read() {
+        let mut escape = Escape::default();
+        assert_eq!(typed(&mut escape, b"a\x01"), (b"a".to_vec(), vec![]));
+        assert_eq!(typed(&mut escape, b"x"), (vec![], vec![Key::Quit]));
+    }
+
+    #[test]
+    fn the_terminal_is_as_it_was_afterwards() {
+        let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+        let modes = || {
+            let t = rustix::termios::tcgetattr(&slave).unwrap();
+            (t.input_modes, t.output_modes, t.control_modes, t.local_modes)
+        };
+        let before = modes();
+        for _ in 0..2 {
+            let raw = RawMode::enter(slave.as_fd()).unwrap();
+            assert_ne!(modes(), before);
+            assert!(modes().1.contains(OutputModes::OPOST));
+            restore_terminal();
+            assert_eq!(modes(), before);
+            drop(raw);
+            assert_eq!(modes(), before);
+        }
+        let _first = RawMode::enter(slave.as_fd()).unwrap();
+        drop(RawMode::enter(slave.as_fd()).unwrap());
+        assert_eq!(modes(), before, "raw twice is not how it was");
+    }
+}
