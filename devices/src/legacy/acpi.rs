@@ -10,6 +10,8 @@
 //! Knows nothing of the tables that tell a guest where this block is.
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Line, Power, read_bytes, write_bytes};
 use crate::bus::BusDeviceMut;
 
@@ -34,34 +36,54 @@ const SLP_TYP_SHIFT: u32 = 2;
 const SLP_TYP_MASK: u8 = 0b111;
 const SLP_EN: u8 = 1 << 5;
 
+/// All there is to save: the events the guest has not read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AcpiState {
+    pending: u8,
+}
+
 /// The register block.
 pub struct Acpi {
     line: Box<dyn Line>,
     power: Arc<dyn Power>,
-    pending: u8,
+    state: AcpiState,
 }
 
 impl std::fmt::Debug for Acpi {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Acpi").field("pending", &self.pending).finish_non_exhaustive()
+        f.debug_struct("Acpi").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
 impl Acpi {
     /// A block whose event interrupt is `line`.
     pub fn new(line: Box<dyn Line>, power: Arc<dyn Power>) -> Self {
-        Self { line, power, pending: 0 }
+        Self { line, power, state: AcpiState::default() }
+    }
+
+    /// The state to be saved.
+    pub fn state(&self) -> AcpiState {
+        self.state
+    }
+
+    /// Goes on as saved; the guest is told again of what it has not read.
+    pub fn set_state(&mut self, state: AcpiState) {
+        self.state.pending = state.pending & EVENT_POWER_BUTTON;
+        if self.state.pending != 0 {
+            self.line.raise();
+        }
     }
 
     /// Presses the power button: the guest is told, and decides.
     pub fn press_power_button(&mut self) {
-        self.pending |= EVENT_POWER_BUTTON;
+        self.state.pending |= EVENT_POWER_BUTTON;
         self.line.raise();
     }
 
     fn read_register(&mut self, register: u64) -> u8 {
         match register {
-            EVENTS => std::mem::take(&mut self.pending),
+            EVENTS => std::mem::take(&mut self.state.pending),
             _ => 0,
         }
     }
@@ -136,5 +158,18 @@ mod tests {
         let (mut acpi, _line, power) = acpi();
         acpi.write(0, &[0x34, 0, RESET_VALUE, 0xff]);
         assert_eq!(power.get(), (1, 1));
+    }
+
+    #[test]
+    fn goes_on_as_saved() {
+        let (mut saved, ..) = acpi();
+        saved.press_power_button();
+        let json = serde_json::to_string(&saved.state()).unwrap();
+        let (mut restored, line, _) = acpi();
+        restored.set_state(serde_json::from_str(&json).unwrap());
+        assert_eq!(line.load(Ordering::Relaxed), 1);
+        let mut data = [0];
+        restored.read(EVENTS, &mut data);
+        assert_eq!(data, [EVENT_POWER_BUTTON]);
     }
 }

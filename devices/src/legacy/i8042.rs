@@ -9,6 +9,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Line, Power, read_bytes, write_bytes};
 use crate::bus::BusDeviceMut;
 
@@ -46,7 +48,8 @@ const CTRL_ALT_DEL_SET_2: &[u8] =
 const CTRL_ALT_DEL_SET_1: &[u8] = &[0x1d, 0x38, 0xe0, 0x53, 0xe0, 0xd3, 0xb8, 0x9d];
 
 /// Whose argument the next byte on the data port is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum Expect {
     /// Nobody's: it is a keyboard command.
     Keyboard,
@@ -62,48 +65,69 @@ enum Expect {
     Aux,
 }
 
-/// The controller and its keyboard.
-pub struct I8042 {
-    line: Box<dyn Line>,
-    power: Arc<dyn Power>,
+/// All there is to save: the control byte, what the next data byte means, what is to be read.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct I8042State {
     control: u8,
     expect: Expect,
     last_was_command: bool,
     queue: VecDeque<u8>,
 }
 
-impl std::fmt::Debug for I8042 {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("I8042")
-            .field("control", &self.control)
-            .field("expect", &self.expect)
-            .field("queue", &self.queue)
-            .finish_non_exhaustive()
-    }
-}
-
-impl I8042 {
-    /// A controller whose IRQ 1 is `line`.
-    pub fn new(line: Box<dyn Line>, power: Arc<dyn Power>) -> Self {
+impl Default for I8042State {
+    fn default() -> Self {
         Self {
-            line,
-            power,
             control: CTR_KEYBOARD_INTERRUPT | CTR_SYSTEM | CTR_AUX_DISABLED,
             expect: Expect::Keyboard,
             last_was_command: false,
             queue: VecDeque::with_capacity(QUEUE_LEN),
         }
     }
+}
+
+/// The controller and its keyboard.
+pub struct I8042 {
+    line: Box<dyn Line>,
+    power: Arc<dyn Power>,
+    state: I8042State,
+}
+
+impl std::fmt::Debug for I8042 {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("I8042").field("state", &self.state).finish_non_exhaustive()
+    }
+}
+
+impl I8042 {
+    /// A controller whose IRQ 1 is `line`.
+    pub fn new(line: Box<dyn Line>, power: Arc<dyn Power>) -> Self {
+        Self { line, power, state: I8042State::default() }
+    }
+
+    /// The state to be saved.
+    pub fn state(&self) -> I8042State {
+        self.state.clone()
+    }
+
+    /// Goes on as saved; the guest is told again of what it has not read.
+    pub fn set_state(&mut self, state: I8042State) {
+        self.state = state;
+        self.state.queue.truncate(QUEUE_LEN);
+        if !self.state.queue.is_empty() {
+            self.interrupt();
+        }
+    }
 
     /// Presses and releases Ctrl-Alt-Del; false if the guest has switched the keyboard off or has
     /// not read what was typed before.
     pub fn ctrl_alt_del(&mut self) -> bool {
-        let keys = match self.control & CTR_TRANSLATE {
+        let keys = match self.state.control & CTR_TRANSLATE {
             0 => CTRL_ALT_DEL_SET_2,
             _ => CTRL_ALT_DEL_SET_1,
         };
-        let room = QUEUE_LEN.saturating_sub(self.queue.len());
-        if self.control & CTR_KEYBOARD_DISABLED != 0 || keys.len() > room {
+        let room = QUEUE_LEN.saturating_sub(self.state.queue.len());
+        if self.state.control & CTR_KEYBOARD_DISABLED != 0 || keys.len() > room {
             return false;
         }
         self.keyboard_sends(keys);
@@ -111,8 +135,8 @@ impl I8042 {
     }
 
     fn read_data(&mut self) -> u8 {
-        let byte = self.queue.pop_front().unwrap_or(0);
-        if !self.queue.is_empty() {
+        let byte = self.state.queue.pop_front().unwrap_or(0);
+        if !self.state.queue.is_empty() {
             self.interrupt();
         }
         byte
@@ -120,39 +144,39 @@ impl I8042 {
 
     fn status(&self) -> u8 {
         let mut status = STATUS_UNLOCKED;
-        if !self.queue.is_empty() {
+        if !self.state.queue.is_empty() {
             status |= STATUS_OUTPUT_FULL;
         }
-        if self.control & CTR_SYSTEM != 0 {
+        if self.state.control & CTR_SYSTEM != 0 {
             status |= STATUS_SYSTEM;
         }
-        if self.last_was_command {
+        if self.state.last_was_command {
             status |= STATUS_LAST_WAS_COMMAND;
         }
         status
     }
 
     fn command(&mut self, command: u8) {
-        self.last_was_command = true;
-        self.expect = Expect::Keyboard;
+        self.state.last_was_command = true;
+        self.state.expect = Expect::Keyboard;
         match command {
-            0x20 => self.send(self.control),
-            0x60 => self.expect = Expect::ControlByte,
-            0xa7 => self.control |= CTR_AUX_DISABLED,
-            0xa8 => self.control &= !CTR_AUX_DISABLED,
+            0x20 => self.send(self.state.control),
+            0x60 => self.state.expect = Expect::ControlByte,
+            0xa7 => self.state.control |= CTR_AUX_DISABLED,
+            0xa8 => self.state.control &= !CTR_AUX_DISABLED,
             // Test the mouse port: its clock line is stuck low, so there is no mouse. To answer at
             // once spares Linux half a second of waiting for nothing.
             0xa9 => self.send(0x01),
             0xaa => self.send(0x55),
             0xab => self.send(0x00),
-            0xad => self.control |= CTR_KEYBOARD_DISABLED,
-            0xae => self.control &= !CTR_KEYBOARD_DISABLED,
+            0xad => self.state.control |= CTR_KEYBOARD_DISABLED,
+            0xae => self.state.control &= !CTR_KEYBOARD_DISABLED,
             0xd0 => self.send(OUTPUT_PORT_NOT_RESET | OUTPUT_PORT_A20),
-            0xd1 => self.expect = Expect::OutputPort,
+            0xd1 => self.state.expect = Expect::OutputPort,
             // Loop a byte as if the keyboard or the mouse had sent it. It never bears the mouse's
             // mark, which tells Linux, again at once, that there is no mouse.
-            0xd2 | 0xd3 => self.expect = Expect::Loop,
-            0xd4 => self.expect = Expect::Aux,
+            0xd2 | 0xd3 => self.state.expect = Expect::Loop,
+            0xd4 => self.state.expect = Expect::Aux,
             // Pulse the output lines whose bits are clear; line 0 is reset.
             0xf0..=0xff if command & OUTPUT_PORT_NOT_RESET == 0 => self.power.reset(),
             _ => {}
@@ -160,13 +184,13 @@ impl I8042 {
     }
 
     fn data(&mut self, byte: u8) {
-        self.last_was_command = false;
-        match std::mem::replace(&mut self.expect, Expect::Keyboard) {
+        self.state.last_was_command = false;
+        match std::mem::replace(&mut self.state.expect, Expect::Keyboard) {
             Expect::Keyboard => self.keyboard(byte),
             Expect::KeyboardArgument => self.keyboard_sends(&[ACK]),
             Expect::ControlByte => {
-                self.control = byte;
-                if !self.queue.is_empty() {
+                self.state.control = byte;
+                if !self.state.queue.is_empty() {
                     self.interrupt();
                 }
             }
@@ -180,7 +204,7 @@ impl I8042 {
         match command {
             // LEDs, scan code set, repeat rate: each with an argument.
             0xed | 0xf0 | 0xf3 => {
-                self.expect = Expect::KeyboardArgument;
+                self.state.expect = Expect::KeyboardArgument;
                 self.keyboard_sends(&[ACK]);
             }
             0xee => self.keyboard_sends(&[0xee]),
@@ -195,11 +219,11 @@ impl I8042 {
     /// Queues what the keyboard sends, all of it or nothing, and interrupts if the guest has
     /// nothing else to read first.
     fn keyboard_sends(&mut self, bytes: &[u8]) {
-        let was_empty = self.queue.is_empty();
-        if bytes.len() > QUEUE_LEN.saturating_sub(self.queue.len()) {
+        let was_empty = self.state.queue.is_empty();
+        if bytes.len() > QUEUE_LEN.saturating_sub(self.state.queue.len()) {
             return;
         }
-        self.queue.extend(bytes);
+        self.state.queue.extend(bytes);
         if was_empty {
             self.interrupt();
         }
@@ -207,13 +231,13 @@ impl I8042 {
 
     /// Queues what the controller itself answers: drivers poll for that.
     fn send(&mut self, byte: u8) {
-        if self.queue.len() < QUEUE_LEN {
-            self.queue.push_back(byte);
+        if self.state.queue.len() < QUEUE_LEN {
+            self.state.queue.push_back(byte);
         }
     }
 
     fn interrupt(&self) {
-        if self.control & CTR_KEYBOARD_INTERRUPT != 0 {
+        if self.state.control & CTR_KEYBOARD_INTERRUPT != 0 {
             self.line.raise();
         }
     }
@@ -234,5 +258,215 @@ impl BusDeviceMut for I8042 {
             COMMAND => self.command(value),
             _ => {}
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::super::testing::Counted;
+    use super::*;
+
+    struct Rig {
+        i8042: I8042,
+        line: Arc<AtomicUsize>,
+        power: Arc<Counted>,
+    }
+
+    impl Rig {
+        fn new() -> Self {
+            let (line, power) = (Arc::new(AtomicUsize::new(0)), Arc::new(Counted::default()));
+            Self { i8042: I8042::new(Box::new(line.clone()), power.clone()), line, power }
+        }
+
+        fn inb(&mut self, port: u64) -> u8 {
+            let mut data = [0];
+            self.i8042.read(port - 0x60, &mut data);
+            data[0]
+        }
+
+        fn outb(&mut self, port: u64, value: u8) {
+            self.i8042.write(port - 0x60, &[value]);
+        }
+
+        /// What is to be read, and how often IRQ 1 was raised until all of it was.
+        fn drain(&mut self) -> (Vec<u8>, usize) {
+            let mut bytes = Vec::new();
+            while self.inb(0x64) & STATUS_OUTPUT_FULL != 0 {
+                bytes.push(self.inb(0x60));
+            }
+            (bytes, self.line.swap(0, Ordering::Relaxed))
+        }
+
+        fn ask(&mut self, command: u8) -> Vec<u8> {
+            self.outb(0x64, command);
+            self.drain().0
+        }
+
+        fn ask_keyboard(&mut self, command: u8) -> (Vec<u8>, usize) {
+            self.outb(0x60, command);
+            self.drain()
+        }
+
+        fn set_control(&mut self, control: u8) {
+            self.outb(0x64, 0x60);
+            self.outb(0x60, control);
+        }
+    }
+
+    /// What `drivers/input/serio/i8042.c` does to find the controller and no mouse, and then
+    /// `atkbd.c` to find the keyboard.
+    #[test]
+    fn linux_finds_the_keyboard() {
+        let mut rig = Rig::new();
+        assert_eq!(rig.inb(0x64) & STATUS_OUTPUT_FULL, 0, "i8042_flush");
+        assert_ne!(rig.inb(0x64) & STATUS_UNLOCKED, 0, "not locked");
+        let control = rig.ask(0x20);
+        assert_eq!(control, [0x25]);
+        rig.set_control((control[0] | CTR_KEYBOARD_DISABLED) & !CTR_KEYBOARD_INTERRUPT);
+        assert_eq!(rig.ask(0x20), [0x34]);
+        assert_eq!(rig.ask(0xaa), [0x55], "i8042_controller_selftest");
+
+        rig.outb(0x64, 0xd3);
+        rig.outb(0x60, 0x5a);
+        assert_eq!(rig.inb(0x64) & 0x20, 0, "not from the mouse: no mouse");
+        assert_eq!(rig.drain().0, [0x5a]);
+        let test = rig.ask(0xa9);
+        assert!(![0, 0xfa, 0xff].contains(&test[0]), "no mouse");
+
+        rig.set_control((0x34 & !CTR_KEYBOARD_DISABLED) | CTR_KEYBOARD_INTERRUPT);
+        assert_eq!(rig.ask_keyboard(0xf2), (vec![ACK, 0xab, 0x83], 3));
+        assert_eq!(rig.ask_keyboard(0xf5), (vec![ACK], 1));
+        for (command, argument) in [(0xed, 0), (0xf3, 0x0b), (0xf0, 2)] {
+            assert_eq!(rig.ask_keyboard(command), (vec![ACK], 1));
+            assert_eq!(rig.ask_keyboard(argument), (vec![ACK], 1));
+        }
+        assert_eq!(rig.ask_keyboard(0xf4), (vec![ACK], 1));
+        assert_eq!(rig.ask_keyboard(0xff), (vec![ACK, 0xaa], 2));
+        assert_eq!(rig.ask_keyboard(0xee), (vec![0xee], 1));
+        assert_eq!(rig.power.get(), (0, 0));
+    }
+
+    #[test]
+    fn ctrl_alt_del_comes_byte_by_byte() {
+        let mut rig = Rig::new();
+        assert!(rig.i8042.ctrl_alt_del());
+        assert_eq!(rig.line.load(Ordering::Relaxed), 1, "one interrupt, then one a byte read");
+        let expected = CTRL_ALT_DEL_SET_2.to_vec();
+        assert_eq!(rig.drain(), (expected.clone(), expected.len()));
+
+        rig.set_control(CTR_KEYBOARD_INTERRUPT | CTR_TRANSLATE);
+        assert!(rig.i8042.ctrl_alt_del());
+        assert_eq!(rig.drain(), (CTRL_ALT_DEL_SET_1.to_vec(), CTRL_ALT_DEL_SET_1.len()));
+    }
+
+    #[test]
+    fn ctrl_alt_del_does_not_interrupt_who_does_not_want_it() {
+        let mut rig = Rig::new();
+        rig.set_control(0);
+        assert!(rig.i8042.ctrl_alt_del());
+        assert_eq!(rig.line.load(Ordering::Relaxed), 0);
+        assert!(!rig.i8042.ctrl_alt_del(), "not read yet");
+        rig.set_control(CTR_KEYBOARD_INTERRUPT);
+        assert_eq!(rig.line.load(Ordering::Relaxed), 1, "waiting bytes interrupt when enabled");
+        assert_eq!(rig.drain().0, CTRL_ALT_DEL_SET_2);
+
+        rig.outb(0x64, 0xad);
+        assert!(!rig.i8042.ctrl_alt_del());
+        rig.outb(0x64, 0xae);
+        assert!(rig.i8042.ctrl_alt_del());
+    }
+
+    #[test]
+    fn only_pulses_of_line_0_reset() {
+        for command in 0..=255 {
+            let mut rig = Rig::new();
+            rig.outb(0x64, command);
+            let resets = usize::from(command >= 0xf0 && command & 1 == 0);
+            assert_eq!(rig.power.get(), (0, resets), "{command:#x}");
+        }
+        for value in 0..=255 {
+            let mut rig = Rig::new();
+            rig.outb(0x64, 0xd1);
+            rig.outb(0x60, value);
+            assert_eq!(rig.power.get(), (0, usize::from(value & 1 == 0)), "{value:#x}");
+        }
+    }
+
+    #[test]
+    fn every_command_and_argument_leaves_it_bounded_and_working() {
+        for command in 0..=255 {
+            for argument in 0..=255 {
+                let mut rig = Rig::new();
+                for port in [0x60, 0x64] {
+                    rig.outb(port, command);
+                    rig.outb(0x60, argument);
+                }
+                let (bytes, _) = rig.drain();
+                assert!(bytes.len() <= QUEUE_LEN);
+                assert_eq!(rig.ask(0xaa), [0x55]);
+            }
+        }
+    }
+
+    #[test]
+    fn the_queue_is_bounded() {
+        let mut rig = Rig::new();
+        for _ in 0..1000 {
+            rig.outb(0x60, 0xf2);
+            rig.outb(0x64, 0xaa);
+        }
+        assert_eq!(rig.drain().0.len(), QUEUE_LEN);
+    }
+
+    #[test]
+    fn a_million_reads_are_harmless() {
+        let mut rig = Rig::new();
+        for _ in 0..1_000_000 {
+            assert_eq!(rig.inb(0x60), 0);
+            assert_eq!(rig.inb(0x64), STATUS_UNLOCKED | STATUS_SYSTEM);
+        }
+        assert_eq!(rig.line.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn the_ports_between_read_as_ones() {
+        let mut rig = Rig::new();
+        for port in [0x61, 0x62, 0x63] {
+            rig.outb(port, 0xfe);
+            assert_eq!(rig.inb(port), 0xff);
+        }
+        let mut wide = [0; 4];
+        rig.i8042.read(0, &mut wide);
+        assert_eq!(wide, [0, 0xff, 0xff, 0xff]);
+        assert_eq!(rig.power.get(), (0, 0));
+    }
+
+    #[test]
+    fn goes_on_as_saved() {
+        let mut rig = Rig::new();
+        rig.set_control(CTR_KEYBOARD_INTERRUPT | CTR_TRANSLATE);
+        assert!(rig.i8042.ctrl_alt_del());
+        rig.outb(0x64, 0xd2);
+        let json = serde_json::to_string(&rig.i8042.state()).unwrap();
+
+        let mut restored = Rig::new();
+        restored.i8042.set_state(serde_json::from_str(&json).unwrap());
+
+        assert_eq!(restored.i8042.state(), rig.i8042.state());
+        restored.outb(0x60, 7);
+        let (bytes, interrupts) = restored.drain();
+        assert_eq!(bytes, [CTRL_ALT_DEL_SET_1, &[7]].concat());
+        assert_eq!(interrupts, bytes.len());
+    }
+
+    #[test]
+    fn a_saved_queue_too_long_is_cut() {
+        let mut state = I8042State::default();
+        state.queue.extend([1; 1000]);
+        let mut rig = Rig::new();
+        rig.i8042.set_state(state);
+        assert_eq!(rig.drain().0, [1; QUEUE_LEN]);
     }
 }

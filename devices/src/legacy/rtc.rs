@@ -3,6 +3,8 @@
 //! Always shows the time of the host, in UTC. Setting the time is ignored; alarms are remembered
 //! and never ring; there is no interrupt. All other CMOS bytes read as 0, so that nothing (floppies,
 //! memory sizes) is reported by accident.
+use serde::{Deserialize, Serialize};
+
 use super::{read_bytes, write_bytes};
 use crate::bus::BusDeviceMut;
 
@@ -11,6 +13,8 @@ pub const LEN: u64 = 2;
 
 const INDEX: u64 = 0;
 const DATA: u64 = 1;
+/// Bit 7 of the index masks NMI on a PC; there is none to mask.
+const INDEX_MASK: u8 = 0x7f;
 
 const SECONDS: u8 = 0x00;
 const SECONDS_ALARM: u8 = 0x01;
@@ -36,21 +40,34 @@ const B_BINARY: u8 = 1 << 2;
 const D_VALID: u8 = 1 << 7;
 const HOURS_PM: u8 = 1 << 7;
 
-/// The clock.
-pub struct Rtc {
-    now: Box<dyn Fn() -> i64 + Send>,
-    /// The moment being read: the fields of one reading belong together, though they are read one
-    /// at a time.
-    latched: i64,
+/// All there is to save: the time is the host's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RtcState {
     index: u8,
     status_a: u8,
     status_b: u8,
     alarm: [u8; 3],
 }
 
+impl Default for RtcState {
+    fn default() -> Self {
+        Self { index: 0, status_a: A_DEFAULT, status_b: B_24_HOURS, alarm: [0; 3] }
+    }
+}
+
+/// The clock.
+pub struct Rtc {
+    now: Box<dyn Fn() -> i64 + Send>,
+    /// The moment being read: the fields of one reading belong together, though they are read one
+    /// at a time.
+    latched: i64,
+    state: RtcState,
+}
+
 impl std::fmt::Debug for Rtc {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Rtc").field("index", &self.index).finish_non_exhaustive()
+        f.debug_struct("Rtc").field("state", &self.state).finish_non_exhaustive()
     }
 }
 
@@ -63,23 +80,30 @@ impl Default for Rtc {
 impl Rtc {
     /// A clock that shows `now`, in seconds since 1970 in UTC.
     pub fn new(now: impl Fn() -> i64 + Send + 'static) -> Self {
-        Self {
-            now: Box::new(now),
-            latched: 0,
-            index: 0,
-            status_a: A_DEFAULT,
-            status_b: B_24_HOURS,
-            alarm: [0; 3],
-        }
+        Self { now: Box::new(now), latched: 0, state: RtcState::default() }
+    }
+
+    /// The state to be saved.
+    pub fn state(&self) -> RtcState {
+        self.state.clone()
+    }
+
+    /// Goes on as saved.
+    pub fn set_state(&mut self, state: RtcState) {
+        self.state = RtcState {
+            index: state.index & INDEX_MASK,
+            status_a: state.status_a & !A_UPDATE_IN_PROGRESS,
+            ..state
+        };
     }
 
     fn read_cmos(&mut self) -> u8 {
-        match self.index {
-            SECONDS_ALARM => self.alarm[0],
-            MINUTES_ALARM => self.alarm[1],
-            HOURS_ALARM => self.alarm[2],
-            STATUS_A => self.status_a,
-            STATUS_B => self.status_b,
+        match self.state.index {
+            SECONDS_ALARM => self.state.alarm[0],
+            MINUTES_ALARM => self.state.alarm[1],
+            HOURS_ALARM => self.state.alarm[2],
+            STATUS_A => self.state.status_a,
+            STATUS_B => self.state.status_b,
             // No interrupt is ever pending, so reading has none to clear.
             STATUS_C => 0,
             STATUS_D => D_VALID,
@@ -92,11 +116,11 @@ impl Rtc {
         let now = (self.now)();
         // Drivers read the seconds first. What follows within a second goes with them, so that
         // 12:59:59 does not become 12:00:59 between two reads.
-        if self.index == SECONDS || now.abs_diff(self.latched) > 1 {
+        if self.state.index == SECONDS || now.abs_diff(self.latched) > 1 {
             self.latched = now;
         }
         let date = Date::from_unix(self.latched);
-        let value = match self.index {
+        let value = match self.state.index {
             SECONDS => date.second,
             MINUTES => date.minute,
             HOURS => return self.encode_hours(date.hour),
@@ -110,7 +134,7 @@ impl Rtc {
     }
 
     fn encode_hours(&self, hour: u8) -> u8 {
-        if self.status_b & B_24_HOURS != 0 {
+        if self.state.status_b & B_24_HOURS != 0 {
             return self.encode(hour);
         }
         let pm = if hour >= 12 { HOURS_PM } else { 0 };
@@ -122,16 +146,16 @@ impl Rtc {
     }
 
     fn encode(&self, value: u8) -> u8 {
-        if self.status_b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
+        if self.state.status_b & B_BINARY != 0 { value } else { ((value / 10) << 4) | (value % 10) }
     }
 
     fn write_cmos(&mut self, value: u8) {
-        match self.index {
-            SECONDS_ALARM => self.alarm[0] = value,
-            MINUTES_ALARM => self.alarm[1] = value,
-            HOURS_ALARM => self.alarm[2] = value,
-            STATUS_A => self.status_a = value & !A_UPDATE_IN_PROGRESS,
-            STATUS_B => self.status_b = value,
+        match self.state.index {
+            SECONDS_ALARM => self.state.alarm[0] = value,
+            MINUTES_ALARM => self.state.alarm[1] = value,
+            HOURS_ALARM => self.state.alarm[2] = value,
+            STATUS_A => self.state.status_a = value & !A_UPDATE_IN_PROGRESS,
+            STATUS_B => self.state.status_b = value,
             _ => {}
         }
     }
@@ -148,8 +172,7 @@ impl BusDeviceMut for Rtc {
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         write_bytes(offset, data, |register, value| match register {
-            // Bit 7 masks NMI on a PC; there is none to mask.
-            INDEX => self.index = value & 0x7f,
+            INDEX => self.state.index = value & INDEX_MASK,
             DATA => self.write_cmos(value),
             _ => {}
         });
@@ -351,5 +374,17 @@ mod tests {
     fn the_default_clock_is_the_hosts() {
         let mut rtc = Rtc::default();
         assert!(get(&mut rtc, CENTURY) >= 0x20);
+    }
+
+    #[test]
+    fn goes_on_as_saved() {
+        let (mut saved, _) = rtc(LEAP_DAY);
+        set(&mut saved, STATUS_B, B_BINARY);
+        set(&mut saved, HOURS_ALARM, 9);
+        let json = serde_json::to_string(&saved.state()).unwrap();
+        let (mut restored, _) = rtc(LEAP_DAY);
+        restored.set_state(serde_json::from_str(&json).unwrap());
+        assert_eq!(restored.state(), saved.state());
+        assert_eq!(get(&mut restored, HOURS), 0x8b);
     }
 }
