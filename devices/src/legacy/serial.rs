@@ -318,12 +318,12 @@ mod tests {
     use super::*;
     use crate::io::IoThread;
 
-    const IER: u64 = 1;
-    const IIR: u64 = 2;
+    const IER: u64 = INTERRUPT_ENABLE;
+    const IIR: u64 = INTERRUPT_ID;
     const FCR: u64 = 2;
-    const LCR: u64 = 3;
+    const LCR: u64 = LINE_CONTROL;
     const MCR: u64 = 4;
-    const LSR: u64 = 5;
+    const LSR: u64 = LINE_STATUS;
 
     /// A port that leads to a socket with a client.
     struct Rig {
@@ -404,7 +404,7 @@ mod tests {
         for byte in b"out" {
             rig.outb(DATA, *byte);
         }
-        rig.serial.lock().unwrap().write_bytes(b"put");
+        rig.serial.lock().unwrap().write_burst(DATA, 1, b"put");
         let mut buf = [0; 6];
         rig.user.read_exact(&mut buf).unwrap();
         assert_eq!(&buf, b"output");
@@ -493,7 +493,7 @@ mod tests {
         let (serial, _input) =
             Serial::new(Box::new(Arc::new(AtomicUsize::new(0))), console).unwrap();
         for _ in 0..100 {
-            serial.lock().unwrap().write_bytes(&[b'x'; 4096]);
+            serial.lock().unwrap().write_burst(DATA, 1, &[b'x'; 4096]);
         }
         let counters = serial.lock().unwrap().counters();
         assert_eq!(
@@ -501,6 +501,23 @@ mod tests {
             100 * 4096,
             "{counters:?}"
         );
+    }
+
+    #[test]
+    fn reset_forgets_input_and_lets_more_in() {
+        let mut rig = Rig::new("reset");
+        rig.outb(IER, 1);
+        rig.user.write_all(&[b'a'; FIFO_LEN]).unwrap();
+        rig.run();
+        rig.outb(LCR, 0x80);
+        rig.user.write_all(b"next").unwrap();
+        rig.run();
+
+        rig.serial.lock().unwrap().reset();
+        rig.run();
+
+        assert_eq!((rig.inb(IER), rig.inb(LCR)), (0, 0));
+        assert_eq!(rig.received(), b"next");
     }
 
     #[test]
@@ -587,12 +604,12 @@ mod tests {
         let console = Console::stdio(Box::new(move || quit.send(()).unwrap())).unwrap();
         let (serial, input) =
             Serial::new(Box::new(Arc::new(AtomicUsize::new(0))), console).unwrap();
-        serial.lock().unwrap().write_bytes(b"<ready>");
+        serial.lock().unwrap().write_burst(DATA, 1, b"<ready>");
         let io = IoThread::spawn("serial").unwrap();
         io.add(Box::new(input)).unwrap();
         while has_quit.try_recv().is_err() {
             for byte in received(&serial) {
-                serial.lock().unwrap().write_bytes(format!("[{byte}]").as_bytes());
+                serial.lock().unwrap().write_burst(DATA, 1, format!("[{byte}]").as_bytes());
             }
             std::thread::sleep(Duration::from_millis(1));
         }
