@@ -1,3 +1,4 @@
 //! System calls that no library wraps for us. The only unsafe code of this crate, beside the plain
 //! data structures read from guest memory.
 pub mod rw;
+pub mod tun;

@@ -7,12 +7,13 @@ pub mod notifier;
 pub mod queue;
 
 pub mod block;
+pub mod net;
 pub mod rng;
 
 use model::{Row, row};
 
 /// Every device model husk knows.
-pub const MODELS: &[Row] = &[row::<block::Block>(), row::<rng::Rng>()];
+pub const MODELS: &[Row] = &[row::<block::Block>(), row::<net::Net>(), row::<rng::Rng>()];
 
 /// The row whose name (API route, config key) is `name`.
 pub fn model(name: &str) -> Option<&'static Row> {

@@ -1,0 +1,332 @@
+//! virtio-net (virtio 1.2, 5.1): one receive and one transmit queue over a [`Tap`]. This file is
+//! what the driver and the user see; [`worker`] moves the frames.
+mod worker;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use self::worker::NetWorker;
+use super::model::{Change, DeviceError, Model, VirtioDevice, check_id, refuse_unsupported};
+use super::queue::{VirtQueue, split};
+use crate::backend::tap::{self, Tap, TapError, offload};
+use crate::io::Worker;
+use crate::limiter::RateLimiter;
+use crate::metrics::Counter;
+
+/// Feature bits (virtio 1.2, 5.1.3).
+mod feature {
+    pub(super) const CSUM: u64 = 1 << 0;
+    pub(super) const GUEST_CSUM: u64 = 1 << 1;
+    pub(super) const MTU: u64 = 1 << 3;
+    pub(super) const MAC: u64 = 1 << 5;
+    pub(super) const GUEST_TSO4: u64 = 1 << 7;
+    pub(super) const GUEST_TSO6: u64 = 1 << 8;
+    pub(super) const GUEST_ECN: u64 = 1 << 9;
+    pub(super) const GUEST_UFO: u64 = 1 << 10;
+    pub(super) const HOST_TSO4: u64 = 1 << 11;
+    pub(super) const HOST_TSO6: u64 = 1 << 12;
+    pub(super) const HOST_ECN: u64 = 1 << 13;
+    pub(super) const HOST_UFO: u64 = 1 << 14;
+    pub(super) const MRG_RXBUF: u64 = 1 << 15;
+}
+
+/// What the tap can do; what it means that the driver may leave to it; and what to the driver.
+const OFFLOADS: [(u32, u64, u64); 5] = [
+    (offload::CSUM, feature::CSUM, feature::GUEST_CSUM),
+    (offload::TSO4, feature::HOST_TSO4, feature::GUEST_TSO4),
+    (offload::TSO6, feature::HOST_TSO6, feature::GUEST_TSO6),
+    (offload::ECN, feature::HOST_ECN, feature::GUEST_ECN),
+    (offload::UFO, feature::HOST_UFO, feature::GUEST_UFO),
+];
+
+const QUEUE_SIZES: [u16; 2] = [256; 2];
+
+/// What the user says about an interface.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// The id: 1 to 64 letters, digits, underscores or hyphens.
+    pub iface_id: String,
+    /// The tap on the host. It must exist.
+    pub host_dev_name: String,
+    /// The guest's address, as in `06:00:AC:10:00:02`. Without one the guest makes one up.
+    #[serde(default)]
+    pub guest_mac: Option<String>,
+    /// The largest packet that the network takes, 68 to 65535 bytes, if the guest is to know.
+    #[serde(default)]
+    #[schemars(range(min = 68, max = 65535))]
+    pub mtu: Option<u16>,
+    /// Limits on what the guest receives. Not supported yet.
+    #[serde(default)]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Limits on what the guest sends. Not supported yet.
+    #[serde(default)]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+impl Config {
+    /// An interface without address, MTU and limits.
+    pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> Self {
+        Self {
+            iface_id: iface_id.into(),
+            host_dev_name: host_dev_name.into(),
+            guest_mac: None,
+            mtu: None,
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
+        }
+    }
+
+    /// Refuses what is wrong whatever the host has; the address and the MTU otherwise.
+    fn check_words(&self) -> Result<(Option<[u8; 6]>, Option<u16>), DeviceError> {
+        check_id("iface_id", &self.iface_id)?;
+        tap::check_name(&self.host_dev_name).map_err(refused)?;
+        refuse_unsupported("rx_rate_limiter", self.rx_rate_limiter.as_ref())?;
+        refuse_unsupported("tx_rate_limiter", self.tx_rate_limiter.as_ref())?;
+        if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
+            return Err(DeviceError::field("mtu", format!("{mtu} is not in 68 to 65535")));
+        }
+        Ok((self.guest_mac.as_deref().map(parse_mac).transpose()?, self.mtu))
+    }
+}
+
+/// What the user may change while the guest runs: nothing yet.
+#[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Patch {
+    /// The interface.
+    pub iface_id: String,
+    /// Limits on what the guest receives. Not supported yet.
+    #[serde(default)]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// Limits on what the guest sends. Not supported yet.
+    #[serde(default)]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
+
+/// The control half.
+#[derive(Debug)]
+pub struct Net {
+    id: String,
+    tap: Arc<Tap>,
+    features: u64,
+    space: [u8; 12],
+    counters: Arc<Counters>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    rx_events: Counter,
+    rx_packets: Counter,
+    rx_bytes: Counter,
+    rx_dropped: Counter,
+    rx_bad_buffers: Counter,
+    rx_starved: Counter,
+    tap_read_failed: Counter,
+    tx_events: Counter,
+    tx_packets: Counter,
+    tx_bytes: Counter,
+    tx_malformed: Counter,
+    tap_write_failed: Counter,
+    tap_gone: Counter,
+}
+
+impl Net {
+    /// An interface plugged into a descriptor that somebody else opened: a tap, or a packet socket
+    /// whose peer reads and writes a 12-byte virtio-net header before each frame. The
+    /// `host_dev_name` of `config` is not looked at.
+    pub fn from_fd(config: &Config, fd: OwnedFd) -> Result<Self, DeviceError> {
+        Self::plug(config, Tap::from_fd(fd).map_err(refused)?)
+    }
+
+    fn plug(config: &Config, tap: Tap) -> Result<Self, DeviceError> {
+        let (mac, mtu) = config.check_words()?;
+        let mut features = feature::MRG_RXBUF;
+        for (offload, host, guest) in OFFLOADS {
+            if tap.offloads() & offload != 0 {
+                features |= host | guest;
+            }
+        }
+        features |= if mac.is_some() { feature::MAC } else { 0 };
+        features |= if mtu.is_some() { feature::MTU } else { 0 };
+        Ok(Self {
+            id: config.iface_id.clone(),
+            tap: Arc::new(tap),
+            features,
+            space: config_space(mac.unwrap_or_default(), mtu.unwrap_or_default()),
+            counters: Arc::default(),
+        })
+    }
+}
+
+impl Model for Net {
+    const NAME: &'static str = "network-interfaces";
+    const MANY: bool = true;
+    const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
+    type Config = Config;
+    type Patch = Patch;
+
+    fn id(config: &Config) -> &str {
+        &config.iface_id
+    }
+
+    fn check(config: &Config) -> Result<(), DeviceError> {
+        config.check_words()?;
+        Tap::open(&config.host_dev_name).map(|_tap| ()).map_err(refused)
+    }
+
+    fn open(config: &Config) -> Result<Self, DeviceError> {
+        config.check_words()?;
+        Self::plug(config, Tap::open(&config.host_dev_name).map_err(refused)?)
+    }
+}
+
+fn refused(e: TapError) -> DeviceError {
+    match e {
+        TapError::Host { what, source } => {
+            DeviceError::host(format!("host_dev_name: cannot {what}"))(source)
+        }
+        e => DeviceError::field("host_dev_name", e.to_string()),
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_id(&self) -> u32 {
+        1
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    fn config_space(&self) -> &[u8] {
+        &self.space
+    }
+
+    fn activate(
+        &mut self,
+        queues: Vec<VirtQueue>,
+        features: u64,
+        _saved: Option<&Value>,
+    ) -> Result<Box<dyn Worker>, DeviceError> {
+        let [rx, tx] = split(queues)?;
+        let set = offloads_for(features);
+        let is_mergeable = features & feature::MRG_RXBUF != 0;
+        if let Err(e) = self.tap.set_offloads(set) {
+            // Deleted meanwhile: the guest's interface is quiet then, but the guest lives.
+            log::warn!("{} {}: cannot set offloads: {e}", Self::NAME, self.id);
+        }
+        let (tap, counters) = (self.tap.clone(), self.counters.clone());
+        Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, counters)))
+    }
+
+    fn update(&mut self, patch: &Value) -> Result<Change, DeviceError> {
+        let patch = Patch::deserialize(patch)?;
+        if patch.iface_id != self.id {
+            let why = format!("{:?} is not this interface", patch.iface_id);
+            return Err(DeviceError::field("iface_id", why));
+        }
+        refuse_unsupported("rx_rate_limiter", patch.rx_rate_limiter.as_ref())?;
+        refuse_unsupported("tx_rate_limiter", patch.tx_rate_limiter.as_ref())?;
+        Ok(Change::Silent)
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let c = &self.counters;
+        vec![
+            ("rx_queue_event_count", c.rx_events.get()),
+            ("rx_packets_count", c.rx_packets.get()),
+            ("rx_bytes_count", c.rx_bytes.get()),
+            ("rx_fails", c.rx_dropped.get()),
+            ("rx_bad_buffers", c.rx_bad_buffers.get()),
+            ("no_rx_avail_buffer", c.rx_starved.get()),
+            ("tap_read_fails", c.tap_read_failed.get()),
+            ("tx_queue_event_count", c.tx_events.get()),
+            ("tx_packets_count", c.tx_packets.get()),
+            ("tx_bytes_count", c.tx_bytes.get()),
+            ("tx_malformed_frames", c.tx_malformed.get()),
+            ("tap_write_fails", c.tap_write_failed.get()),
+            ("tap_gone", c.tap_gone.get()),
+        ]
+    }
+}
+
+/// What the driver takes from the tap. The kernel refuses segments without checksums (as does
+/// virtio 1.2, 5.1.3.1), so a driver that asks for them gets neither.
+fn offloads_for(features: u64) -> u32 {
+    if features & feature::GUEST_CSUM == 0 {
+        return 0;
+    }
+    let taken = OFFLOADS.iter().filter(|(_, _, guest)| features & guest != 0);
+    taken.map(|(offload, ..)| offload).fold(0, |set, offload| set | offload)
+}
+
+/// `struct virtio_net_config` (virtio 1.2, 5.1.4): address, status, queue pairs, MTU.
+fn config_space(mac: [u8; 6], mtu: u16) -> [u8; 12] {
+    let mut space = [0; 12];
+    let fields = mac.into_iter().chain([0; 4]).chain(mtu.to_le_bytes());
+    space.iter_mut().zip(fields).for_each(|(to, from)| *to = from);
+    space
+}
+
+fn parse_mac(text: &str) -> Result<[u8; 6], DeviceError> {
+    let bad = |why: &str| DeviceError::field("guest_mac", format!("{text:?} {why}"));
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    for byte in &mut mac {
+        let part =
+            parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+        let value = part.and_then(|p| u8::from_str_radix(p, 16).ok());
+        *byte = value.ok_or_else(|| {
+            bad("is no address; want six pairs of hex digits like 06:00:AC:10:00:02")
+        })?;
+    }
+    if parts.next().is_some() {
+        return Err(bad("has more than six bytes"));
+    }
+    // Drivers make up an address in place of one that no interface may have.
+    if mac.first().is_some_and(|first| first & 1 != 0) || mac == [0; 6] {
+        return Err(bad("is a multicast address or zero, which no interface may have"));
+    }
+    Ok(mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_addresses() {
+        assert_eq!(parse_mac("06:00:AC:10:00:02").unwrap(), [6, 0, 0xac, 0x10, 0, 2]);
+        for bad in [
+            "",
+            "06",
+            "06:00:ac:10:00",
+            "06:00:ac:10:00:02:03",
+            "6:0:ac:10:0:2",
+            "06:00:ac:10:00:0g",
+            "06:00:ac:10:00:+2",
+            "01:00:00:00:00:00",
+            "00:00:00:00:00:00",
+            "ff:ff:ff:ff:ff:ff",
+        ] {
+            let e = parse_mac(bad).unwrap_err().to_string();
+            assert!(e.starts_with("guest_mac: ") && e.contains(bad), "{e}");
+        }
+    }
+
+    #[test]
+    fn segments_need_checksums() {
+        assert_eq!(offloads_for(feature::GUEST_TSO4), 0);
+        let both = offloads_for(feature::GUEST_TSO4 | feature::GUEST_CSUM | feature::HOST_TSO6);
+        assert_eq!(both, offload::CSUM | offload::TSO4);
+    }
+}

@@ -1,0 +1,325 @@
+//! Moves frames between the queues of a driver and a tap, straight from and to guest memory.
+//!
+//! Receive buffers are taken from the driver before there is a frame for them: reading is what
+//! tells us how long the frame is. Those not used are kept for the next one and put back when the
+//! worker retires. The tap is watched edge-triggered: when the driver has no buffers, nobody reads
+//! until it kicks, and a tap that is deleted does not spin.
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use event_manager::EventSet;
+use serde_json::Value;
+use vm_memory::{Le16, VolatileSlice};
+
+use super::Counters;
+use crate::backend::tap::{self, HEADER_BYTES, Tap};
+use crate::io::{Retired, Watch, Worker};
+use crate::sys::rw::{IoSlices, MAX_SLICES};
+use crate::virtio::chain::{Buffers, Chain};
+use crate::virtio::queue::{Served, VirtQueue};
+
+/// The largest frame with offloads, and its header (virtio 1.2, 5.1.6.3.1).
+const MAX_FRAME_BYTES: u64 = 65550 + HEADER_BYTES as u64;
+/// The smallest: two addresses and a type.
+const MIN_FRAME_BYTES: u64 = 14 + HEADER_BYTES as u64;
+/// Where `num_buffers` is in the header.
+const NUM_BUFFERS_AT: u64 = 10;
+/// Frames received before other devices get their turn.
+const FRAMES_PER_TURN: usize = 256;
+
+const RX_KICK: usize = 0;
+const TX_KICK: usize = 1;
+
+#[derive(Debug)]
+pub(super) struct NetWorker {
+    receiver: Receiver,
+    tx: VirtQueue,
+    tap: Arc<Tap>,
+    counters: Arc<Counters>,
+    /// The tap was deleted, or the peer of the socket is gone.
+    is_gone: bool,
+}
+
+impl NetWorker {
+    pub(super) fn new(
+        rx: VirtQueue,
+        tx: VirtQueue,
+        tap: Arc<Tap>,
+        is_mergeable: bool,
+        counters: Arc<Counters>,
+    ) -> Self {
+        let receiver = Receiver {
+            queue: rx,
+            is_mergeable,
+            held: VecDeque::new(),
+            held_bytes: 0,
+            spare: Vec::new(),
+            counters: counters.clone(),
+        };
+        Self { receiver, tx, tap, counters, is_gone: false }
+    }
+
+    fn transmit(&mut self) {
+        let Self { tx, tap, counters, is_gone, .. } = self;
+        counters.tx_events.inc();
+        tx.serve(|chain| {
+            *is_gone |= send(&chain, tap, counters, *is_gone);
+            Served::Used(0)
+        });
+    }
+
+    fn note_gone(&mut self) {
+        self.is_gone = true;
+        self.counters.tap_gone.inc();
+        log::warn!("network interface: the tap is gone; the guest's link is dead");
+    }
+}
+
+impl Worker for NetWorker {
+    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
+        vec![
+            (self.receiver.queue.kick_fd(), EventSet::IN),
+            (self.tx.kick_fd(), EventSet::IN),
+            (&*self.tap, EventSet::IN | EventSet::EDGE_TRIGGERED),
+        ]
+    }
+
+    fn ready(&mut self, source: usize) -> Watch {
+        let was_gone = self.is_gone;
+        match source {
+            TX_KICK => self.transmit(),
+            RX_KICK => {
+                self.receiver.queue.consume_kick();
+                self.counters.rx_events.inc();
+                self.is_gone = was_gone || self.receiver.receive(&self.tap);
+            }
+            _ => self.is_gone = was_gone || self.receiver.receive(&self.tap),
+        }
+        if self.is_gone && !was_gone {
+            self.note_gone();
+        }
+        let is_tap = source != TX_KICK && source != RX_KICK;
+        if is_tap && self.is_gone { Watch::Drop } else { Watch::Keep }
+    }
+
+    fn retire(mut self: Box<Self>) -> Retired {
+        self.receiver.put_back();
+        Retired { queues: vec![self.receiver.queue, self.tx], state: Value::Null }
+    }
+}
+
+/// Sends one frame, or drops and counts it; true if the tap turns out to be gone.
+fn send(chain: &Chain<'_>, to: &Tap, counters: &Counters, is_gone: bool) -> bool {
+    let frame = chain.readable();
+    let mut slices = IoSlices::default();
+    let mut is_valid = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len());
+    let walked = frame.for_each(|slice| is_valid = is_valid && slices.push(&slice).is_ok());
+    if !is_valid || walked.is_err() {
+        counters.tx_malformed.inc();
+        return false;
+    }
+    if is_gone {
+        counters.tap_write_failed.inc();
+        return false;
+    }
+    match to.write(&mut slices) {
+        Ok(_) => {
+            counters.tx_packets.inc();
+            counters.tx_bytes.add(frame.len().saturating_sub(HEADER_BYTES.into()));
+            false
+        }
+        // A header with impossible offsets is EINVAL, a full queue EAGAIN, an interface that is
+        // down EIO. A network may lose frames, and a device must not wait.
+        Err(e) => {
+            counters.tap_write_failed.inc();
+            tap::is_gone(&e)
+        }
+    }
+}
+
+/// The receive queue and the buffers taken from it.
+#[derive(Debug)]
+struct Receiver {
+    queue: VirtQueue,
+    is_mergeable: bool,
+    held: VecDeque<Held>,
+    held_bytes: u64,
+    /// Storage of chains that were used, for the next ones.
+    spare: Vec<Buffers>,
+    counters: Arc<Counters>,
+}
+
+/// A chain taken from the driver before there is a frame for it.
+#[derive(Debug)]
+struct Held {
+    head: u16,
+    bytes: u64,
+    buffers: Buffers,
+}
+
+/// What became of one attempt to receive.
+enum Received {
+    /// A frame was delivered or dropped, or a bad buffer returned.
+    Progress,
+    /// No frame waits.
+    Empty,
+    /// No buffer waits.
+    Starved,
+    /// The tap is gone.
+    Gone,
+}
+
+impl Receiver {
+    /// Receives until there is no frame or no buffer left; true if the tap turns out to be gone.
+    fn receive(&mut self, tap: &Tap) -> bool {
+        let mut is_gone = false;
+        let mut turns = FRAMES_PER_TURN;
+        self.queue.disable_kicks();
+        while turns > 0 {
+            turns = turns.saturating_sub(1);
+            match self.receive_one(tap) {
+                Received::Progress => {}
+                Received::Starved => {
+                    if !self.queue.enable_kicks() {
+                        self.counters.rx_starved.inc();
+                        break;
+                    }
+                }
+                Received::Empty => break,
+                Received::Gone => {
+                    is_gone = true;
+                    break;
+                }
+            }
+        }
+        if turns == 0 {
+            self.queue.kick_again();
+        }
+        self.queue.notify();
+        is_gone
+    }
+
+    fn receive_one(&mut self, tap: &Tap) -> Received {
+        self.take_chains();
+        if self.held.is_empty() || self.queue.is_latched() {
+            return Received::Starved;
+        }
+        // One byte more than there is room for tells a frame that does not fit.
+        let mut beyond = [0];
+        let mut slices = IoSlices::default();
+        let room = self.gather(&mut slices);
+        if room == 0 || slices.push(&VolatileSlice::from(&mut beyond[..])).is_err() {
+            return self.return_bad_chain();
+        }
+        match tap.read(&mut slices) {
+            Ok(0) => Received::Gone,
+            Ok(read) => {
+                self.deliver(read as u64, room);
+                Received::Progress
+            }
+            Err(e) if e.kind() == ErrorKind::WouldBlock => Received::Empty,
+            Err(e) => {
+                self.counters.tap_read_failed.inc();
+                if tap::is_gone(&e) { Received::Gone } else { Received::Empty }
+            }
+        }
+    }
+
+    /// Takes chains from the driver until the largest frame fits, or there are no more.
+    fn take_chains(&mut self) {
+        let is_enough = |receiver: &Self| match receiver.is_mergeable {
+            true => receiver.held_bytes >= MAX_FRAME_BYTES,
+            false => !receiver.held.is_empty(),
+        };
+        while !is_enough(self) {
+            let mut buffers = self.spare.pop().unwrap_or_default();
+            buffers.clear();
+            let Some(head) = self.queue.pop(&mut buffers) else {
+                self.spare.push(buffers);
+                return;
+            };
+            let bytes = buffers.writable(self.queue.mem()).len();
+            self.held_bytes = self.held_bytes.saturating_add(bytes);
+            self.held.push_back(Held { head, bytes, buffers });
+        }
+    }
+
+    /// Appends the memory of the chains held, as far as they are good; gives its length. One slot
+    /// is left free.
+    fn gather<'a>(&'a self, slices: &mut IoSlices<'a>) -> u64 {
+        let mut room: u64 = 0;
+        for held in &self.held {
+            let before = slices.count();
+            let mut is_good = held.bytes >= HEADER_BYTES.into();
+            let walked = held.buffers.writable(self.queue.mem()).for_each(|slice| {
+                is_good &= slices.count().saturating_add(1) < MAX_SLICES;
+                is_good = is_good && slices.push_writable(&slice).is_ok();
+            });
+            if walked.is_err() || !is_good {
+                slices.truncate(before);
+                break;
+            }
+            room = room.saturating_add(held.bytes);
+        }
+        room
+    }
+
+    /// Gives the first chain back unused: it is not RAM, too short for a header or too fragmented.
+    fn return_bad_chain(&mut self) -> Received {
+        self.counters.rx_bad_buffers.inc();
+        self.use_first_chain(0);
+        self.queue.publish();
+        Received::Progress
+    }
+
+    /// Gives the driver a frame of `read` bytes, header included, that lies in the chains held.
+    fn deliver(&mut self, read: u64, room: u64) {
+        if read > room || read < MIN_FRAME_BYTES || !self.write_num_buffers(read) {
+            self.counters.rx_dropped.inc();
+            return;
+        }
+        let mut left = read;
+        while left > 0 {
+            left = left.saturating_sub(self.use_first_chain(left));
+        }
+        self.queue.publish();
+        self.counters.rx_packets.inc();
+        self.counters.rx_bytes.add(read.saturating_sub(HEADER_BYTES.into()));
+    }
+
+    /// Says in the header how many chains the frame fills (virtio 1.2, 5.1.6.4).
+    fn write_num_buffers(&self, read: u64) -> bool {
+        let mut count: u16 = 0;
+        let mut left = read;
+        for held in &self.held {
+            if left == 0 {
+                break;
+            }
+            count = count.saturating_add(1);
+            left = left.saturating_sub(held.bytes);
+        }
+        let Some(first) = self.held.front() else { return false };
+        let mut header = first.buffers.writable(self.queue.mem());
+        header.take(NUM_BUFFERS_AT).is_ok() && header.write_obj(Le16::from(count)).is_ok()
+    }
+
+    /// Completes the first chain with as much of `left` bytes as it holds; says how much.
+    fn use_first_chain(&mut self, left: u64) -> u64 {
+        let Some(held) = self.held.pop_front() else { return left };
+        let used = left.min(held.bytes);
+        self.held_bytes = self.held_bytes.saturating_sub(held.bytes);
+        self.queue.stage(held.head, u32::try_from(used).unwrap_or(0));
+        self.spare.push(held.buffers);
+        used
+    }
+
+    /// Gives all chains held back to the queue, as if they had never been taken.
+    fn put_back(&mut self) {
+        while let Some(held) = self.held.pop_back() {
+            self.queue.undo_pop(held.head);
+        }
+        self.held_bytes = 0;
+    }
+}
