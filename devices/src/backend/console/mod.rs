@@ -10,6 +10,7 @@ mod host;
 mod output;
 mod terminal;
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -87,7 +88,7 @@ enum Kind {
     /// A file or whatever stdout is, without a terminal to type on.
     Plain,
     /// The user's terminal. Restored when this goes.
-    Terminal { _raw: RawMode, escape: Escape, quit: Quit },
+    Terminal { _raw: RawMode, escape: Escape, quit: Quit, typed: VecDeque<u8> },
     /// A pseudo-terminal. We keep its other side open, so that it hangs up for nobody.
     Pty { _slave: OwnedFd, path: PathBuf },
     /// A socket, with or without a client.
@@ -116,6 +117,8 @@ impl std::fmt::Debug for Console {
 impl Console {
     /// Output kept while nobody takes it; beyond that the oldest goes.
     pub const KEPT: usize = Output::LIMIT;
+    /// Bytes read from a terminal while the guest has no room for them: more than anybody types.
+    const TYPED_AHEAD: usize = 4096;
 
     /// Leads nowhere: no input, and output is forgotten.
     pub fn none() -> Result<Self, ConsoleError> {
@@ -243,19 +246,47 @@ impl Console {
         }
     }
 
-    /// Reads input for the guest into `buf`, without waiting. Wants room for two bytes at least.
+    /// Reads input for the guest into `buf`, without waiting.
     pub fn read(&mut self, buf: &mut [u8]) -> Input {
-        let Some(host) = self.input.clone() else { return Input::Nothing };
-        if host.is_terminal() && !is_foreground(host.as_fd()) {
-            return Input::Nothing;
+        let has_typed = self.read_ahead();
+        if let Kind::Terminal { typed, .. } = &mut self.kind {
+            let passed = typed.len().min(buf.len());
+            for (place, byte) in buf.iter_mut().zip(typed.drain(..passed)) {
+                *place = byte;
+            }
+            return if has_typed || passed > 0 { Input::Bytes(passed) } else { Input::Nothing };
         }
-        match &mut self.kind {
-            Kind::Terminal { .. } => self.read_keys(&host, buf),
-            _ => match self.read_host(&host, buf) {
-                0 => Input::Nothing,
-                read => Input::Bytes(read),
-            },
+        match self.read_host(buf) {
+            0 => Input::Nothing,
+            read => Input::Bytes(read),
         }
+    }
+
+    /// Looks at what the user types although the guest has no room for it, lest a guest that hangs
+    /// takes the keys that end it with it. False when there is nothing, or no terminal.
+    pub fn read_ahead(&mut self) -> bool {
+        let Kind::Terminal { typed, .. } = &self.kind else { return false };
+        let mut buf = [0; Self::TYPED_AHEAD];
+        // An escape left over from the last time may come out as a byte more.
+        let room = Self::TYPED_AHEAD.saturating_sub(typed.len()).saturating_sub(1);
+        if !self.input.as_ref().is_some_and(|host| is_foreground(host.as_fd())) {
+            return false;
+        }
+        let read = self.read_host(buf.get_mut(..room).unwrap_or_default());
+        let Kind::Terminal { escape, quit, typed, .. } = &mut self.kind else { return false };
+        let mut wants_help = false;
+        for byte in buf.iter().take(read) {
+            match escape.filter(*byte, |byte| typed.push_back(byte)) {
+                Some(Key::Quit) => quit(),
+                Some(Key::Help) => wants_help = true,
+                None => {}
+            }
+        }
+        if wants_help {
+            self.push(HELP);
+            self.flush();
+        }
+        read > 0
     }
 
     fn from_fds(
@@ -276,7 +307,12 @@ impl Console {
             Some(host) if host.is_terminal() && is_foreground(host.as_fd()) => {
                 let raw = RawMode::enter(host.as_fd())
                     .map_err(ConsoleError::host("set the terminal to raw mode"))?;
-                Kind::Terminal { _raw: raw, escape: Escape::default(), quit }
+                Kind::Terminal {
+                    _raw: raw,
+                    escape: Escape::default(),
+                    quit,
+                    typed: VecDeque::new(),
+                }
             }
             _ => Kind::Plain,
         };
@@ -342,55 +378,17 @@ impl Console {
     }
 
     /// Reads raw bytes; 0 for nothing, now or ever.
-    fn read_host(&mut self, host: &Host, buf: &mut [u8]) -> usize {
+    fn read_host(&mut self, buf: &mut [u8]) -> usize {
+        let Some(host) = self.input.as_ref().filter(|_| !buf.is_empty()) else { return 0 };
         match host.read(buf) {
-            Ok(0) => {
-                // End of input. A socket's client may still listen.
-                self.input = None;
-                0
-            }
-            Ok(read) => read,
-            Err(Errno::AGAIN) => 0,
-            Err(e) => {
-                log::debug!("end of serial input: {e}");
-                self.input = None;
-                0
-            }
+            Err(Errno::AGAIN) => return 0,
+            Ok(0) => {}
+            Ok(read) => return read,
+            Err(e) => log::debug!("end of serial input: {e}"),
         }
-    }
-
-    /// Reads what the user typed, less what was for us.
-    fn read_keys(&mut self, host: &Host, buf: &mut [u8]) -> Input {
-        let mut typed = [0; 64];
-        // An escape left over from the last time may come out as a second byte.
-        let room = buf.len().saturating_sub(1).min(typed.len());
-        let Some(typed) = typed.get_mut(..room) else { return Input::Nothing };
-        let read = self.read_host(host, typed);
-        if read == 0 {
-            return Input::Nothing;
-        }
-        let Kind::Terminal { escape, quit, .. } = &mut self.kind else { return Input::Nothing };
-        let mut wants_help = false;
-        let mut guest = buf.iter_mut();
-        let mut passed: usize = 0;
-        for byte in typed.iter().take(read) {
-            let key = escape.filter(*byte, |byte| {
-                if let Some(place) = guest.next() {
-                    *place = byte;
-                    passed = passed.saturating_add(1);
-                }
-            });
-            match key {
-                Some(Key::Quit) => quit(),
-                Some(Key::Help) => wants_help = true,
-                None => {}
-            }
-        }
-        if wants_help {
-            self.push(HELP);
-            self.flush();
-        }
-        Input::Bytes(passed)
+        // A socket's client may still listen.
+        self.input = None;
+        0
     }
 }
 
