@@ -54,6 +54,20 @@ pub enum Refusal {
     /// The kernel or the initrd is no good.
     #[error("{0}")]
     Boot(#[from] arch::BootError),
+    /// A kernel or initrd cannot be opened, or is not a file.
+    #[error("{what}: {source}")]
+    Open {
+        /// "kernel" or "initrd".
+        what: &'static str,
+        /// Which, and why.
+        source: devices::backend::file::OpenError,
+    },
+    /// The serial port cannot lead where it should.
+    #[error("serial: {0}")]
+    Console(devices::backend::console::ConsoleError),
+    /// The API's socket cannot be had.
+    #[error("{0}")]
+    Socket(String),
     /// A configuration file is no good.
     #[error("{path}: {why}")]
     ConfigFile {

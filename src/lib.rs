@@ -1,1 +1,35 @@
-//! husk
+//! husk is a KVM micro-VM monitor. This library is all of it; the binary is a thin shell.
+//!
+//! [`Vm`] is a running VM, [`VmConfig`] what it is made from. Several VMs live in one process
+//! without knowing of each other. docs/design.md says how it is built.
+
+mod api;
+mod attach;
+mod bell;
+pub mod cli;
+mod config;
+mod controller;
+mod error;
+mod events;
+mod exit;
+mod logger;
+mod machine;
+mod memory;
+mod outcome;
+mod parts;
+mod request;
+mod signals;
+mod vcpu;
+mod vm;
+mod vmm;
+
+pub use config::{
+    BootSource, CpuTemplate, DEMO_GUEST, HugePages, LogLevel, LoggerConfig, MachineConfig,
+    OnReboot, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+};
+pub use devices::virtio::{block, net, rng};
+pub use error::Refusal;
+pub use events::{Event, Sink, What};
+pub use exit::{Ending, ExitCode};
+pub use request::{Handle, Reply, Request};
+pub use vm::Vm;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
 use serde_json::Value;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
 
@@ -54,6 +54,8 @@ pub enum Request {
     CtrlAltDel,
     /// End the VM at once.
     Kill,
+    /// End, whether there is a VM or not.
+    Quit,
     /// Write the metrics now.
     FlushMetrics,
     /// Who and in what state: `GET /`.
@@ -81,7 +83,7 @@ pub(crate) struct Call {
 #[derive(Clone)]
 pub struct Handle {
     calls: Sender<Call>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
 }
 
 impl std::fmt::Debug for Handle {
@@ -105,8 +107,7 @@ impl Handle {
     /// `respond` is dropped uncalled.
     pub fn send(&self, request: Request, respond: impl FnOnce(Reply) + Send + 'static) {
         if self.calls.send(Call { request, respond: Box::new(respond) }).is_ok() {
-            // A full counter means that the VMM is awake already.
-            let _ = self.wake.write(1);
+            self.wake.ring();
         }
     }
 }
@@ -114,22 +115,20 @@ impl Handle {
 /// The VMM's end.
 pub(crate) struct Requests {
     calls: Receiver<Call>,
-    wake: Arc<EventFd>,
+    wake: Arc<Bell>,
 }
 
 impl Requests {
     /// A pair of connected ends.
     pub(crate) fn channel() -> Result<(Handle, Requests), Refusal> {
-        let wake = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map(Arc::new)
-            .map_err(Refusal::host("cannot make an eventfd"))?;
+        let wake = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let (sender, receiver) = mpsc::channel();
         let handle = Handle { calls: sender, wake: wake.clone() };
         Ok((handle, Requests { calls: receiver, wake }))
     }
 
-    /// Readable when there is a call.
-    pub(crate) fn wake_fd(&self) -> &EventFd {
+    /// Rung when there is a call.
+    pub(crate) fn bell(&self) -> &Bell {
         &self.wake
     }
 
@@ -139,7 +138,7 @@ impl Requests {
             Ok(call) => Some(call),
             Err(_) => {
                 // Quiet the descriptor, then look again: a call may have come in between.
-                let _ = self.wake.read();
+                self.wake.hush();
                 self.calls.try_recv().ok()
             }
         }

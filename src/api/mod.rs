@@ -24,6 +24,6 @@ mod server;
 mod socket;
 mod stream;
 
-pub(crate) use route::Section;
+pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};
-pub(crate) use socket::{BindError, Listener, StalePolicy, bind};
+pub(crate) use socket::{BindError, StalePolicy, bind};

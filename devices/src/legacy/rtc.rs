@@ -179,9 +179,9 @@ impl BusDeviceMut for Rtc {
     }
 }
 
-/// A moment as the clock shows it. Sunday is 1.
+/// A moment of UTC as the clock shows it. Sunday is 1.
 #[derive(Debug, PartialEq, Eq)]
-struct Date {
+pub struct Date {
     century: u8,
     year_of_century: u8,
     month: u8,
@@ -192,14 +192,25 @@ struct Date {
     second: u8,
 }
 
+/// As ISO 8601 has it, without a time zone.
+impl std::fmt::Display for Date {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { century, year_of_century, month, day, hour, minute, second, .. } = self;
+        write!(f, "{century:02}{year_of_century:02}-{month:02}-{day:02}")?;
+        write!(f, "T{hour:02}:{minute:02}:{second:02}")
+    }
+}
+
 impl Date {
+    /// The date of a Unix time, of the years 1970 to 9999.
+    ///
     /// Gregorian date from days, by the method of H. Hinnant, "chrono-compatible low-level date
     /// algorithms": years begin in March, so that the leap day is the last of its year.
     #[expect(
         clippy::arithmetic_side_effects,
         reason = "seconds are clamped to the years 1970 to 9999, far from any limit of i64"
     )]
-    fn from_unix(seconds: i64) -> Self {
+    pub fn from_unix(seconds: i64) -> Self {
         let seconds = seconds.clamp(0, 253_402_300_799);
         let (days, of_day) = (seconds / 86_400, seconds % 86_400);
         let from_march_0000 = days + 719_468;

@@ -1,0 +1,100 @@
+//! From a device to its place in the machine: address, interrupt, doorbells, bus slots.
+use std::sync::{Arc, Mutex};
+
+use arch::{VirtioMmio, layout};
+use devices::GuestRam;
+use devices::bus::{Bus, BusDevice};
+use devices::io::IoThread;
+use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE, Window, WindowDevice};
+use devices::virtio::notifier::Interrupt;
+use kvm_ioctls::{IoEventAddress, VmFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::error::Refusal;
+use crate::parts::{Part, eventfd};
+
+/// A device in its place.
+#[derive(Debug)]
+pub(crate) struct Attached {
+    pub(crate) model: &'static str,
+    pub(crate) id: String,
+    pub(crate) place: VirtioMmio,
+    pub(crate) transport: Arc<Mutex<MmioTransport>>,
+}
+
+/// An irqfd: a write raises an edge in the guest, with no exit and no lock.
+struct Irq(EventFd);
+
+impl Interrupt for Irq {
+    fn used_buffer(&self, _queue: u16) {
+        self.raise();
+    }
+
+    fn config_change(&self) {
+        self.raise();
+    }
+}
+
+impl Irq {
+    fn raise(&self) {
+        if let Err(e) = self.0.write(1) {
+            log::warn!("cannot raise an interrupt: {e}");
+        }
+    }
+}
+
+/// What a device is attached to.
+pub(crate) struct Slots<'a> {
+    pub(crate) vm: &'a VmFd,
+    pub(crate) ram: &'a GuestRam,
+    pub(crate) mmio: &'a mut Bus,
+    pub(crate) io: &'a Arc<IoThread>,
+}
+
+impl Slots<'_> {
+    /// Gives the device with `index` its place: addresses and interrupt follow from the index, so a
+    /// machine that is put together again looks the same.
+    pub(crate) fn attach(&mut self, index: usize, part: Part) -> Result<Attached, Refusal> {
+        let Part { model, id, device } = part;
+        let full = Refusal::TooManyDevices(layout::VIRTIO_IRQS.len());
+        let irq = *layout::VIRTIO_IRQS.get(index).ok_or(full)?;
+        let offset = index as u64 * WINDOW_SIZE;
+        let place = VirtioMmio {
+            acpi_window: layout::VIRTIO_ACPI + offset,
+            cmdline_window: layout::VIRTIO_CMDLINE + offset,
+            irq,
+        };
+        let line = register_irq(self.vm, irq)?;
+        let (ram, io) = (self.ram.clone(), self.io.clone());
+        let transport = MmioTransport::new(device, ram, Arc::new(Irq(line)), io, None)
+            .map_err(|source| Refusal::Device { section: model, id: id.clone(), source })?;
+        for (queue, kick) in (0u32..).zip(transport.kicks()) {
+            for window in [place.acpi_window, place.cmdline_window] {
+                let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
+                self.vm
+                    .register_ioevent(&**kick, &addr, queue)
+                    .map_err(Refusal::kvm("KVM_IOEVENTFD"))?;
+            }
+        }
+        let transport = Arc::new(Mutex::new(transport));
+        for (base, window) in
+            [(place.acpi_window, Window::Acpi), (place.cmdline_window, Window::CommandLine)]
+        {
+            let device = WindowDevice::new(transport.clone(), window);
+            insert(self.mmio, base, WINDOW_SIZE, Arc::new(device));
+        }
+        Ok(Attached { model, id, place, transport })
+    }
+}
+
+/// Makes an eventfd whose writes raise `irq`.
+pub(crate) fn register_irq(vm: &VmFd, irq: u32) -> Result<EventFd, Refusal> {
+    let line = eventfd()?;
+    vm.register_irqfd(&line, irq).map_err(Refusal::kvm("KVM_IRQFD"))?;
+    Ok(line)
+}
+
+/// Puts a device where the layout says. The layout's ranges do not overlap.
+pub(crate) fn insert(bus: &mut Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) {
+    bus.insert(base, len, device).expect("the ranges of the memory layout do not overlap");
+}

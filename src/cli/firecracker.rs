@@ -1,0 +1,188 @@
+//! husk under the name `firecracker`: its flags, its log lines, its manners.
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use clap::{Args, CommandFactory, FromArgMatches, Parser};
+
+use super::launch::{self, Launch, Style};
+use super::{fail, refuse_arguments};
+use crate::config::{LogLevel, LoggerConfig, OnReboot, VmConfig};
+use crate::controller::FIRECRACKER_VERSION;
+use crate::error::Refusal;
+use crate::exit::ExitCode;
+use crate::logger::{self, Stream};
+
+/// Where Firecracker listens unless told otherwise.
+const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
+
+/// husk, called by this name, takes Firecracker's arguments.
+#[derive(Debug, Parser)]
+#[command(name = "firecracker", disable_version_flag = true)]
+struct FirecrackerArgs {
+    /// The Unix socket to listen on
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    api_sock: PathBuf,
+    /// MicroVM unique identifier
+    #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
+    id: String,
+    /// A configuration file; the guest starts at once
+    #[arg(long, value_name = "FILE")]
+    config_file: Option<PathBuf>,
+    /// Do not listen; needs --config-file
+    #[arg(long, requires = "config_file")]
+    no_api: bool,
+    /// Where the log goes; standard output by default
+    #[arg(long, value_name = "FILE")]
+    log_path: Option<PathBuf>,
+    /// How much is logged
+    #[arg(long, default_value = "Info")]
+    level: LogLevel,
+    /// Only log lines of this module
+    #[arg(long)]
+    module: Option<String>,
+    /// Lines show their level
+    #[arg(long)]
+    show_level: bool,
+    /// Lines show the place in the source
+    #[arg(long)]
+    show_log_origin: bool,
+    /// Largest body of a request, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
+    http_api_max_payload_size: usize,
+    #[command(flatten)]
+    timing: Timing,
+    #[command(flatten)]
+    unsupported: Unsupported,
+    /// Accepted: husk installs no seccomp filter yet
+    #[arg(long)]
+    no_seccomp: bool,
+    /// Print the version
+    #[arg(long)]
+    version: bool,
+}
+
+/// What the jailer tells of itself; only logged.
+#[derive(Args, Debug)]
+struct Timing {
+    /// Process start time (wall clock, microseconds)
+    #[arg(long, value_name = "US")]
+    start_time_us: Option<u64>,
+    /// Process start CPU time (wall clock, microseconds)
+    #[arg(long, value_name = "US")]
+    start_time_cpu_us: Option<u64>,
+    /// Parent process CPU time (wall clock, microseconds)
+    #[arg(long, value_name = "US")]
+    parent_cpu_time_us: Option<u64>,
+    /// Limit of a metadata store; there is none yet
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
+}
+
+/// Refused when given: to ignore them would be to lie.
+#[derive(Args, Debug)]
+struct Unsupported {
+    /// Not supported yet
+    #[arg(long, value_name = "FILE")]
+    seccomp_filter: Option<PathBuf>,
+    /// Not supported yet
+    #[arg(long, value_name = "FILE")]
+    metrics_path: Option<PathBuf>,
+    /// Not supported yet
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
+    /// Not supported yet
+    #[arg(long)]
+    enable_pci: bool,
+    /// Not supported yet
+    #[arg(long)]
+    boot_timer: bool,
+    /// Not supported yet
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Not supported yet
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
+}
+
+impl Unsupported {
+    fn first(&self) -> Option<&'static str> {
+        [
+            ("--seccomp-filter", self.seccomp_filter.is_some()),
+            ("--metrics-path", self.metrics_path.is_some()),
+            ("--metadata", self.metadata.is_some()),
+            ("--enable-pci", self.enable_pci),
+            ("--boot-timer", self.boot_timer),
+            ("--snapshot-version", self.snapshot_version),
+            ("--describe-snapshot", self.describe_snapshot.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(flag, is_given)| is_given.then_some(flag))
+    }
+}
+
+pub(super) fn command() -> clap::Command {
+    FirecrackerArgs::command()
+}
+
+pub(super) fn main(args: Vec<OsString>, started: Instant) -> ExitCode {
+    let args = command()
+        .try_get_matches_from(args)
+        .and_then(|matches| FirecrackerArgs::from_arg_matches(&matches));
+    match args {
+        Ok(args) if args.version => {
+            super::print(format!("Firecracker v{FIRECRACKER_VERSION}\n").as_bytes())
+        }
+        Ok(args) => match args.unsupported.first() {
+            Some(flag) => {
+                logger::say(&format!("firecracker: {flag} is not supported yet"));
+                ExitCode::Usage
+            }
+            None => args.carry_out(started),
+        },
+        Err(e) => refuse_arguments(&e),
+    }
+}
+
+impl FirecrackerArgs {
+    fn carry_out(self, started: Instant) -> ExitCode {
+        logger::init(self.level, Stream::Output, Some(self.id.clone()));
+        let launched = self.launch(started);
+        let code = launched.unwrap_or_else(|e| {
+            log::error!("{e}");
+            fail(e.exit_code(), &e)
+        });
+        match code {
+            ExitCode::Clean => log::info!("Firecracker exiting successfully. exit_code=0"),
+            other => log::error!("Firecracker exiting with error. exit_code={}", other as u8),
+        }
+        code
+    }
+
+    fn launch(self, started: Instant) -> Result<ExitCode, Refusal> {
+        logger::configure(&LoggerConfig {
+            level: None,
+            log_path: self.log_path,
+            show_level: Some(self.show_level),
+            show_log_origin: Some(self.show_log_origin),
+            module: self.module,
+        })?;
+        log::info!("Running Firecracker v{FIRECRACKER_VERSION}");
+        let Timing { start_time_us, start_time_cpu_us, parent_cpu_time_us, .. } = self.timing;
+        log::debug!("timing: {start_time_us:?} {start_time_cpu_us:?} {parent_cpu_time_us:?}");
+        let starts = self.config_file.is_some();
+        let config = self.config_file.as_deref().map(VmConfig::from_file).transpose();
+        let mut config = config
+            .inspect_err(|_| log::error!("Configuration for VMM from one single json failed"))?
+            .unwrap_or_default();
+        config.machine.on_reboot = OnReboot::Exit;
+        let api = (!self.no_api).then_some(launch::Api {
+            path: self.api_sock,
+            body_limit: self.http_api_max_payload_size,
+        });
+        let launch = Launch { config, starts, api, id: self.id, style: Style::Firecracker };
+        let code = launch.carry_out(started)?;
+        log::info!("Vmm is stopping.");
+        Ok(code)
+    }
+}

@@ -1,0 +1,138 @@
+//! Bringing a VM up in this process: signals, socket, threads; and seeing it off.
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::api::{self, Server, StalePolicy};
+use crate::bell::Bell;
+use crate::config::{self, VmConfig};
+use crate::controller::{Controller, Identity};
+use crate::error::Refusal;
+use crate::exit::{Ending, ExitCode};
+use crate::machine::ThreadNames;
+use crate::request::{Request, Requests};
+use crate::signals::ProcessSignals;
+use crate::vmm;
+
+/// Firecracker's limit on the body of a request.
+pub(super) const BODY_LIMIT: usize = 51200;
+/// How long clients that are owed a last reply may take to read it.
+const LAST_WORDS: Duration = Duration::from_millis(200);
+
+/// Whose manners to have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Style {
+    Husk,
+    Firecracker,
+}
+
+/// A socket to listen on.
+#[derive(Debug)]
+pub(super) struct Api {
+    pub(super) path: PathBuf,
+    pub(super) body_limit: usize,
+}
+
+/// All that makes a process with a VM in it.
+#[derive(Debug)]
+pub(super) struct Launch {
+    pub(super) config: VmConfig,
+    /// Whether the guest starts at once.
+    pub(super) starts: bool,
+    pub(super) api: Option<Api>,
+    pub(super) id: String,
+    pub(super) style: Style,
+}
+
+/// A VM's id: what Firecracker allows, and the underscore.
+pub(super) fn id(s: &str) -> Result<String, String> {
+    let is_good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
+    if (1..=64).contains(&s.len()) && s.chars().all(is_good) {
+        Ok(s.into())
+    } else {
+        Err("want 1 to 64 letters, digits, '-' or '_'".into())
+    }
+}
+
+impl Launch {
+    /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
+    pub(super) fn carry_out(self, started: Instant) -> Result<ExitCode, Refusal> {
+        let mut signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
+        let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
+        let quit_writer = quit.clone();
+        let identity = Identity {
+            id: self.id,
+            names: self.style.thread_names(),
+            started,
+            quit: Arc::new(move || quit_writer.ring()),
+        };
+        let api_thread = identity.names.api;
+        let (handle, requests) = Requests::channel()?;
+        let server = self.api.map(|api| serve_api(api, &handle, api_thread, self.style));
+        let server = server.transpose()?;
+        let mut controller = Controller::new(identity, self.config);
+        if self.starts {
+            controller.start_now()?;
+        }
+        let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
+        // What was asked too late is told so, before the socket goes.
+        while let Some(call) = requests.next() {
+            controller.answer(call.request, call.respond);
+        }
+        drop(controller);
+        if let Some(server) = server {
+            server.shutdown(LAST_WORDS);
+        }
+        Ok(report(&ending))
+    }
+}
+
+fn serve_api(
+    api: Api,
+    handle: &crate::Handle,
+    thread_name: &str,
+    style: Style,
+) -> Result<Server, Refusal> {
+    let stale = match style {
+        Style::Husk => StalePolicy::Replace,
+        Style::Firecracker => StalePolicy::Fail,
+    };
+    let listener = api::bind(&api.path, stale).map_err(|e| Refusal::Socket(e.to_string()))?;
+    log::info!("Listening on API socket ({:?}).", api.path);
+    let options = api::Options {
+        thread_name: thread_name.to_owned(),
+        sections: config::sections().collect(),
+        body_limit: api.body_limit,
+        ..api::Options::default()
+    };
+    Server::spawn(listener, handle.clone(), options)
+        .map_err(Refusal::host("cannot start the API thread"))
+}
+
+/// Silence for a clean end, one line for any other.
+fn report(ending: &Ending) -> ExitCode {
+    let code = ending.exit_code();
+    if code != ExitCode::Clean {
+        crate::logger::say(&format!("husk: {ending}"));
+    }
+    code
+}
+
+impl Style {
+    /// Firecracker's thread names are looked for by tools.
+    fn thread_names(self) -> ThreadNames {
+        match self {
+            Self::Husk => ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
+            Self::Firecracker => ThreadNames { io: "fc_io", vcpu: "fc_vcpu ", api: "fc_api" },
+        }
+    }
+}
+
+impl Controller {
+    /// Starts without a request.
+    fn start_now(&mut self) -> Result<(), Refusal> {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        self.answer(Request::Start, Box::new(move |reply| drop(sender.send(reply))));
+        receiver.recv().unwrap_or(Err(Refusal::Gone)).map(drop)
+    }
+}

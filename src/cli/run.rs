@@ -1,0 +1,331 @@
+//! `husk run`, `husk api`, `husk check`: from arguments to a configuration.
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Instant;
+
+use clap::Args;
+
+use super::launch::{Launch, Style};
+use super::{fail, launch};
+use crate::config::{BootSource, DEMO_GUEST, HugePages, LogLevel, OnReboot, SerialTo, VmConfig};
+use crate::error::Refusal;
+use crate::exit::ExitCode;
+use crate::{block, net, rng};
+
+/// The command line of a kernel for which none was given: a console on the serial port, reset by
+/// the keyboard controller, a reboot at once after a panic.
+const DEFAULT_CMDLINE: &str =
+    "console=ttyS0 reboot=k panic=-1 i8042.noaux i8042.nomux i8042.dumbkbd";
+
+/// What `run` and `check` both take.
+#[derive(Args, Debug)]
+struct GuestArgs {
+    /// A kernel: ELF (vmlinux, a unikernel) or bzImage. Without one, the guest that is built in
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// An initial RAM disk
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// The kernel command line; devices are appended
+    #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
+    cmdline: String,
+    /// vCPUs, 1-32
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u8,
+    /// RAM in MiB
+    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    memory: u64,
+    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe]; the first is the root disk unless
+    /// another says so or the command line has root=
+    #[arg(long, value_name = "DISK")]
+    disk: Vec<DiskArg>,
+    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID]; the tap must exist
+    #[arg(long, value_name = "NET")]
+    net: Vec<NetArg>,
+    /// Give the guest a source of entropy (virtio-rng)
+    #[arg(long)]
+    rng: bool,
+    /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: SerialTo,
+    /// Two vCPUs share a core
+    #[arg(long)]
+    smt: bool,
+    /// Pages for guest RAM: none, transparent or 2M
+    #[arg(long, value_name = "PAGES", default_value = "none", value_parser = huge_pages)]
+    huge_pages: HugePages,
+    /// Give the guest a PIT (i8254), for kernels that do not know kvm-clock
+    #[arg(long)]
+    pit: bool,
+    /// What a guest's own reset does
+    #[arg(long, value_name = "ACTION", value_enum, default_value_t)]
+    on_reboot: OnReboot,
+    /// Take all of this from a file in Firecracker's format instead
+    #[arg(long, value_name = "FILE", conflicts_with_all = [
+        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "net", "rng", "smt", "huge_pages",
+        "pit",
+    ])]
+    config_file: Option<PathBuf>,
+}
+
+/// How much is said, and where.
+#[derive(Args, Debug)]
+pub(super) struct LogArgs {
+    /// How much to log: off, error, warn, info, debug or trace
+    #[arg(long, value_name = "LEVEL", default_value = "warn")]
+    log_level: LogLevel,
+    /// Log to this file or FIFO rather than to standard error
+    #[arg(long, value_name = "FILE")]
+    log_file: Option<PathBuf>,
+}
+
+impl LogArgs {
+    fn start(&self) -> Result<(), Refusal> {
+        crate::logger::init(self.log_level, crate::logger::Stream::Error, None);
+        crate::logger::configure(&crate::config::LoggerConfig {
+            log_path: self.log_file.clone(),
+            ..Default::default()
+        })
+    }
+}
+
+/// Boot a guest and stay until it ends.
+#[derive(Args, Debug)]
+#[command(after_help = RUN_EXAMPLES)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    /// Also listen on this Unix socket
+    #[arg(long, value_name = "SOCKET")]
+    api_sock: Option<PathBuf>,
+    /// A name for the VM, shown by the API
+    #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
+    id: String,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+const RUN_EXAMPLES: &str = "\
+Examples:
+  husk run
+  husk run --kernel vmlinux --initrd initrd.cpio --cmdline 'console=ttyS0' --cpus 2 --memory 256
+  husk run --kernel vmlinux --disk root.ext4 --disk data.img,ro --net tap=tap0
+  husk run --config-file vm.json --api-sock husk.sock
+
+On a terminal, Ctrl-A x ends husk, and Ctrl-A ? shows the other keys.";
+
+/// Start empty and wait to be configured over a socket.
+#[derive(Args, Debug)]
+#[command(after_help = API_EXAMPLES)]
+pub(super) struct ApiArgs {
+    /// The Unix socket to listen on
+    #[arg(long, value_name = "SOCKET")]
+    api_sock: PathBuf,
+    /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
+    #[arg(long, value_name = "WHERE", default_value = "stdio")]
+    serial: SerialTo,
+    /// Largest body of a request, in bytes
+    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
+    max_payload: usize,
+    /// A name for the VM, shown by the API
+    #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
+    id: String,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+const API_EXAMPLES: &str = "\
+Examples:
+  husk api --api-sock husk.sock &
+  curl --unix-socket husk.sock -X PUT http://localhost/vm \\
+       -d '{\"boot-source\": {\"kernel_image_path\": \"builtin:demo\"}}'";
+
+/// Judge a configuration, touch nothing.
+#[derive(Args, Debug)]
+pub(super) struct CheckArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+}
+
+impl RunArgs {
+    pub(super) fn carry_out(self, started: Instant) -> ExitCode {
+        let launched = self.log.start().and_then(|()| {
+            let config = self.guest.config()?;
+            let api =
+                self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
+            let launch = Launch { config, starts: true, api, id: self.id, style: Style::Husk };
+            launch.carry_out(started)
+        });
+        launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
+    }
+}
+
+impl ApiArgs {
+    pub(super) fn carry_out(self, started: Instant) -> ExitCode {
+        let launched = self.log.start().and_then(|()| {
+            let mut config = VmConfig::default();
+            config.serial.to = Some(self.serial);
+            let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
+            let launch = Launch { config, starts: false, api, id: self.id, style: Style::Husk };
+            launch.carry_out(started)
+        });
+        launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
+    }
+}
+
+impl CheckArgs {
+    pub(super) fn carry_out(self) -> ExitCode {
+        match self.guest.config().and_then(|config| config.check()) {
+            Ok(()) => super::print(b"the configuration is good\n"),
+            Err(e) => fail(e.exit_code(), &e),
+        }
+    }
+}
+
+impl GuestArgs {
+    fn config(self) -> Result<VmConfig, Refusal> {
+        if let Some(path) = &self.config_file {
+            let mut config = VmConfig::from_file(path)?;
+            config.machine.on_reboot = self.on_reboot;
+            if config.serial.serial_out_path.is_none() && config.serial.to.is_none() {
+                config.serial.to = Some(self.serial);
+            }
+            return Ok(config);
+        }
+        let mut config = VmConfig::default();
+        let is_demo = self.kernel.is_none();
+        config.machine.vcpu_count = self.cpus;
+        config.machine.mem_size_mib = self.memory;
+        config.machine.smt = self.smt;
+        config.machine.huge_pages = self.huge_pages;
+        config.machine.pit = self.pit;
+        config.machine.on_reboot = self.on_reboot;
+        config.serial.to = Some(self.serial);
+        let has_root = self.cmdline.split_whitespace().any(|word| word.starts_with("root="))
+            || self.disk.iter().any(|disk| disk.is_root);
+        config.boot_source = Some(BootSource {
+            kernel_image_path: self.kernel.unwrap_or_else(|| DEMO_GUEST.into()),
+            initrd_path: self.initrd,
+            boot_args: Some(self.cmdline),
+        });
+        for (i, disk) in self.disk.into_iter().enumerate() {
+            let is_root = disk.is_root || (i == 0 && !has_root && !is_demo);
+            config.add::<block::Block>(disk.config(i, is_root))?;
+        }
+        for (i, net) in self.net.into_iter().enumerate() {
+            config.add::<net::Net>(net.config(i))?;
+        }
+        if self.rng {
+            config.add::<rng::Rng>(rng::Config::default())?;
+        }
+        config.check()?;
+        Ok(config)
+    }
+}
+
+fn huge_pages(s: &str) -> Result<HugePages, String> {
+    match s {
+        "none" => Ok(HugePages::None),
+        "transparent" => Ok(HugePages::Transparent),
+        "2M" | "2m" => Ok(HugePages::Hugetlb2M),
+        _ => Err("want none, transparent or 2M".into()),
+    }
+}
+
+/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe]`
+#[derive(Clone, Debug)]
+struct DiskArg {
+    path: PathBuf,
+    is_read_only: bool,
+    is_root: bool,
+    is_unsafe: bool,
+    id: Option<String>,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut words = s.split(',');
+        let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path first")?;
+        let mut disk = Self {
+            path: path.into(),
+            is_read_only: false,
+            is_root: false,
+            is_unsafe: false,
+            id: None,
+        };
+        for word in words {
+            match word.split_once('=') {
+                None if word == "ro" => disk.is_read_only = true,
+                None if word == "rw" => disk.is_read_only = false,
+                None if word == "root" => disk.is_root = true,
+                Some(("id", id)) => disk.id = Some(id.into()),
+                Some(("cache", "writeback")) => disk.is_unsafe = false,
+                Some(("cache", "unsafe")) => disk.is_unsafe = true,
+                _ => {
+                    return Err(format!(
+                        "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe"
+                    ));
+                }
+            }
+        }
+        Ok(disk)
+    }
+}
+
+impl DiskArg {
+    fn config(self, index: usize, is_root_device: bool) -> block::Config {
+        let id = self.id.unwrap_or_else(|| format!("disk{index}"));
+        let cache_type = match self.is_unsafe {
+            true => block::CacheType::Unsafe,
+            false => block::CacheType::Writeback,
+        };
+        let is_read_only = self.is_read_only;
+        block::Config {
+            is_root_device,
+            is_read_only,
+            cache_type,
+            ..block::Config::new(id, self.path)
+        }
+    }
+}
+
+/// `tap=NAME[,mac=MAC][,mtu=N][,id=ID]`
+#[derive(Clone, Debug)]
+struct NetArg {
+    tap: String,
+    mac: Option<String>,
+    mtu: Option<u16>,
+    id: Option<String>,
+}
+
+impl FromStr for NetArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut net = Self { tap: String::new(), mac: None, mtu: None, id: None };
+        for word in s.split(',') {
+            match word.split_once('=') {
+                Some(("tap", tap)) => net.tap = tap.into(),
+                Some(("mac", mac)) => net.mac = Some(mac.into()),
+                Some(("mtu", mtu)) => {
+                    net.mtu = Some(mtu.parse().map_err(|e| format!("mtu '{mtu}': {e}"))?);
+                }
+                Some(("id", id)) => net.id = Some(id.into()),
+                _ => return Err(format!("'{word}' is not one of tap=, mac=, mtu=, id=")),
+            }
+        }
+        if net.tap.is_empty() {
+            return Err("want tap=NAME".into());
+        }
+        Ok(net)
+    }
+}
+
+impl NetArg {
+    fn config(self, index: usize) -> net::Config {
+        let id = self.id.unwrap_or_else(|| format!("eth{index}"));
+        net::Config { guest_mac: self.mac, mtu: self.mtu, ..net::Config::new(id, self.tap) }
+    }
+}

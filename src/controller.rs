@@ -1,0 +1,303 @@
+//! The one place that knows which request is legal when.
+//!
+//! ```text
+//!                  Start                  the guest ends, Kill, a signal
+//!   Configuring ──────────► Live ────────────────────────────────────────► Ended
+//!                            │ ▲
+//!                            └─┘ Pause, Resume, a guest's reset
+//! ```
+use std::sync::Arc;
+use std::time::Instant;
+
+use devices::virtio;
+use serde_json::{Value, json};
+
+use crate::config::{OnReboot, VmConfig};
+use crate::error::Refusal;
+use crate::events::{Hub, What};
+use crate::exit::Ending;
+use crate::machine::{Machine, ThreadNames};
+use crate::parts::Parts;
+use crate::request::{Reply, Request, Respond};
+
+/// The version of Firecracker whose API this is.
+pub(crate) const FIRECRACKER_VERSION: &str = "1.17.0";
+
+/// What does not change during a VM's life.
+#[derive(Clone)]
+pub(crate) struct Identity {
+    /// The VM's id, for `GET /`.
+    pub(crate) id: String,
+    /// Names of its threads.
+    pub(crate) names: ThreadNames,
+    /// When it started.
+    pub(crate) started: Instant,
+    /// Called when the user leaves the console.
+    pub(crate) quit: Arc<dyn Fn() + Send + Sync>,
+}
+
+/// A machine and what it was made from.
+struct Live {
+    config: VmConfig,
+    machine: Machine,
+    is_paused: bool,
+}
+
+enum Phase {
+    Configuring(VmConfig),
+    Live(Box<Live>),
+    Ended(Ending),
+}
+
+/// The state of a VM, and all that may change it.
+pub(crate) struct Controller {
+    identity: Identity,
+    phase: Phase,
+    hub: Hub,
+    waiting: Vec<Respond>,
+}
+
+impl std::fmt::Debug for Controller {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Controller").field("state", &self.state()).finish_non_exhaustive()
+    }
+}
+
+impl Controller {
+    pub(crate) fn new(identity: Identity, config: VmConfig) -> Self {
+        let hub = Hub::new(identity.started);
+        Self { identity, phase: Phase::Configuring(config), hub, waiting: Vec::new() }
+    }
+
+    /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
+    pub(crate) fn answer(&mut self, request: Request, respond: Respond) {
+        match (request, self.ending()) {
+            (Request::Wait, None) => self.waiting.push(respond),
+            (Request::Wait, Some(ending)) => respond(Ok(json!(ending))),
+            (request, _) => respond(self.handle(request)),
+        }
+    }
+
+    /// One line per request; the first word after `self.` is its precondition.
+    fn handle(&mut self, request: Request) -> Reply {
+        match request {
+            Request::Put { section, id, body } => {
+                done(self.configuring()?.put(&section, id.as_deref(), &body))
+            }
+            Request::Patch { section, body, .. } if VmConfig::is_patched_before_start(&section) => {
+                done(self.configuring()?.patch(&section, &body))
+            }
+            Request::Patch { section, id, body } => done(self.live()?.update(&section, id, &body)),
+            Request::Get { section } => self.config()?.show(&section),
+            Request::Launch { body } => done(self.launch(&body)),
+            Request::Start => done(self.start()),
+            Request::Pause => done(self.pause()),
+            Request::Resume => done(self.resume()),
+            Request::Shutdown => done(self.shutdown()),
+            Request::CtrlAltDel => done(self.live()?.ctrl_alt_del()),
+            Request::Kill => done(self.kill()),
+            Request::Quit => {
+                self.end(Ending::Killed);
+                Ok(Value::Null)
+            }
+            Request::FlushMetrics => done(self.live().map(|_| ())),
+            Request::Describe => Ok(self.describe()),
+            Request::Config => Ok(self.config()?.to_json()),
+            Request::Subscribe(sink) => {
+                self.hub.subscribe(sink);
+                Ok(Value::Null)
+            }
+            Request::Wait => Err(Refusal::Gone),
+        }
+    }
+
+    fn configuring(&mut self) -> Result<&mut VmConfig, Refusal> {
+        match &mut self.phase {
+            Phase::Configuring(config) => Ok(config),
+            Phase::Live(_) => Err(Refusal::AlreadyStarted),
+            Phase::Ended(ending) => Err(Refusal::Ended(ending.clone())),
+        }
+    }
+
+    fn live(&mut self) -> Result<&mut Live, Refusal> {
+        match &mut self.phase {
+            Phase::Live(live) => Ok(live),
+            Phase::Configuring(_) => Err(Refusal::NotStarted),
+            Phase::Ended(ending) => Err(Refusal::Ended(ending.clone())),
+        }
+    }
+
+    fn config(&self) -> Result<&VmConfig, Refusal> {
+        match &self.phase {
+            Phase::Configuring(config) => Ok(config),
+            Phase::Live(live) => Ok(&live.config),
+            Phase::Ended(ending) => Err(Refusal::Ended(ending.clone())),
+        }
+    }
+
+    fn start(&mut self) -> Result<(), Refusal> {
+        let config = self.configuring()?.clone();
+        let Identity { names, started, quit, .. } = self.identity.clone();
+        let parts = Parts::open(&config, names.io, quit)?;
+        let machine = Machine::assemble(&config, parts, names, started)?;
+        machine.run()?;
+        self.phase = Phase::Live(Box::new(Live { config, machine, is_paused: false }));
+        self.hub.publish(What::Started);
+        Ok(())
+    }
+
+    /// All or nothing: what was configured before stays if this is refused.
+    fn launch(&mut self, body: &[u8]) -> Result<(), Refusal> {
+        let before = self.configuring()?.clone();
+        let launched = self.configuring()?.put_all(body).and_then(|()| self.start());
+        if launched.is_err() {
+            self.phase = Phase::Configuring(before);
+        }
+        launched
+    }
+
+    fn pause(&mut self) -> Result<(), Refusal> {
+        let live = self.live()?;
+        if !live.is_paused {
+            live.machine.pause()?;
+            live.is_paused = true;
+            self.hub.publish(What::Paused);
+        }
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), Refusal> {
+        let live = self.live()?;
+        if live.is_paused {
+            live.machine.run()?;
+            live.is_paused = false;
+            self.hub.publish(What::Resumed);
+        }
+        Ok(())
+    }
+
+    /// Asks the guest to power off.
+    pub(crate) fn shutdown(&mut self) -> Result<(), Refusal> {
+        self.live()?.machine.press_power_button();
+        self.hub.publish(What::ShutdownRequested);
+        Ok(())
+    }
+
+    fn kill(&mut self) -> Result<(), Refusal> {
+        self.live()?;
+        self.end(Ending::Killed);
+        Ok(())
+    }
+
+    /// Whether a guest runs that could be asked to power off.
+    pub(crate) fn is_running(&self) -> bool {
+        matches!(&self.phase, Phase::Live(live) if !live.is_paused)
+    }
+
+    /// The live machine's outcome, to wait for.
+    pub(crate) fn outcome(&self) -> Option<&crate::outcome::Outcome> {
+        match &self.phase {
+            Phase::Live(live) => Some(live.machine.outcome()),
+            Phase::Configuring(_) | Phase::Ended(_) => None,
+        }
+    }
+
+    /// Draws the consequence if the guest has ended its run: boots it again, or ends the VM.
+    pub(crate) fn heed_outcome(&mut self) {
+        let Phase::Live(live) = &self.phase else { return };
+        let Some(ending) = live.machine.outcome().get().cloned() else { return };
+        let restarts = live.config.machine.on_reboot == OnReboot::Restart;
+        if ending == Ending::Reset && restarts {
+            self.reboot();
+        } else {
+            self.end(ending);
+        }
+    }
+
+    fn reboot(&mut self) {
+        let Phase::Live(live) = std::mem::replace(&mut self.phase, Phase::Ended(Ending::Reset))
+        else {
+            return;
+        };
+        let Live { config, machine, .. } = *live;
+        let Identity { names, started, .. } = self.identity;
+        let machine = Machine::assemble(&config, machine.dismantle(), names, started)
+            .and_then(|machine| machine.run().map(|()| machine));
+        match machine {
+            Ok(machine) => {
+                self.phase = Phase::Live(Box::new(Live { config, machine, is_paused: false }));
+                self.hub.publish(What::Rebooted);
+            }
+            Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),
+        }
+    }
+
+    /// Ends the VM, whatever it is doing. The first ending stays.
+    pub(crate) fn end(&mut self, ending: Ending) {
+        match std::mem::replace(&mut self.phase, Phase::Ended(ending.clone())) {
+            Phase::Live(live) => live.machine.finish(),
+            Phase::Configuring(_) | Phase::Ended(_) => {}
+        }
+        for respond in self.waiting.drain(..) {
+            respond(Ok(json!(ending)));
+        }
+        self.hub.publish(What::Ended(ending));
+    }
+
+    /// How the VM ended, if it has.
+    pub(crate) fn ending(&self) -> Option<&Ending> {
+        match &self.phase {
+            Phase::Ended(ending) => Some(ending),
+            Phase::Configuring(_) | Phase::Live(_) => None,
+        }
+    }
+
+    fn state(&self) -> &'static str {
+        match &self.phase {
+            Phase::Configuring(_) => "Not started",
+            Phase::Live(live) if live.is_paused => "Paused",
+            Phase::Live(_) => "Running",
+            Phase::Ended(_) => "Ended",
+        }
+    }
+
+    fn describe(&self) -> Value {
+        json!({
+            "app_name": "Firecracker",
+            "id": self.identity.id,
+            "state": self.state(),
+            "vmm_version": FIRECRACKER_VERSION,
+            "husk_version": env!("CARGO_PKG_VERSION"),
+        })
+    }
+}
+
+impl Live {
+    fn update(&mut self, section: &str, id: Option<String>, body: &[u8]) -> Result<(), Refusal> {
+        let path = || match &id {
+            Some(id) => format!("{section}/{id}"),
+            None => section.to_owned(),
+        };
+        let row = virtio::model(section)
+            .ok_or_else(|| Refusal::Route { method: "PATCH", path: path() })?;
+        let id = id.as_deref().unwrap_or(row.name);
+        let patch = (row.parse_patch)(body).map_err(|source| match source {
+            virtio::model::DeviceError::Json(e) => Refusal::Body(e),
+            source => Refusal::Device { section: row.name, id: id.into(), source },
+        })?;
+        self.machine.update(row.name, id, &patch)?;
+        self.config.note_update(row.name, id, &patch);
+        Ok(())
+    }
+
+    fn ctrl_alt_del(&mut self) -> Result<(), Refusal> {
+        if !self.machine.ctrl_alt_del() {
+            log::warn!("Ctrl-Alt-Del: the guest does not read its keyboard");
+        }
+        Ok(())
+    }
+}
+
+fn done(result: Result<(), Refusal>) -> Reply {
+    result.map(|()| Value::Null)
+}

@@ -1,0 +1,252 @@
+//! A virtual machine, put together and taken apart. Boot, reboot and restore are one path:
+//! [`Machine::assemble`].
+//!
+//! Order matters: memory slots come before the interrupt controllers, because KVM waits for a grace
+//! period of several milliseconds when a slot is set after them.
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use arch::{Entry, Platform, Topology, layout};
+use devices::GuestRam;
+use devices::bus::Bus;
+use devices::legacy::acpi::Acpi;
+use devices::legacy::i8042::I8042;
+use devices::legacy::rtc::Rtc;
+use devices::virtio::mmio::MmioTransport;
+use kvm_bindings::kvm_pit_config;
+use kvm_ioctls::{VcpuFd, VmFd};
+use serde_json::Value;
+
+use crate::attach::{Attached, Slots, insert, register_irq};
+use crate::config::VmConfig;
+use crate::error::Refusal;
+use crate::memory;
+use crate::outcome::Outcome;
+use crate::parts::{Part, Parts, setup};
+use crate::vcpu::{Unclaimed, Vcpus, World};
+
+/// Appended to the command line of the demo guest only: it prints the time since then.
+const DEMO_TIME: &str = "husk.boot_us";
+/// How long the last output may take to reach its reader when a machine ends.
+const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
+
+/// A machine. Dropping it stops it: vCPUs first, then devices, then KVM's VM, then RAM.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vcpus: Vcpus,
+    outcome: Arc<Outcome>,
+    acpi: Arc<Mutex<Acpi>>,
+    i8042: Arc<Mutex<I8042>>,
+    devices: Vec<Attached>,
+    rest: Rest,
+    _vm: VmFd,
+    _ram: GuestRam,
+}
+
+/// The parts that are not built into the machine, kept to build it again.
+#[derive(Debug)]
+struct Rest(Parts);
+
+/// Names of threads, which tools look for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ThreadNames {
+    /// The thread that runs devices.
+    pub(crate) io: &'static str,
+    /// The thread of a vCPU, without its number.
+    pub(crate) vcpu: &'static str,
+    /// The API's thread.
+    pub(crate) api: &'static str,
+}
+
+impl Machine {
+    /// Puts a machine together; its vCPUs are parked at the first instruction. `started` is when
+    /// husk was.
+    pub(crate) fn assemble(
+        config: &VmConfig,
+        mut parts: Parts,
+        names: ThreadNames,
+        started: Instant,
+    ) -> Result<Self, Refusal> {
+        let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
+        let boot_us = started.elapsed().as_micros();
+        vm.set_tss_address(usize_of(layout::KVM_TSS)).map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        let ram = memory::map(&config.machine)?;
+        memory::register(&vm, &ram)?;
+        vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
+        if config.machine.pit {
+            vm.create_pit2(kvm_pit_config::default()).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
+        }
+        let kernel = parts.kernel.load(&ram)?;
+
+        let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
+        let (mut pio, mut mmio) = (Bus::default(), Bus::default());
+        let (acpi, i8042) = legacy(&vm, &parts, &outcome, &mut pio)?;
+        let mut slots = Slots { vm: &vm, ram: &ram, mmio: &mut mmio, io: &parts.io };
+        let devices = std::mem::take(&mut parts.devices)
+            .into_iter()
+            .enumerate()
+            .map(|(index, part)| slots.attach(index, part))
+            .collect::<Result<Vec<_>, _>>()?;
+
+        let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
+        let places: Vec<_> = devices.iter().map(|d| d.place).collect();
+        let mut cmdline = command_line(config, &places);
+        if config.is_demo() {
+            cmdline.push_str(&format!(" {DEMO_TIME}={boot_us}"));
+        }
+        let apic_ids = topology.apic_ids();
+        let initrd = parts.initrd.as_ref();
+        Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
+            .write(&ram, &kernel)?;
+        let fds = create_vcpus(&vm, &parts, topology, &kernel)?;
+        let world = World { pio, mmio, outcome: outcome.clone(), unclaimed: Unclaimed::default() };
+        let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
+        let protocol = kernel.protocol;
+        log::info!("assembled: {protocol} kernel at {:#x}, command line: {cmdline}", kernel.addr);
+        let rest = Rest(parts);
+        Ok(Self { vcpus, outcome, acpi, i8042, devices, rest, _vm: vm, _ram: ram })
+    }
+
+    /// Takes the machine apart, so that it can be put together again: devices stop, and give back
+    /// what they opened.
+    pub(crate) fn dismantle(self) -> Parts {
+        let Self { vcpus, devices, rest: Rest(mut parts), .. } = self;
+        // The vCPUs own the buses, and with them the other references to the transports.
+        drop(vcpus);
+        for Attached { model, id, transport, .. } in devices {
+            if let Some(transport) = Arc::into_inner(transport) {
+                let transport = transport.into_inner().unwrap_or_else(PoisonError::into_inner);
+                parts.devices.push(Part { model, id, device: transport.into_device() });
+            }
+        }
+        lock(&parts.serial).reset();
+        parts
+    }
+
+    /// Lets the guest run.
+    pub(crate) fn run(&self) -> Result<(), Refusal> {
+        self.each_transport(MmioTransport::resume)?;
+        self.vcpus.run();
+        Ok(())
+    }
+
+    /// Stops the guest where it is: vCPUs first, so that nothing new is asked of the devices.
+    pub(crate) fn pause(&self) -> Result<(), Refusal> {
+        self.vcpus.park();
+        self.each_transport(MmioTransport::pause)
+    }
+
+    fn each_transport(
+        &self,
+        act: fn(&mut MmioTransport) -> Result<(), devices::virtio::model::DeviceError>,
+    ) -> Result<(), Refusal> {
+        self.devices.iter().try_for_each(|d| {
+            act(&mut lock(&d.transport)).map_err(|source| Refusal::Device {
+                section: d.model,
+                id: d.id.clone(),
+                source,
+            })
+        })
+    }
+
+    /// Applies a run-time change to a device.
+    pub(crate) fn update(
+        &self,
+        model: &'static str,
+        id: &str,
+        patch: &Value,
+    ) -> Result<(), Refusal> {
+        let device = self
+            .devices
+            .iter()
+            .find(|d| d.model == model && d.id == id)
+            .ok_or_else(|| Refusal::NoSuchDevice { section: model, id: id.into() })?;
+        lock(&device.transport).update(patch).map_err(|source| Refusal::Device {
+            section: device.model,
+            id: device.id.clone(),
+            source,
+        })
+    }
+
+    /// Presses the power button.
+    pub(crate) fn press_power_button(&self) {
+        lock(&self.acpi).press_power_button();
+    }
+
+    /// Presses Ctrl-Alt-Del. False if the guest does not read its keyboard.
+    pub(crate) fn ctrl_alt_del(&self) -> bool {
+        lock(&self.i8042).ctrl_alt_del()
+    }
+
+    /// How the run ended, and the descriptor that says so.
+    pub(crate) fn outcome(&self) -> &Outcome {
+        &self.outcome
+    }
+
+    /// Stops the machine for good, and sees its last output off.
+    pub(crate) fn finish(self) {
+        let Self { vcpus, rest: Rest(parts), .. } = self;
+        drop(vcpus);
+        lock(&parts.serial).finish(SERIAL_DEADLINE);
+    }
+}
+
+/// A device's lock. A panic is fatal in the binary; in a library the device may still be stopped.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An address of the layout, all of which are below 4 GiB.
+fn usize_of(addr: u64) -> usize {
+    usize::try_from(addr).expect("the layout's addresses fit into 32 bits")
+}
+
+type Legacy = (Arc<Mutex<Acpi>>, Arc<Mutex<I8042>>);
+
+/// Puts the devices of a PC in their places.
+fn legacy(
+    vm: &VmFd,
+    parts: &Parts,
+    outcome: &Arc<Outcome>,
+    pio: &mut Bus,
+) -> Result<Legacy, Refusal> {
+    vm.register_irqfd(&parts.serial_irq, layout::SERIAL_IRQ).map_err(Refusal::kvm("KVM_IRQFD"))?;
+    insert(pio, layout::SERIAL, 8, parts.serial.clone());
+    let acpi = Acpi::new(Box::new(register_irq(vm, layout::ACPI_IRQ)?), outcome.clone());
+    let acpi = Arc::new(Mutex::new(acpi));
+    insert(pio, layout::ACPI_POWER, 4, acpi.clone());
+    let i8042 = I8042::new(Box::new(register_irq(vm, layout::I8042_IRQ)?), outcome.clone());
+    let i8042 = Arc::new(Mutex::new(i8042));
+    insert(pio, layout::I8042_DATA, 5, i8042.clone());
+    insert(pio, layout::RTC, 2, Arc::new(Mutex::new(Rtc::default())));
+    Ok((acpi, i8042))
+}
+
+/// The kernel's command line: what the user gave, what devices add, and where devices are.
+fn command_line(config: &VmConfig, places: &[arch::VirtioMmio]) -> String {
+    let given = config.boot_source.as_ref().and_then(|s| s.boot_args.as_deref());
+    let mut words = vec![given.unwrap_or(crate::config::DEFAULT_BOOT_ARGS).to_owned()];
+    words.extend(config.devices().filter_map(|recipe| recipe.kernel_args()));
+    words.extend(places.iter().map(arch::VirtioMmio::kernel_arg));
+    words.join(" ")
+}
+
+fn create_vcpus(
+    vm: &VmFd,
+    parts: &Parts,
+    topology: Topology,
+    kernel: &Entry,
+) -> Result<Vec<VcpuFd>, Refusal> {
+    topology
+        .apic_ids()
+        .into_iter()
+        .map(|id| {
+            let vcpu = vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
+            let entry = (id == 0).then_some(kernel);
+            parts.cpu.configure(&vcpu, id, topology, entry).map_err(setup)?;
+            Ok(vcpu)
+        })
+        .collect()
+}

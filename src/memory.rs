@@ -1,0 +1,88 @@
+//! Guest RAM: mapped, and registered with KVM.
+#![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
+
+use arch::layout;
+use devices::GuestRam;
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::config::{HugePages, MachineConfig};
+use crate::error::Refusal;
+
+/// Maps the RAM that `machine` asks for: private, anonymous, zero, not yet backed by anything.
+pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
+    let size = machine.mem_size_bytes();
+    let what = || format!("cannot map {} MiB of guest memory", machine.mem_size_mib);
+    check_host_has(size).map_err(Refusal::host(what()))?;
+    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    if machine.huge_pages == HugePages::Hugetlb2M {
+        // Reserved, in contrast: a pool that runs dry later would be a SIGBUS in the guest.
+        flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
+    }
+    let mut regions = Vec::new();
+    for (start, len) in layout::ram_ranges(size) {
+        let len = usize::try_from(len).map_err(|_| too_big(what()))?;
+        let region = MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags)
+            .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
+        if machine.huge_pages == HugePages::Transparent {
+            advise_huge(&region).map_err(Refusal::host("cannot ask for transparent huge pages"))?;
+        }
+        regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
+    }
+    GuestRam::from_regions(regions)
+        .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })
+}
+
+/// A guest larger than the host is a mistake, or soon an out-of-memory kill.
+fn check_host_has(size: u64) -> std::io::Result<()> {
+    let info = rustix::system::sysinfo();
+    let total = info.totalram.saturating_mul(info.mem_unit.into());
+    if size <= total {
+        return Ok(());
+    }
+    let why = format!("the host has {} MiB (ENOMEM)", total >> 20);
+    Err(std::io::Error::new(std::io::ErrorKind::OutOfMemory, why))
+}
+
+fn too_big(what: String) -> Refusal {
+    Refusal::Host { what, source: std::io::ErrorKind::OutOfMemory.into() }
+}
+
+fn advise_huge(region: &MmapRegion) -> std::io::Result<()> {
+    // SAFETY: the range is the mapping just made, and the advice changes no contents.
+    unsafe {
+        rustix::mm::madvise(
+            region.as_ptr().cast(),
+            region.size(),
+            rustix::mm::Advice::LinuxHugepage,
+        )
+    }
+    .map_err(Into::into)
+}
+
+/// Shows `ram` to the guest. Before the irqchip exists: afterwards KVM waits for a grace period of
+/// several milliseconds at each slot.
+pub(crate) fn register(vm: &VmFd, ram: &GuestRam) -> Result<(), Refusal> {
+    for (slot, region) in (0..).zip(ram.iter()) {
+        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|e| {
+            Refusal::Host {
+                what: "guest memory has no address".into(),
+                source: std::io::Error::other(e),
+            }
+        })?;
+        let slot = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: host as u64,
+        };
+        // SAFETY: the range is a mapping of ours, and it outlives the VM: the machine that owns both
+        // drops the VM and its vCPUs first.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(Refusal::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+    }
+    Ok(())
+}

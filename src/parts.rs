@@ -1,0 +1,171 @@
+//! What a machine is made of on the host's side, opened once.
+//!
+//! Everything that is opened by path is opened here, before the guest runs, and outlives a reboot:
+//! the machine is taken apart into its parts and put together again.
+use std::fs::File;
+use std::io::Write;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use arch::{BootError, FileError, HostCpu, Initrd, Kernel};
+use devices::backend::console::Console;
+use devices::backend::file::{self, Access};
+use devices::io::IoThread;
+use devices::legacy::serial::Serial;
+use devices::virtio::model::VirtioDevice;
+use kvm_ioctls::Kvm;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
+use crate::error::Refusal;
+
+/// The guest that needs no files: an ELF image made from resources/guest/demo.rs.
+const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
+
+/// KVM's only API version since 2007.
+const KVM_API_VERSION: i32 = 12;
+
+/// A device with what names it.
+#[derive(Debug)]
+pub(crate) struct Part {
+    pub(crate) model: &'static str,
+    pub(crate) id: String,
+    pub(crate) device: Box<dyn VirtioDevice>,
+}
+
+/// Everything opened.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) kvm: Kvm,
+    pub(crate) cpu: HostCpu,
+    pub(crate) kernel: Kernel,
+    pub(crate) initrd: Option<Initrd>,
+    pub(crate) devices: Vec<Part>,
+    pub(crate) serial: Arc<Mutex<Serial>>,
+    pub(crate) serial_irq: EventFd,
+    pub(crate) io: Arc<IoThread>,
+}
+
+impl Parts {
+    /// Opens all that `config` names. `quit` is called when the user leaves the console.
+    pub(crate) fn open(
+        config: &VmConfig,
+        io_thread: &str,
+        quit: Arc<dyn Fn() + Send + Sync>,
+    ) -> Result<Self, Refusal> {
+        let source = config.boot_source()?;
+        let kernel = open_kernel(&source.kernel_image_path)?;
+        kernel.check(config.machine.mem_size_bytes())?;
+        let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
+        let devices = config
+            .devices()
+            .map(|recipe| {
+                let (model, id) = (recipe.model(), recipe.id().to_owned());
+                match recipe.open() {
+                    Ok(device) => Ok(Part { model, id, device }),
+                    Err(source) => Err(Refusal::Device { section: model, id, source }),
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        let kvm = open_kvm()?;
+        let cpu = HostCpu::new(&kvm).map_err(setup)?;
+        let console = open_console(&config.serial.destination(), quit)?;
+        let serial_irq = eventfd()?;
+        let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;
+        let (serial, input) = Serial::new(Box::new(line), console).map_err(|e| Refusal::Host {
+            what: "serial port".into(),
+            source: std::io::Error::other(e),
+        })?;
+        let io = IoThread::spawn(io_thread).map(Arc::new).map_err(io_failed)?;
+        io.add(Box::new(input)).map_err(io_failed)?;
+        Ok(Self { kvm, cpu, kernel, initrd, devices, serial, serial_irq, io })
+    }
+}
+
+/// An eventfd as this crate uses them.
+pub(crate) fn eventfd() -> Result<EventFd, Refusal> {
+    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Refusal::host("cannot make an eventfd"))
+}
+
+/// Makes a refusal of a vCPU that cannot be set up.
+pub(crate) fn setup(e: arch::SetupError) -> Refusal {
+    Refusal::Host { what: "KVM".into(), source: std::io::Error::other(e) }
+}
+
+fn io_failed(e: devices::io::IoError) -> Refusal {
+    Refusal::Host { what: "I/O thread".into(), source: std::io::Error::other(e) }
+}
+
+/// Opens and judges a kernel.
+pub(crate) fn open_kernel(path: &Path) -> Result<Kernel, Refusal> {
+    let file = if path == Path::new(DEMO_GUEST) {
+        demo_file().map_err(Refusal::host("cannot make a memory file for the demo guest"))?
+    } else {
+        open_boot_file("kernel", path)?
+    };
+    Ok(Kernel::read(path, file)?)
+}
+
+/// Opens an initrd. That it fits is seen when it is placed.
+pub(crate) fn open_initrd(path: &Path) -> Result<Initrd, Refusal> {
+    let file = open_boot_file("initrd", path)?;
+    let len = file.metadata().map_err(|e| boot_file("initrd", path, FileError::Read(e)))?.len();
+    if len == 0 {
+        return Err(boot_file("initrd", path, FileError::Empty));
+    }
+    Ok(Initrd { path: path.into(), file })
+}
+
+fn boot_file(what: &'static str, path: &Path, why: FileError) -> Refusal {
+    Refusal::Boot(BootError::File { what, path: path.into(), why })
+}
+
+fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Refusal> {
+    file::open(path, Access::Read, file::Kind::Regular)
+        .map_err(|e| Refusal::Open { what, source: e })
+}
+
+/// The demo guest as a file, because that is what a kernel is read from.
+fn demo_file() -> std::io::Result<File> {
+    let fd = rustix::fs::memfd_create("husk-demo-guest", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut file = File::from(fd);
+    file.write_all(DEMO_IMAGE)?;
+    Ok(file)
+}
+
+fn open_kvm() -> Result<Kvm, Refusal> {
+    let kvm = Kvm::new().map_err(|e| {
+        let advice = match e.errno() {
+            libc::ENOENT => {
+                ": load the kvm_intel or kvm_amd module, or enable virtualization in \
+                             the firmware"
+            }
+            libc::EACCES => ": add yourself to the group that owns it, often 'kvm'",
+            libc::EBUSY => ": another hypervisor uses the processor",
+            _ => "",
+        };
+        Refusal::Host { what: format!("cannot open /dev/kvm{advice}"), source: e.into() }
+    })?;
+    match kvm.get_api_version() {
+        KVM_API_VERSION => Ok(kvm),
+        other => Err(Refusal::Host {
+            what: "/dev/kvm".into(),
+            source: std::io::Error::other(format!("API version {other}, want {KVM_API_VERSION}")),
+        }),
+    }
+}
+
+fn open_console(to: &SerialTo, quit: Arc<dyn Fn() + Send + Sync>) -> Result<Console, Refusal> {
+    let console = match to {
+        SerialTo::Stdio => Console::stdio(Box::new(move || quit())),
+        SerialTo::Pty => Console::pty(),
+        SerialTo::None => Console::none(),
+        SerialTo::File(path) => Console::file(path),
+        SerialTo::Socket(path) => Console::socket(path),
+    }
+    .map_err(Refusal::Console)?;
+    if let Some(path) = console.path() {
+        log::warn!("serial console: {}", path.display());
+    }
+    Ok(console)
+}

@@ -1,0 +1,351 @@
+//! vCPU threads: run the guest until it exits, give the exit to its device, run on.
+//!
+//! ```text
+//!              run                    pause
+//!   Parked ◄────────────► Running ───────────► Parked
+//!     │                      │ the guest ends the run
+//!     └───────► Finished ◄───┘
+//!        stop
+//! ```
+//!
+//! A thread is moved between states by the [`Gate`] it shares with its siblings. A signal kicks it
+//! out of KVM_RUN; the signal's handler sets `immediate_exit`, so that a kick between the look at
+//! the gate and KVM_RUN is not lost.
+#![expect(unsafe_code, reason = "signal handler, kvm_run union and thread kicks")]
+
+use std::cell::Cell;
+use std::os::unix::thread::JoinHandleExt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use devices::bus::Bus;
+use kvm_bindings::{
+    KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::error::Refusal;
+use crate::exit::Ending;
+use crate::outcome::Outcome;
+
+/// Stack of a vCPU thread: the exit path is shallow, and only what is touched costs memory.
+const STACK_SIZE: usize = 128 << 10;
+
+thread_local! {
+    /// `kvm_run` of the vCPU that this thread runs, for the signal handler.
+    static RUN: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// What the vCPUs are to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Target {
+    Run,
+    Park,
+    Stop,
+}
+
+#[derive(Debug)]
+struct GateState {
+    target: Target,
+    /// Threads that run, or are on their way to.
+    running: usize,
+}
+
+/// Moves all vCPUs of a VM between states, and waits until they are there.
+#[derive(Debug)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while parked. False when it is time to stop.
+    fn pass(&self, is_running: &mut bool) -> bool {
+        let mut state = self.lock();
+        loop {
+            match state.target {
+                Target::Run => {
+                    self.settle(&mut state, is_running, true);
+                    return true;
+                }
+                Target::Park => self.settle(&mut state, is_running, false),
+                Target::Stop => {
+                    self.settle(&mut state, is_running, false);
+                    return false;
+                }
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn settle(&self, state: &mut GateState, was: &mut bool, now: bool) {
+        match (std::mem::replace(was, now), now) {
+            (false, true) => state.running += 1,
+            (true, false) => {
+                state.running -= 1;
+                self.changed.notify_all();
+            }
+            _ => {}
+        }
+    }
+
+    /// Leaves for good.
+    fn leave(&self, is_running: &mut bool) {
+        let mut state = self.lock();
+        self.settle(&mut state, is_running, false);
+    }
+
+    fn aim(&self, target: Target) {
+        let mut state = self.lock();
+        if state.target != Target::Stop {
+            state.target = target;
+        }
+        self.changed.notify_all();
+    }
+}
+
+/// Accesses that no device claimed.
+#[derive(Debug, Default)]
+pub(crate) struct Unclaimed(AtomicU64);
+
+impl Unclaimed {
+    /// Counts, and says so in the log for the first and each power of two after it.
+    fn count(&self, what: &str, addr: u64) {
+        let count = self.0.fetch_add(1, Ordering::Relaxed) + 1;
+        if count.is_power_of_two() {
+            log::debug!("{count} accesses that no device claims; the last: {what} {addr:#x}");
+        }
+    }
+}
+
+/// What every vCPU of a VM needs.
+#[derive(Debug)]
+pub(crate) struct World {
+    pub(crate) pio: Bus,
+    pub(crate) mmio: Bus,
+    pub(crate) outcome: Arc<Outcome>,
+    pub(crate) unclaimed: Unclaimed,
+}
+
+/// The vCPU threads of a VM. Stopped when dropped.
+#[derive(Debug)]
+pub(crate) struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread per vCPU, parked. `name` is that of vCPU 0 without its number.
+    pub(crate) fn spawn(
+        vcpus: Vec<VcpuFd>,
+        world: &Arc<World>,
+        name: &str,
+    ) -> Result<Self, Refusal> {
+        register_kick()?;
+        let state = Mutex::new(GateState { target: Target::Park, running: 0 });
+        let gate = Arc::new(Gate { state, changed: Condvar::new() });
+        let mut threads = Self { gate, threads: Vec::new() };
+        for (index, fd) in (0u8..).zip(vcpus) {
+            let mut vcpu = Vcpu { index, fd, world: world.clone() };
+            let gate = threads.gate.clone();
+            let thread = thread::Builder::new()
+                .name(format!("{name}{index}"))
+                .stack_size(STACK_SIZE)
+                .spawn(move || vcpu.run(&gate))
+                .map_err(Refusal::host(format!("cannot start the thread of vCPU {index}")))?;
+            threads.threads.push(thread);
+        }
+        Ok(threads)
+    }
+
+    /// Lets the vCPUs run.
+    pub(crate) fn run(&self) {
+        self.gate.aim(Target::Run);
+    }
+
+    /// Parks the vCPUs; returns when none of them is in the guest or in a device.
+    pub(crate) fn park(&self) {
+        self.gate.aim(Target::Park);
+        self.kick();
+        let mut state = self.gate.lock();
+        while state.running > 0 {
+            state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn kick(&self) {
+        for thread in &self.threads {
+            if !thread.is_finished() {
+                // SAFETY: the thread has not been joined, so its handle is valid.
+                unsafe { libc::pthread_kill(thread.as_pthread_t(), kick_signal()) };
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.gate.aim(Target::Stop);
+        self.kick();
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                log::error!("a vCPU thread panicked");
+            }
+        }
+    }
+}
+
+/// The signal that kicks a vCPU out of the guest: the first that libc leaves to programs.
+fn kick_signal() -> libc::c_int {
+    libc::SIGRTMIN()
+}
+
+fn register_kick() -> Result<(), Refusal> {
+    extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+        let run = RUN.get();
+        if !run.is_null() {
+            // SAFETY: set only while this thread owns the vCPU, and with it the mapping. Volatile,
+            // because the kernel reads it behind our back.
+            unsafe { std::ptr::write_volatile(&raw mut (*run).immediate_exit, 1) };
+        }
+    }
+    vmm_sys_util::signal::register_signal_handler(kick_signal(), on_kick)
+        .map_err(Refusal::host("cannot register the signal that stops vCPUs"))
+}
+
+/// One vCPU, on its thread.
+struct Vcpu {
+    index: u8,
+    fd: VcpuFd,
+    world: Arc<World>,
+}
+
+impl Vcpu {
+    fn run(&mut self, gate: &Gate) {
+        RUN.set(std::ptr::from_mut(self.fd.get_kvm_run()));
+        let mut is_running = false;
+        while gate.pass(&mut is_running) {
+            if let Some(ending) = self.run_until_kicked() {
+                self.world.outcome.set(ending);
+            }
+            if self.world.outcome.get().is_some() {
+                break;
+            }
+        }
+        RUN.set(std::ptr::null_mut());
+        gate.leave(&mut is_running);
+    }
+
+    /// Runs the guest until a kick (none) or until this vCPU cannot go on.
+    fn run_until_kicked(&mut self) -> Option<Ending> {
+        loop {
+            let run = std::ptr::from_mut(self.fd.get_kvm_run());
+            match self.fd.run() {
+                Ok(VcpuExit::IoOut(port, data)) => {
+                    // SAFETY: the exit was for port I/O, so `io` is the member of the union that
+                    // the kernel filled in.
+                    let size = unsafe { (*run).__bindgen_anon_1.io.size };
+                    if !self.world.pio.write_burst(port.into(), size.into(), data) {
+                        self.world.unclaimed.count("out", port.into());
+                    }
+                }
+                Ok(VcpuExit::IoIn(port, data)) => {
+                    // SAFETY: as above.
+                    let size = unsafe { (*run).__bindgen_anon_1.io.size };
+                    let mut is_claimed = true;
+                    for item in data.chunks_mut(usize::from(size).max(1)) {
+                        is_claimed &= self.world.pio.read(port.into(), item);
+                    }
+                    if !is_claimed {
+                        self.world.unclaimed.count("in", port.into());
+                    }
+                }
+                Ok(VcpuExit::MmioRead(addr, data)) => {
+                    if !self.world.mmio.read(addr, data) {
+                        self.world.unclaimed.count("read", addr);
+                    }
+                }
+                Ok(VcpuExit::MmioWrite(addr, data)) => {
+                    if !self.world.mmio.write(addr, data) {
+                        self.world.unclaimed.count("write", addr);
+                    }
+                }
+                Ok(VcpuExit::Intr) => return None,
+                Ok(exit) => {
+                    let ending = Exit::of(&exit);
+                    return Some(self.end(ending));
+                }
+                Err(e) if e.errno() == libc::EINTR => {
+                    self.fd.set_kvm_immediate_exit(0);
+                    return None;
+                }
+                Err(e) if e.errno() == libc::EAGAIN => {}
+                Err(e) => return Some(self.end(Exit::Failed(format!("KVM_RUN: {e}")))),
+            }
+            if self.world.outcome.get().is_some() {
+                // A device ended the run during this exit: the guest gets no further.
+                return None;
+            }
+        }
+    }
+
+    fn end(&mut self, exit: Exit) -> Ending {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        let vcpu = self.index;
+        match exit {
+            Exit::PoweredOff => Ending::PoweredOff,
+            Exit::Reset => Ending::Reset,
+            Exit::TripleFault => Ending::TripleFault { vcpu, rip },
+            Exit::Failed(detail) => Ending::KvmError { vcpu, rip, detail },
+            Exit::InternalError => {
+                Ending::KvmError { vcpu, rip, detail: internal_error(self.fd.get_kvm_run()) }
+            }
+        }
+    }
+}
+
+/// An exit after which a vCPU cannot go on.
+enum Exit {
+    PoweredOff,
+    Reset,
+    TripleFault,
+    InternalError,
+    Failed(String),
+}
+
+impl Exit {
+    fn of(exit: &VcpuExit<'_>) -> Self {
+        match exit {
+            VcpuExit::Shutdown => Self::TripleFault,
+            VcpuExit::InternalError => Self::InternalError,
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _) => Self::PoweredOff,
+            VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _) => Self::Reset,
+            VcpuExit::FailEntry(reason, cpu) => {
+                Self::Failed(format!("entry failed with hardware reason {reason:#x} on CPU {cpu}"))
+            }
+            other => Self::Failed(format!("unexpected exit {other:?}")),
+        }
+    }
+}
+
+/// What KVM_EXIT_INTERNAL_ERROR says (Documentation/virt/kvm/api.rst, 5).
+fn internal_error(run: &kvm_run) -> String {
+    if run.exit_reason != KVM_EXIT_INTERNAL_ERROR {
+        return "internal error".into();
+    }
+    // SAFETY: the exit reason says that `internal` is the member of the union that is filled in.
+    let internal = unsafe { run.__bindgen_anon_1.internal };
+    let what = match internal.suberror {
+        1 => "an instruction it cannot emulate",
+        2 => "a second exception while delivering one",
+        3 => "an exit while delivering an event",
+        4 => "an unexpected exit reason",
+        _ => "an unknown cause",
+    };
+    format!("internal error, suberror {}: {what}", internal.suberror)
+}

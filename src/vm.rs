@@ -1,0 +1,125 @@
+//! A VM in a Rust program.
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let mut config = husk::VmConfig::new("vmlinux");
+//! config.machine.mem_size_mib = 256;
+//! let vm = husk::Vm::start(config)?;
+//! println!("{}", vm.wait()?);
+//! # Ok(())
+//! # }
+//! ```
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::Instant;
+
+use serde_json::Value;
+
+use crate::bell::Bell;
+use crate::config::VmConfig;
+use crate::controller::{Controller, Identity};
+use crate::error::Refusal;
+use crate::events::{Event, Sink};
+use crate::exit::Ending;
+use crate::machine::ThreadNames;
+use crate::request::{Handle, Request, Requests};
+use crate::vmm;
+
+/// Events a subscriber may leave unread before it is taken to have gone.
+const EVENTS_KEPT: usize = 256;
+
+/// A running VM, with a thread of its own that looks after it. Dropping it kills the guest.
+#[derive(Debug)]
+pub struct Vm {
+    handle: Handle,
+    thread: Option<JoinHandle<Ending>>,
+}
+
+impl Vm {
+    /// Starts what `config` describes. When this returns, the guest runs.
+    pub fn start(config: VmConfig) -> Result<Self, Refusal> {
+        let vm = Self::prepare(config)?;
+        vm.handle.call(Request::Start)?;
+        Ok(vm)
+    }
+
+    /// A VM that is configured but not started: for whoever wants its events from the first on.
+    /// [`Self::handle`] then takes [`Request::Start`].
+    pub fn prepare(config: VmConfig) -> Result<Self, Refusal> {
+        let (handle, requests) = Requests::channel()?;
+        let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
+        let quit_writer = quit.clone();
+        let identity = Identity {
+            id: "anonymous-instance".into(),
+            names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
+            started: Instant::now(),
+            quit: Arc::new(move || quit_writer.ring()),
+        };
+        let thread = thread::Builder::new()
+            .name("husk_vmm".into())
+            .spawn(move || {
+                let mut signals = vmm::NoSignals(&quit);
+                let mut controller = Controller::new(identity, config);
+                vmm::serve(&mut controller, &requests, &quit, &mut signals)
+            })
+            .map_err(Refusal::host("cannot start the VMM thread"))?;
+        Ok(Self { handle, thread: Some(thread) })
+    }
+
+    /// For every request there is, and for other threads.
+    pub fn handle(&self) -> &Handle {
+        &self.handle
+    }
+
+    /// State changes from now on. A receiver that lags by 256 events gets no more.
+    pub fn events(&self) -> Result<Receiver<Event>, Refusal> {
+        let (sender, receiver) = sync_channel(EVENTS_KEPT);
+        let sink = Sink::new(move |event| sender.try_send(event.clone()).is_ok());
+        self.handle.call(Request::Subscribe(sink))?;
+        Ok(receiver)
+    }
+
+    /// Stops the guest where it is.
+    pub fn pause(&self) -> Result<(), Refusal> {
+        self.handle.call(Request::Pause).map(drop)
+    }
+
+    /// Lets it go on.
+    pub fn resume(&self) -> Result<(), Refusal> {
+        self.handle.call(Request::Resume).map(drop)
+    }
+
+    /// Presses the power button. Whether and when the guest heeds it is its business.
+    pub fn shutdown(&self) -> Result<(), Refusal> {
+        self.handle.call(Request::Shutdown).map(drop)
+    }
+
+    /// Ends the VM at once.
+    pub fn kill(&self) -> Result<(), Refusal> {
+        self.handle.call(Request::Kill).map(drop)
+    }
+
+    /// What `GET /` answers.
+    pub fn describe(&self) -> Result<Value, Refusal> {
+        self.handle.call(Request::Describe)
+    }
+
+    /// Waits until the VM has ended.
+    pub fn wait(mut self) -> Result<Ending, Refusal> {
+        let thread = self.thread.take().ok_or(Refusal::Gone)?;
+        thread.join().map_err(|_| Refusal::Gone)
+    }
+}
+
+impl Drop for Vm {
+    fn drop(&mut self) {
+        if let Some(thread) = self.thread.take() {
+            // Ended already: the reply says so, and there is nothing to end.
+            let _ = self.handle.call(Request::Quit);
+            if thread.join().is_err() {
+                log::error!("the VMM thread panicked");
+            }
+        }
+    }
+}

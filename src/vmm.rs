@@ -1,0 +1,118 @@
+//! The VMM thread's loop: requests, the guest's end, signals, in the order in which they come.
+use std::os::fd::{AsFd, BorrowedFd};
+
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::time::Timespec;
+
+use crate::bell::Bell;
+use crate::controller::Controller;
+use crate::exit::Ending;
+use crate::request::Requests;
+
+/// How long a guest has to power off after a signal asked for it. What comes after it (stopping
+/// vCPUs, the last output, the socket) stays within the 2 s that are promised.
+const GRACE: Duration = Duration::from_millis(1500);
+
+/// Signals that stop the VM, as they come.
+pub(crate) trait Signals {
+    /// Readable when there is one.
+    fn fd(&self) -> BorrowedFd<'_>;
+    /// The next, if there is one.
+    fn next(&mut self) -> Option<i32>;
+}
+
+/// A VM in a library gets no signals: they are its host's.
+#[derive(Debug)]
+pub(crate) struct NoSignals<'a>(pub(crate) &'a Bell);
+
+impl Signals for NoSignals<'_> {
+    fn fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+
+    fn next(&mut self) -> Option<i32> {
+        None
+    }
+}
+
+/// A signal that asked for the end, and when patience ends.
+struct Stopping {
+    signal: i32,
+    deadline: Instant,
+}
+
+/// Serves `controller` until the VM has ended. `quit` is readable when the user leaves the console.
+pub(crate) fn serve(
+    controller: &mut Controller,
+    requests: &Requests,
+    quit: &Bell,
+    signals: &mut dyn Signals,
+) -> Ending {
+    let mut stopping: Option<Stopping> = None;
+    loop {
+        while let Some(call) = requests.next() {
+            controller.answer(call.request, call.respond);
+        }
+        controller.heed_outcome();
+        if quit.hush() && controller.ending().is_none() {
+            controller.end(Ending::Killed);
+        }
+        while let Some(signal) = signals.next() {
+            heed_signal(controller, &mut stopping, signal);
+        }
+        if let Some(Stopping { signal, deadline }) = stopping
+            && Instant::now() >= deadline
+            && controller.ending().is_none()
+        {
+            log::warn!("the guest did not power off in time");
+            controller.end(Ending::Signalled { signal });
+        }
+        if let Some(ending) = controller.ending() {
+            // A guest that powers off because a signal asked for it ends as the signal says, so
+            // that the exit code does not depend on how quick it is.
+            return match stopping {
+                Some(Stopping { signal, .. }) => Ending::Signalled { signal },
+                None => ending.clone(),
+            };
+        }
+        let left = stopping.as_ref().map(|s| s.deadline.saturating_duration_since(Instant::now()));
+        wait(controller, requests, quit, signals, left);
+    }
+}
+
+/// The first signal asks the guest, a second does not wait.
+fn heed_signal(controller: &mut Controller, stopping: &mut Option<Stopping>, signal: i32) {
+    let can_ask = stopping.is_none() && controller.is_running() && controller.shutdown().is_ok();
+    if can_ask {
+        log::info!("signal {signal}: asking the guest to power off");
+        *stopping = Some(Stopping { signal, deadline: Instant::now() + GRACE });
+    } else if controller.ending().is_none() {
+        controller.end(Ending::Signalled { signal });
+    }
+}
+
+fn wait(
+    controller: &Controller,
+    requests: &Requests,
+    quit: &Bell,
+    signals: &dyn Signals,
+    left: Option<Duration>,
+) {
+    let mut fds = vec![
+        PollFd::from_borrowed_fd(requests.bell().as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(quit.as_fd(), PollFlags::IN),
+        PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN),
+    ];
+    if let Some(outcome) = controller.outcome() {
+        fds.push(PollFd::from_borrowed_fd(outcome.bell().as_fd(), PollFlags::IN));
+    }
+    let timeout = left.and_then(|left| Timespec::try_from(left).ok());
+    // An interrupted wait only means that the loop looks again.
+    if let Err(e) = poll(&mut fds, timeout.as_ref())
+        && e != rustix::io::Errno::INTR
+    {
+        log::error!("waiting for events: {e}");
+    }
+}
