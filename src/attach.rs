@@ -72,7 +72,7 @@ impl Slots<'_> {
             for window in [place.acpi_window, place.cmdline_window] {
                 let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
                 self.vm
-                    .register_ioevent(&**kick, &addr, queue)
+                    .register_ioevent(kick, &addr, queue)
                     .map_err(Refusal::kvm("KVM_IOEVENTFD"))?;
             }
         }

@@ -328,12 +328,15 @@ pub struct LoggerConfig {
     pub module: Option<String>,
 }
 
+/// Applies JSON to a configuration.
+type Apply = fn(&mut VmConfig, &[u8]) -> Result<(), Refusal>;
+
 /// A section that is not a virtio device.
 struct Fixed {
     section: Section,
-    put: fn(&mut VmConfig, &[u8]) -> Result<(), Refusal>,
+    put: Apply,
     /// Before start.
-    patch: Option<fn(&mut VmConfig, &[u8]) -> Result<(), Refusal>>,
+    patch: Option<Apply>,
     show: fn(&VmConfig) -> Value,
 }
 

@@ -44,7 +44,7 @@ struct Live {
 }
 
 enum Phase {
-    Configuring(VmConfig),
+    Configuring(Box<VmConfig>),
     Live(Box<Live>),
     Ended(Ending),
 }
@@ -66,7 +66,7 @@ impl std::fmt::Debug for Controller {
 impl Controller {
     pub(crate) fn new(identity: Identity, config: VmConfig) -> Self {
         let hub = Hub::new(identity.started);
-        Self { identity, phase: Phase::Configuring(config), hub, waiting: Vec::new() }
+        Self { identity, phase: Phase::Configuring(Box::new(config)), hub, waiting: Vec::new() }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
@@ -105,7 +105,7 @@ impl Controller {
             Request::Config => Ok(self.config()?.to_json()),
             Request::Subscribe(sink) => {
                 self.hub.subscribe(sink);
-                Ok(Value::Null)
+                Ok(self.describe())
             }
             Request::Wait => Err(Refusal::Gone),
         }
@@ -151,7 +151,7 @@ impl Controller {
         let before = self.configuring()?.clone();
         let launched = self.configuring()?.put_all(body).and_then(|()| self.start());
         if launched.is_err() {
-            self.phase = Phase::Configuring(before);
+            self.phase = Phase::Configuring(Box::new(before));
         }
         launched
     }

@@ -64,7 +64,8 @@ pub enum Request {
     Config,
     /// Answered when the VM has ended, with the [`crate::Ending`].
     Wait,
-    /// Every [`crate::Event`] from now on goes to the sink, until it returns false.
+    /// Every [`crate::Event`] from now on goes to the sink, until it returns false. The reply is that
+    /// of `Describe`: the state before the first of them.
     Subscribe(Sink),
 }
 
