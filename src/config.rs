@@ -89,13 +89,9 @@ pub struct MachineConfig {
     /// Whether there is a PIT (i8254), for kernels that do not know kvm-clock. husk only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pit: bool,
-    /// What a guest's own reset does. husk only.
-    #[serde(default, skip_serializing_if = "is_default")]
-    pub on_reboot: OnReboot,
-}
-
-fn is_default<T: Default + PartialEq>(value: &T) -> bool {
-    *value == T::default()
+    /// What a guest's own reset does, if not what [`Defaults`] say. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_reboot: Option<OnReboot>,
 }
 
 impl Default for MachineConfig {
@@ -108,7 +104,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::None,
             cpu_template: None,
             pit: false,
-            on_reboot: OnReboot::Restart,
+            on_reboot: None,
         }
     }
 }
@@ -194,7 +190,7 @@ impl MachineConfig {
         set(&mut self.track_dirty_pages, patch.track_dirty_pages);
         set(&mut self.huge_pages, patch.huge_pages);
         set(&mut self.pit, patch.pit);
-        set(&mut self.on_reboot, patch.on_reboot);
+        self.on_reboot = patch.on_reboot.or(self.on_reboot);
         self.cpu_template = patch.cpu_template.or(self.cpu_template);
     }
 }
@@ -245,12 +241,6 @@ pub struct SerialConfig {
 }
 
 impl SerialConfig {
-    /// Where the port leads; the terminal unless something else was said.
-    pub fn destination(&self) -> SerialTo {
-        let file = self.serial_out_path.clone().map(SerialTo::File);
-        self.to.clone().or(file).unwrap_or(SerialTo::Stdio)
-    }
-
     fn check(&self) -> Result<(), Refusal> {
         let refuse =
             |field, why: &str| Err(Refusal::Field { section: "serial", field, why: why.into() });
@@ -446,9 +436,27 @@ fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Refusal> {
     serde_json::from_slice(body).map_err(Refusal::Body)
 }
 
+/// What holds where the user says nothing: the choice of whoever starts the VM, not of its
+/// configuration, so that a `PUT` that leaves a field out does not undo it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Defaults {
+    /// Where the serial port leads.
+    pub serial: SerialTo,
+    /// What a guest's own reset does.
+    pub on_reboot: OnReboot,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { serial: SerialTo::Stdio, on_reboot: OnReboot::Restart }
+    }
+}
+
 /// Everything the user asked for.
 #[derive(Clone, Debug, Default)]
 pub struct VmConfig {
+    /// What holds where nothing is said.
+    pub defaults: Defaults,
     /// What boots. Nothing can start without it.
     pub boot_source: Option<BootSource>,
     /// vCPUs and memory.
@@ -470,7 +478,7 @@ impl VmConfig {
                 initrd_path: None,
                 boot_args: None,
             }),
-            serial: SerialConfig { to: Some(SerialTo::None), ..SerialConfig::default() },
+            defaults: Defaults { serial: SerialTo::None, ..Defaults::default() },
             ..Self::default()
         }
     }
@@ -582,6 +590,17 @@ impl VmConfig {
         Value::Object(all)
     }
 
+    /// Where the serial port leads.
+    pub fn serial_to(&self) -> SerialTo {
+        let file = self.serial.serial_out_path.clone().map(SerialTo::File);
+        self.serial.to.clone().or(file).unwrap_or_else(|| self.defaults.serial.clone())
+    }
+
+    /// What a guest's own reset does.
+    pub fn on_reboot(&self) -> OnReboot {
+        self.machine.on_reboot.unwrap_or(self.defaults.on_reboot)
+    }
+
     /// Devices in the order in which they attach: those that must come first, then as they were
     /// added.
     pub(crate) fn devices(&self) -> impl Iterator<Item = &dyn Recipe> {
@@ -591,8 +610,11 @@ impl VmConfig {
 
     /// Refuses what can be seen to be wrong without starting anything.
     pub fn check(&self) -> Result<(), Refusal> {
-        self.boot_source()?.check()?;
+        let source = self.boot_source()?;
+        source.check()?;
         self.machine.check()?;
+        let kernel = crate::parts::open_kernel(&source.kernel_image_path)?;
+        kernel.check(self.machine.mem_size_bytes())?;
         self.serial.check()?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))
     }

@@ -206,7 +206,7 @@ impl Controller {
     pub(crate) fn heed_outcome(&mut self) {
         let Phase::Live(live) = &self.phase else { return };
         let Some(ending) = live.machine.outcome().get().cloned() else { return };
-        let restarts = live.config.machine.on_reboot == OnReboot::Restart;
+        let restarts = live.config.on_reboot() == OnReboot::Restart;
         if ending == Ending::Reset && restarts {
             self.reboot();
         } else {

@@ -24,8 +24,8 @@ mod vm;
 mod vmm;
 
 pub use config::{
-    BootSource, CpuTemplate, DEMO_GUEST, HugePages, LogLevel, LoggerConfig, MachineConfig,
-    OnReboot, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    BootSource, CpuTemplate, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig,
+    MachineConfig, OnReboot, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::virtio::{block, net, rng};
 pub use error::Refusal;

@@ -69,7 +69,7 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let kvm = open_kvm()?;
         let cpu = HostCpu::new(&kvm).map_err(setup)?;
-        let console = open_console(&config.serial.destination(), quit)?;
+        let console = open_console(&config.serial_to(), quit)?;
         let serial_irq = eventfd()?;
         let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;
         let (serial, input) = Serial::new(Box::new(line), console).map_err(|e| Refusal::Host {

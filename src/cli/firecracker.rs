@@ -175,7 +175,7 @@ impl FirecrackerArgs {
         let mut config = config
             .inspect_err(|_| log::error!("Configuration for VMM from one single json failed"))?
             .unwrap_or_default();
-        config.machine.on_reboot = OnReboot::Exit;
+        config.defaults.on_reboot = OnReboot::Exit;
         let api = (!self.no_api).then_some(launch::Api {
             path: self.api_sock,
             body_limit: self.http_api_max_payload_size,

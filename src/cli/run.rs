@@ -7,7 +7,9 @@ use clap::Args;
 
 use super::launch::{Launch, Style};
 use super::{fail, launch};
-use crate::config::{BootSource, DEMO_GUEST, HugePages, LogLevel, OnReboot, SerialTo, VmConfig};
+use crate::config::{
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, OnReboot, SerialTo, VmConfig,
+};
 use crate::error::Refusal;
 use crate::exit::ExitCode;
 use crate::{block, net, rng};
@@ -164,7 +166,7 @@ impl ApiArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
         let launched = self.log.start().and_then(|()| {
             let mut config = VmConfig::default();
-            config.serial.to = Some(self.serial);
+            config.defaults.serial = self.serial;
             let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
             let launch = Launch { config, starts: false, api, id: self.id, style: Style::Husk };
             launch.carry_out(started)
@@ -184,23 +186,20 @@ impl CheckArgs {
 
 impl GuestArgs {
     fn config(self) -> Result<VmConfig, Refusal> {
+        let defaults = Defaults { serial: self.serial, on_reboot: self.on_reboot };
         if let Some(path) = &self.config_file {
             let mut config = VmConfig::from_file(path)?;
-            config.machine.on_reboot = self.on_reboot;
-            if config.serial.serial_out_path.is_none() && config.serial.to.is_none() {
-                config.serial.to = Some(self.serial);
-            }
+            config.defaults = defaults;
             return Ok(config);
         }
         let mut config = VmConfig::default();
+        config.defaults = defaults;
         let is_demo = self.kernel.is_none();
         config.machine.vcpu_count = self.cpus;
         config.machine.mem_size_mib = self.memory;
         config.machine.smt = self.smt;
         config.machine.huge_pages = self.huge_pages;
         config.machine.pit = self.pit;
-        config.machine.on_reboot = self.on_reboot;
-        config.serial.to = Some(self.serial);
         let has_root = self.cmdline.split_whitespace().any(|word| word.starts_with("root="))
             || self.disk.iter().any(|disk| disk.is_root);
         config.boot_source = Some(BootSource {
