@@ -16,12 +16,10 @@ use crate::config::{OnReboot, VmConfig};
 use crate::error::Refusal;
 use crate::events::{Hub, What};
 use crate::exit::Ending;
+use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, ThreadNames};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
-
-/// The version of Firecracker whose API this is.
-pub(crate) const FIRECRACKER_VERSION: &str = "1.17.0";
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -252,23 +250,17 @@ impl Controller {
         }
     }
 
-    fn state(&self) -> &'static str {
+    fn state(&self) -> State {
         match &self.phase {
-            Phase::Configuring(_) => "Not started",
-            Phase::Live(live) if live.is_paused => "Paused",
-            Phase::Live(_) => "Running",
-            Phase::Ended(_) => "Ended",
+            Phase::Configuring(_) => State::NotStarted,
+            Phase::Live(live) if live.is_paused => State::Paused,
+            Phase::Live(_) => State::Running,
+            Phase::Ended(_) => State::Ended,
         }
     }
 
     fn describe(&self) -> Value {
-        json!({
-            "app_name": "Firecracker",
-            "id": self.identity.id,
-            "state": self.state(),
-            "vmm_version": FIRECRACKER_VERSION,
-            "husk_version": env!("CARGO_PKG_VERSION"),
-        })
+        json!(InstanceInfo::new(self.identity.id.clone(), self.state()))
     }
 }
 

@@ -12,6 +12,7 @@ mod controller;
 mod error;
 mod events;
 mod exit;
+mod instance;
 mod logger;
 mod machine;
 mod memory;
@@ -31,5 +32,11 @@ pub use devices::virtio::{block, net, rng};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};
+pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use vm::Vm;
+
+/// The README's program is compiled with the documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -15,12 +15,13 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
-use super::message::{FIRECRACKER_VERSION, FaultMessage, StateLine, StateTag, Version};
+use super::message::{FaultMessage, StateLine, StateTag, Version};
 use super::openapi;
 use super::route::{Act, Content, Method, Route, RouteError, Routes};
 use super::stream::{Phase, Progress};
 use crate::error::Refusal;
 use crate::events::{Sink, What};
+use crate::instance::FIRECRACKER_VERSION;
 use crate::request::{Handle, Request};
 
 /// What every connection needs.

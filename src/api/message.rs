@@ -4,34 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-/// The version of Firecracker's API that this one follows.
-pub(crate) const FIRECRACKER_VERSION: &str = "1.17.0";
-
-/// What `GET /` shows, and the controller's reply to [`crate::request::Request::Describe`] and
-/// [`crate::request::Request::Subscribe`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub(crate) struct InstanceInfo {
-    /// The program: "Firecracker" under that name, for clients that look.
-    pub(crate) app_name: String,
-    /// The id given on the command line.
-    pub(crate) id: String,
-    /// What the microVM is doing.
-    pub(crate) state: InstanceState,
-    /// The program's version.
-    pub(crate) vmm_version: String,
-}
-
-/// What a microVM is doing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, JsonSchema)]
-pub(crate) enum InstanceState {
-    /// It is being configured.
-    #[serde(rename = "Not started")]
-    NotStarted,
-    /// The vCPUs run.
-    Running,
-    /// The vCPUs and devices stand still.
-    Paused,
-}
+use crate::instance::InstanceInfo;
 
 /// The body of `PUT /actions`.
 #[derive(Debug, Deserialize, JsonSchema)]

@@ -26,4 +26,4 @@ mod stream;
 
 pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};
-pub(crate) use socket::{BindError, StalePolicy, bind};
+pub(crate) use socket::{StalePolicy, bind};

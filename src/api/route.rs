@@ -7,10 +7,11 @@ use std::borrow::Cow;
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::de::DeserializeOwned;
 
-use super::message::{Action, ActionType, InstanceInfo, StateLine, Version, Vm, VmState};
+use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
 use crate::error::Refusal;
 use crate::events::Event;
 use crate::exit::Ending;
+use crate::instance::InstanceInfo;
 use crate::request::Request;
 
 /// Gives a type's JSON schema: `|generator| generator.subschema_for::<T>()`.

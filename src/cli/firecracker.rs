@@ -8,9 +8,9 @@ use clap::{Args, CommandFactory, FromArgMatches, Parser};
 use super::launch::{self, Launch, Style};
 use super::{fail, refuse_arguments};
 use crate::config::{LogLevel, LoggerConfig, OnReboot, VmConfig};
-use crate::controller::FIRECRACKER_VERSION;
 use crate::error::Refusal;
 use crate::exit::ExitCode;
+use crate::instance::FIRECRACKER_VERSION;
 use crate::logger::{self, Stream};
 
 /// Where Firecracker listens unless told otherwise.
