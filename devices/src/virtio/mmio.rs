@@ -169,6 +169,11 @@ impl MmioTransport {
         &self.kicks
     }
 
+    /// What the device has counted: [`VirtioDevice::counters`].
+    pub fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.device.counters()
+    }
+
     /// The device, when the VM around it is taken apart. Its worker is stopped.
     pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
         self.stop();

@@ -1,0 +1,313 @@
+//! A driver for any virtio device, honest or not: registers, rings and interrupts, no kernel.
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+
+use devices::GuestRam;
+use devices::bus::{Bus, BusDevice};
+use devices::io::IoThread;
+use devices::virtio::mmio::{MmioTransport, Saved, WINDOW_SIZE, Window, WindowDevice};
+use devices::virtio::model::{DeviceError, VirtioDevice};
+use devices::virtio::notifier::Interrupt;
+use vm_memory::{Bytes, GuestAddress};
+
+/// RAM: two pieces with a hole between them.
+pub(crate) const LOW: (u64, u64) = (0, 0x10_0000);
+pub(crate) const HIGH: (u64, u64) = (0x20_0000, 0x10_0000);
+/// Where the two windows are.
+pub(crate) const ACPI: u64 = 0xd000_0000;
+pub(crate) const COMMAND_LINE: u64 = 0xd000_1000;
+
+pub(crate) const F_INDIRECT: u64 = 1 << 28;
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
+pub(crate) const F_VERSION_1: u64 = 1 << 32;
+
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+pub(crate) const NEEDS_RESET: u32 = 64;
+
+/// Long enough for the slowest machine; nothing waits this long when it works.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Counts interrupts, and wakes who waits for one.
+#[derive(Default)]
+pub(crate) struct Irq {
+    counts: Mutex<(u64, u64)>,
+    changed: Condvar,
+}
+
+impl Interrupt for Irq {
+    fn used_buffer(&self, _queue: u16) {
+        self.counts.lock().unwrap().0 += 1;
+        self.changed.notify_all();
+    }
+    fn config_change(&self) {
+        self.counts.lock().unwrap().1 += 1;
+        self.changed.notify_all();
+    }
+}
+
+impl Irq {
+    /// Interrupts so far: for used buffers and for configuration changes.
+    pub(crate) fn counts(&self) -> (u64, u64) {
+        *self.counts.lock().unwrap()
+    }
+
+    /// Waits until `is_done`, looking again at each interrupt.
+    pub(crate) fn wait(&self, what: &str, mut is_done: impl FnMut() -> bool) {
+        let end = Instant::now() + DEADLINE;
+        let mut counts = self.counts.lock().unwrap();
+        while !is_done() {
+            let left = end.saturating_duration_since(Instant::now());
+            assert!(!left.is_zero(), "waited in vain for {what}; interrupts {counts:?}");
+            counts = self.changed.wait_timeout(counts, left).unwrap().0;
+        }
+    }
+}
+
+/// A device at its two addresses, with RAM and an I/O thread.
+pub(crate) struct Machine {
+    pub(crate) mem: GuestRam,
+    pub(crate) irq: Arc<Irq>,
+    pub(crate) transport: Arc<Mutex<MmioTransport>>,
+    pub(crate) bus: Bus,
+}
+
+pub(crate) fn ram() -> GuestRam {
+    let piece = |(start, len): (u64, u64)| (GuestAddress(start), usize::try_from(len).unwrap());
+    GuestRam::from_ranges(&[piece(LOW), piece(HIGH)]).unwrap()
+}
+
+impl Machine {
+    pub(crate) fn new(device: Box<dyn VirtioDevice>) -> Self {
+        Self::with(device, ram(), None).unwrap()
+    }
+
+    /// A machine with memory that another one left, restored from `saved`, paused.
+    pub(crate) fn with(
+        device: Box<dyn VirtioDevice>,
+        mem: GuestRam,
+        saved: Option<&Saved>,
+    ) -> Result<Self, DeviceError> {
+        let io = Arc::new(IoThread::spawn("test-io").unwrap());
+        let irq = Arc::new(Irq::default());
+        let transport = MmioTransport::new(device, mem.clone(), irq.clone(), io, saved)?;
+        let transport = Arc::new(Mutex::new(transport));
+        let mut bus = Bus::default();
+        for (base, window) in [(ACPI, Window::Acpi), (COMMAND_LINE, Window::CommandLine)] {
+            let device = Arc::new(WindowDevice::new(transport.clone(), window));
+            bus.insert(base, WINDOW_SIZE, device).unwrap();
+        }
+        Ok(Self { mem, irq, transport, bus })
+    }
+
+    pub(crate) fn device(&self) -> (&dyn BusDevice, u64) {
+        self.bus.resolve(ACPI, 4).unwrap()
+    }
+
+    /// Reads a register.
+    pub(crate) fn get(&self, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        self.device().0.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    /// Writes a register.
+    pub(crate) fn set(&self, offset: u64, value: u32) {
+        self.device().0.write(offset, &value.to_le_bytes());
+    }
+
+    pub(crate) fn status(&self) -> u32 {
+        self.get(0x70)
+    }
+
+    pub(crate) fn features(&self) -> u64 {
+        self.set(0x14, 1);
+        let high = u64::from(self.get(0x10));
+        self.set(0x14, 0);
+        high << 32 | u64::from(self.get(0x10))
+    }
+
+    pub(crate) fn config(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0xaa; len];
+        self.device().0.read(0x100 + offset, &mut data);
+        data
+    }
+
+    /// Resets the device and negotiates `features` beside VERSION_1.
+    pub(crate) fn negotiate(&self, features: u64) {
+        self.set(0x70, 0);
+        assert_eq!(self.status(), 0);
+        self.set(0x70, 1);
+        self.set(0x70, 3);
+        let features = features | F_VERSION_1;
+        for page in 0..2u32 {
+            self.set(0x24, page);
+            self.set(0x20, u32::try_from(features >> (32 * page) & 0xffff_ffff).unwrap());
+        }
+        self.set(0x70, 11);
+        assert_eq!(self.status(), 11, "features {features:#x} refused");
+    }
+
+    /// Tells the device where `rings` are; queues without one stay unready.
+    pub(crate) fn place(&self, rings: &[Ring]) {
+        for ring in rings {
+            self.set(0x30, ring.queue.into());
+            self.set(0x38, ring.size.into());
+            for (register, address) in [(0x80, ring.desc), (0x90, ring.avail), (0xa0, ring.used)] {
+                self.set(register, u32::try_from(address & 0xffff_ffff).unwrap());
+                self.set(register + 4, u32::try_from(address >> 32).unwrap());
+            }
+            self.set(0x44, 1);
+        }
+    }
+
+    /// Brings the device up with a ring of 16 entries for each queue.
+    pub(crate) fn start(&self, features: u64) -> Vec<Ring> {
+        self.negotiate(features);
+        let rings: Vec<_> =
+            (0..self.queues()).map(|queue| Ring::new(&self.mem, queue, 16)).collect();
+        self.place(&rings);
+        self.set(0x70, 15);
+        assert_eq!(self.status(), 15);
+        rings
+    }
+
+    pub(crate) fn queues(&self) -> u16 {
+        let exists = |queue: &u16| {
+            self.set(0x30, (*queue).into());
+            self.get(0x34) != 0
+        };
+        (0..64).take_while(exists).count().try_into().unwrap()
+    }
+
+    pub(crate) fn kick(&self, ring: &Ring) {
+        self.set(0x50, ring.queue.into());
+    }
+
+    /// Kicks and waits until the device has used `count` chains since the ring was made.
+    pub(crate) fn finish(&self, ring: &Ring, count: u16) {
+        ring.set_used_event(count.wrapping_sub(1));
+        self.kick(ring);
+        self.irq.wait("used buffers", || ring.used_idx() == count);
+    }
+
+    /// Waits until the device asks for a reset, as it must after a ring that lies: by its status,
+    /// and by a configuration interrupt.
+    pub(crate) fn wait_for_latch(&self, what: &str) {
+        self.irq.wait(what, || self.status() & NEEDS_RESET != 0 && self.get(0x60) & 2 != 0);
+    }
+
+    pub(crate) fn counter(&self, name: &str) -> u64 {
+        let counters = self.transport.lock().unwrap().counters();
+        counters.iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no {name}")).1
+    }
+}
+
+/// A buffer: address, length, whether the device writes it.
+pub(crate) type Buf = (u64, u32, bool);
+/// A descriptor: address, length, flags, next.
+pub(crate) type Desc = (u64, u32, u16, u16);
+
+/// A split virtqueue from the driver's side.
+#[derive(Clone, Debug)]
+pub(crate) struct Ring {
+    mem: GuestRam,
+    pub(crate) queue: u16,
+    pub(crate) size: u16,
+    pub(crate) desc: u64,
+    pub(crate) avail: u64,
+    pub(crate) used: u64,
+    avail_idx: u16,
+    free: u16,
+}
+
+impl Ring {
+    /// A ring for `queue` at an address of its own, emptied.
+    pub(crate) fn new(mem: &GuestRam, queue: u16, size: u16) -> Self {
+        let base = 0x1_0000 + u64::from(queue) * 0x4000;
+        let ring = Self {
+            mem: mem.clone(),
+            queue,
+            size,
+            desc: base,
+            avail: base + 0x2000,
+            used: base + 0x3000,
+            avail_idx: 0,
+            free: 0,
+        };
+        mem.write_slice(&[0; 0x4000], GuestAddress(base)).unwrap();
+        ring
+    }
+
+    pub(crate) fn write_desc(&self, table: u64, index: u16, desc: Desc) {
+        let (addr, len, flags, next) = desc;
+        let at = table + 16 * u64::from(index);
+        self.mem.write_obj(addr, GuestAddress(at)).unwrap();
+        self.mem.write_obj(len, GuestAddress(at + 8)).unwrap();
+        self.mem.write_obj(flags, GuestAddress(at + 12)).unwrap();
+        self.mem.write_obj(next, GuestAddress(at + 14)).unwrap();
+    }
+
+    /// Makes `head` available.
+    pub(crate) fn offer(&mut self, head: u16) {
+        let slot = u64::from(self.avail_idx % self.size);
+        self.mem.write_obj(head, GuestAddress(self.avail + 4 + 2 * slot)).unwrap();
+        self.set_avail_idx(self.avail_idx.wrapping_add(1));
+    }
+
+    pub(crate) fn set_avail_idx(&mut self, index: u16) {
+        self.avail_idx = index;
+        self.mem.write_obj(index, GuestAddress(self.avail + 2)).unwrap();
+    }
+
+    pub(crate) fn set_used_event(&self, index: u16) {
+        let at = self.avail + 4 + 2 * u64::from(self.size);
+        self.mem.write_obj(index, GuestAddress(at)).unwrap();
+    }
+
+    pub(crate) fn avail_event(&self) -> u16 {
+        self.mem.read_obj(GuestAddress(self.used + 4 + 8 * u64::from(self.size))).unwrap()
+    }
+
+    /// Chains `buffers` (address, length, whether the device writes) and makes them available.
+    pub(crate) fn add(&mut self, buffers: &[Buf]) -> u16 {
+        let head = self.free % self.size;
+        for (i, &(addr, len, is_writable)) in (0u16..).zip(buffers) {
+            let is_last = usize::from(i) + 1 == buffers.len();
+            let flags = if is_writable { WRITE } else { 0 } | if is_last { 0 } else { NEXT };
+            let index = (head + i) % self.size;
+            self.write_desc(self.desc, index, (addr, len, flags, (index + 1) % self.size));
+        }
+        self.free = (head + u16::try_from(buffers.len()).unwrap()) % self.size;
+        self.offer(head);
+        head
+    }
+
+    /// The same by way of an indirect table at `table`.
+    pub(crate) fn add_indirect(&mut self, table: u64, buffers: &[Buf]) -> u16 {
+        for (i, &(addr, len, is_writable)) in (0u16..).zip(buffers) {
+            let is_last = usize::from(i) + 1 == buffers.len();
+            let flags = if is_writable { WRITE } else { 0 } | if is_last { 0 } else { NEXT };
+            self.write_desc(table, i, (addr, len, flags, i + 1));
+        }
+        let head = self.free;
+        let len = u32::try_from(buffers.len() * 16).unwrap();
+        self.write_desc(self.desc, head, (table, len, INDIRECT, 0));
+        self.free = (head + 1) % self.size;
+        self.offer(head);
+        head
+    }
+
+    pub(crate) fn used_idx(&self) -> u16 {
+        self.mem.read_obj(GuestAddress(self.used + 2)).unwrap()
+    }
+
+    /// The used entry at `slot`: head and length.
+    pub(crate) fn used_entry(&self, slot: u16) -> (u32, u32) {
+        let at = self.used + 4 + 8 * u64::from(slot % self.size);
+        let read = |at| self.mem.read_obj(GuestAddress(at)).unwrap();
+        (read(at), read(at + 4))
+    }
+}

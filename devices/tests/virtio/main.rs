@@ -1,0 +1,7 @@
+//! Virtio devices, driven through their registers and rings as a driver would drive them.
+mod block;
+mod conformance;
+mod driver;
+mod net;
+mod rng;
+mod samples;

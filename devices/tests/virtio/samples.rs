@@ -1,0 +1,94 @@
+//! One working device of each model, so that the conformance suite can run every row of the table.
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use devices::virtio::model::VirtioDevice;
+use devices::virtio::{model, net};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+/// A device, and what must outlive it.
+pub(crate) struct Sample {
+    pub(crate) device: Box<dyn VirtioDevice>,
+    pub(crate) host: Host,
+}
+
+/// The host's side of a sample.
+#[derive(Default)]
+pub(crate) struct Host {
+    _file: Option<TempFile>,
+    pub(crate) peer: Option<OwnedFd>,
+}
+
+/// A working device of the model called `name`.
+pub(crate) fn sample(name: &str) -> Sample {
+    match name {
+        "drives" => {
+            let file = TempFile::new(&[7; 1 << 16]);
+            let json = serde_json::json!({
+                "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
+            });
+            let host = Host { _file: Some(file), ..Host::default() };
+            Sample { device: open(name, &json), host }
+        }
+        "network-interfaces" => {
+            let (ours, peer) = packet_pair();
+            let config = net::Config::new("eth0", "unused");
+            let device = Box::new(net::Net::from_fd(&config, ours).unwrap());
+            Sample { device, host: Host { peer: Some(peer), ..Host::default() } }
+        }
+        "entropy" => Sample { device: open(name, &serde_json::json!({})), host: Host::default() },
+        _ => panic!("no sample of {name}: add one here"),
+    }
+}
+
+pub(crate) fn open(name: &str, json: &serde_json::Value) -> Box<dyn VirtioDevice> {
+    let recipe = (model(name).unwrap().parse)(json.to_string().as_bytes()).unwrap();
+    recipe.check().unwrap();
+    recipe.open().unwrap()
+}
+
+/// Why a configuration is refused by `check`.
+pub(crate) fn refusal(name: &str, json: &serde_json::Value) -> String {
+    let recipe = (model(name).unwrap().parse)(json.to_string().as_bytes()).unwrap();
+    let e = recipe.check().unwrap_err();
+    assert!(recipe.open().is_err());
+    e.to_string()
+}
+
+/// Two ends of a wire that keeps frames apart.
+pub(crate) fn packet_pair() -> (OwnedFd, OwnedFd) {
+    let flags = SocketFlags::CLOEXEC;
+    socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap()
+}
+
+/// A file that goes when the test ends.
+pub(crate) struct TempFile {
+    pub(crate) path: PathBuf,
+}
+
+impl TempFile {
+    pub(crate) fn new(content: &[u8]) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("husk-devices-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::write(&path, content).unwrap();
+        Self { path }
+    }
+
+    pub(crate) fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+
+    pub(crate) fn set_len(&self, len: u64) {
+        let file = std::fs::File::options().write(true).open(&self.path).unwrap();
+        file.set_len(len).unwrap();
+    }
+}
+
+impl Drop for TempFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
