@@ -19,6 +19,8 @@ static LOGGER: OnceLock<Logger> = OnceLock::new();
 
 /// Longest line; a guest or a client may have a say in what is in it.
 const LINE_MAX: usize = 4096;
+/// Most lines a second from devices, whose mistakes and malice the guest decides.
+const DEVICE_LINES_MAX: u32 = 10;
 
 /// Which standard stream the log goes to while no file is set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +40,25 @@ struct State {
     /// What a line starts with besides the time; none for people.
     instance: Option<String>,
     lost: u64,
+    devices: Limit,
+}
+
+/// Counts lines in the current second.
+#[derive(Debug, Default)]
+struct Limit {
+    second: i64,
+    lines: u32,
+}
+
+impl Limit {
+    /// Whether there is room for one more line in `second`.
+    fn admits(&mut self, second: i64) -> bool {
+        if self.second != second {
+            *self = Self { second, lines: 0 };
+        }
+        self.lines = self.lines.saturating_add(1);
+        self.lines <= DEVICE_LINES_MAX
+    }
 }
 
 #[derive(Debug)]
@@ -58,6 +79,7 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
         module: None,
         instance,
         lost: 0,
+        devices: Limit::default(),
     };
     let logger = LOGGER.get_or_init(|| Logger(Mutex::new(state)));
     // Already set: a library's host has its own logger, and keeps it.
@@ -127,7 +149,10 @@ impl Log for Logger {
             .module
             .as_deref()
             .is_some_and(|module| !record.module_path().unwrap_or_default().starts_with(module));
-        if !is_filtered {
+        let is_device = record.target().starts_with("devices::");
+        if is_device && !state.devices.admits(now().tv_sec) {
+            state.lost += 1;
+        } else if !is_filtered {
             let line = state.format(record);
             state.write(line);
         }
@@ -201,9 +226,13 @@ impl State {
     }
 }
 
-/// Local time as Firecracker writes it, in UTC: `2026-01-31T23:59:59.123456789`.
+fn now() -> rustix::time::Timespec {
+    rustix::time::clock_gettime(rustix::time::ClockId::Realtime)
+}
+
+/// Time as Firecracker writes it, in UTC: `2026-01-31T23:59:59.123456789`.
 fn timestamp() -> String {
-    let now = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+    let now = now();
     let date = devices::legacy::rtc::Date::from_unix(now.tv_sec);
     format!("{date}.{:09}", now.tv_nsec)
 }
@@ -216,4 +245,69 @@ pub(crate) fn say(line: &str) {
     });
     // Nobody is left to be told.
     let _ = std::io::Write::write_all(&mut &stderr, format!("{line}\n").as_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(sink: Sink, instance: Option<&str>) -> State {
+        State {
+            sink,
+            shows_level: true,
+            shows_origin: false,
+            module: None,
+            instance: instance.map(Into::into),
+            lost: 0,
+            devices: Limit::default(),
+        }
+    }
+
+    fn record<'a>(args: std::fmt::Arguments<'a>) -> Record<'a> {
+        Record::builder().level(log::Level::Warn).args(args).build()
+    }
+
+    #[test]
+    fn a_record_is_one_line_of_bounded_length() {
+        let state = state(Sink::Stream(Stream::Error), None);
+        assert_eq!(state.format(&record(format_args!("a\nb\x1bc"))), "husk: warn: a b c\n");
+        let long = "ä".repeat(LINE_MAX);
+        let line = state.format(&record(format_args!("{long}")));
+        assert!(line.len() <= LINE_MAX + 4 && line.ends_with("…\n"));
+    }
+
+    #[test]
+    fn lines_look_as_firecrackers_do() {
+        let line = state(Sink::Stream(Stream::Output), Some("vm1"))
+            .format(&record(format_args!("Vmm is stopping.")));
+        let (time, rest) = line.split_once(' ').unwrap();
+        assert_eq!(time.len(), "2026-01-31T23:59:59.123456789".len());
+        assert!(rest.starts_with("[vm1:") && rest.ends_with(":WARN] Vmm is stopping.\n"), "{rest}");
+    }
+
+    #[test]
+    fn what_nobody_reads_is_lost_counted_and_told() {
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut state = state(Sink::File(writer), None);
+        let mut written = 0;
+        while state.lost == 0 {
+            state.write("x".repeat(4000) + "\n");
+            written += 1;
+            assert!(written < 1000, "a pipe does not hold this much");
+        }
+        state.write("lost too\n".into());
+        assert_eq!(state.lost, 2);
+        let mut drain = vec![0; 1 << 20];
+        rustix::io::read(&reader, &mut drain).unwrap();
+        state.write("heard\n".into());
+        let n = rustix::io::read(&reader, &mut drain).unwrap();
+        assert_eq!(&drain[..n], b"husk: 2 log lines were lost\nheard\n");
+    }
+
+    #[test]
+    fn devices_get_ten_lines_a_second() {
+        let mut limit = Limit::default();
+        assert_eq!((0..100).filter(|_| limit.admits(7)).count(), 10);
+        assert!(limit.admits(8));
+    }
 }
