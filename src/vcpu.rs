@@ -236,6 +236,9 @@ impl Vcpu {
             if self.world.outcome.get().is_some() {
                 break;
             }
+            // Tells the guest's watchdogs that the time until it goes on was not its own. Refused
+            // where the guest does not use kvm-clock: then there is nobody to tell.
+            let _ = self.fd.kvmclock_ctrl();
         }
         RUN.set(std::ptr::null_mut());
         gate.leave(&mut is_running);
