@@ -1,0 +1,164 @@
+//! A client for the API that knows as little of husk as curl does.
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::PATIENCE;
+
+/// An API socket. Each request has a connection of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Api {
+    path: PathBuf,
+}
+
+/// What came back.
+#[derive(Clone, Debug)]
+pub(crate) struct Reply {
+    pub(crate) status: u16,
+    /// Status line and header lines, as they came.
+    pub(crate) head: String,
+    pub(crate) body: String,
+}
+
+impl Api {
+    pub(crate) fn new(path: &Path) -> Self {
+        Self { path: path.to_owned() }
+    }
+
+    pub(crate) fn get(&self, path: &str) -> Reply {
+        self.request("GET", path, "")
+    }
+
+    /// `body` is JSON, or is to be refused for not being it.
+    pub(crate) fn put(&self, path: &str, body: impl ToString) -> Reply {
+        self.request("PUT", path, &body.to_string())
+    }
+
+    pub(crate) fn patch(&self, path: &str, body: impl ToString) -> Reply {
+        self.request("PATCH", path, &body.to_string())
+    }
+
+    /// `PUT /actions`.
+    pub(crate) fn act(&self, action: &str) -> Reply {
+        self.put("/actions", serde_json::json!({ "action_type": action }))
+    }
+
+    /// The state in `GET /`.
+    pub(crate) fn state(&self) -> String {
+        self.get("/").json()["state"].as_str().unwrap().to_owned()
+    }
+
+    /// The lines of a reply that goes on until the VM ends.
+    pub(crate) fn follow(&self, path: &str) -> Lines {
+        let mut reader = BufReader::new(self.connect());
+        reader.get_mut().write_all(&request("GET", path, "")).unwrap();
+        let head = read_head(&mut reader);
+        assert!(head.starts_with("HTTP/1.1 200"), "{head}");
+        assert!(head.to_lowercase().contains("transfer-encoding: chunked"), "{head}");
+        Lines { reader, pending: String::new() }
+    }
+
+    /// A connection, for requests that no client should make.
+    pub(crate) fn connect(&self) -> UnixStream {
+        let stream = UnixStream::connect(&self.path)
+            .unwrap_or_else(|e| panic!("{}: {e}", self.path.display()));
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream
+    }
+
+    fn request(&self, method: &str, path: &str, body: &str) -> Reply {
+        let mut stream = self.connect();
+        stream.write_all(&request(method, path, body)).unwrap();
+        Reply::read(&mut BufReader::new(stream))
+    }
+}
+
+/// A request as bytes.
+fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
+    let mut text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
+    if !body.is_empty() {
+        text += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
+    }
+    (text + "\r\n" + body).into_bytes()
+}
+
+impl Reply {
+    /// Reads one reply, whose length its head tells.
+    pub(crate) fn read(reader: &mut impl BufRead) -> Self {
+        let head = read_head(reader);
+        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
+        let status = status.unwrap_or_else(|| panic!("no HTTP reply: {head:?}"));
+        let len = head
+            .lines()
+            .find_map(|l| {
+                l.to_ascii_lowercase().strip_prefix("content-length:")?.trim().parse().ok()
+            })
+            .unwrap_or(0);
+        let mut body = vec![0; len];
+        reader.read_exact(&mut body).unwrap();
+        Self { status, head, body: String::from_utf8(body).unwrap() }
+    }
+
+    /// The reply is 204, or the test fails.
+    #[track_caller]
+    pub(crate) fn done(&self) {
+        assert_eq!((self.status, self.body.as_str()), (204, ""));
+    }
+
+    /// The JSON of a 200.
+    #[track_caller]
+    pub(crate) fn json(&self) -> Value {
+        assert_eq!(self.status, 200, "{}", self.body);
+        serde_json::from_str(&self.body).unwrap()
+    }
+
+    /// The `fault_message` of a 400.
+    #[track_caller]
+    pub(crate) fn fault(&self) -> String {
+        assert_eq!(self.status, 400, "{}", self.body);
+        let body: Value = serde_json::from_str(&self.body).unwrap();
+        let fields = body.as_object().unwrap();
+        assert_eq!(fields.len(), 1, "{body}");
+        fields["fault_message"].as_str().unwrap().to_owned()
+    }
+}
+
+fn read_head(reader: &mut impl BufRead) -> String {
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        let read = reader.read_line(&mut head).expect("a reply");
+        assert!(read > 0, "the connection ended after {head:?}");
+    }
+    head
+}
+
+/// JSON lines, as they come.
+#[derive(Debug)]
+pub(crate) struct Lines {
+    reader: BufReader<UnixStream>,
+    pending: String,
+}
+
+impl Iterator for Lines {
+    type Item = Value;
+
+    fn next(&mut self) -> Option<Value> {
+        while !self.pending.contains('\n') {
+            let mut size = String::new();
+            self.reader.read_line(&mut size).expect("a chunk");
+            let size = usize::from_str_radix(size.trim(), 16).expect("a chunk's size");
+            let mut chunk = vec![0; size + 2];
+            self.reader.read_exact(&mut chunk).unwrap();
+            if size == 0 {
+                assert_eq!(self.pending, "", "half a line");
+                return None;
+            }
+            self.pending += std::str::from_utf8(&chunk[..size]).unwrap();
+        }
+        let rest = self.pending.split_off(self.pending.find('\n')? + 1);
+        let line = std::mem::replace(&mut self.pending, rest);
+        Some(serde_json::from_str(&line).unwrap())
+    }
+}

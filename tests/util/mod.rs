@@ -1,0 +1,54 @@
+//! What the tests share: the `husk` process under test, guests for it, files, networks and terminals.
+//!
+//! ```text
+//!  Husk::guest("hello", "how=hang")      what to start ...
+//!      .cpus(2).disk(&image)             ... and with what
+//!      .start() ──► TestVm               it runs: expect lines, type, signal, ask its API
+//!                      .wait() ──► End   exit code and everything it said
+//! ```
+//! Whoever waits here waits for an event with a deadline. A deadline that passes kills the process and fails the test
+//! with the process's whole output.
+#![allow(dead_code, unused_imports, reason = "a fixture is for tests to come, too")]
+
+mod files;
+mod guest;
+mod http;
+mod husk;
+mod image;
+mod network;
+mod output;
+mod terminal;
+
+use std::fs::OpenOptions;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+pub(crate) use files::{Scratch, ext4, files_in};
+pub(crate) use guest::{guest, guest_at};
+pub(crate) use http::{Api, Lines, Reply};
+pub(crate) use husk::{End, Husk, TestVm};
+pub(crate) use image::{Elf, Segment, bz_image, without_pvh};
+pub(crate) use network::Network;
+pub(crate) use output::Output;
+pub(crate) use rustix::process::Signal;
+pub(crate) use terminal::Terminal;
+
+/// How long anything may take that takes a moment: the machine may be busy with other tests.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Fails with advice unless this machine can run the tests.
+pub(crate) fn require_host() {
+    static MISSING: OnceLock<Option<String>> = OnceLock::new();
+    let missing = MISSING.get_or_init(|| {
+        if !rustix::process::geteuid().is_root() {
+            return Some("these tests need root, for network namespaces and taps".into());
+        }
+        match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+            Ok(_) => None,
+            Err(e) => Some(format!("these tests need KVM, and /dev/kvm cannot be opened: {e}")),
+        }
+    });
+    if let Some(what) = missing {
+        panic!("{what}");
+    }
+}
