@@ -5,6 +5,7 @@ use arch::layout;
 use devices::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::mm::Advice;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -27,8 +28,12 @@ pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
         let region = MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
         if machine.huge_pages == HugePages::Transparent {
-            advise_huge(&region).map_err(Refusal::host("cannot ask for transparent huge pages"))?;
+            advise(&region, Advice::LinuxHugepage)
+                .map_err(Refusal::host("cannot ask for transparent huge pages"))?;
         }
+        // A core dump of husk is for husk's developers: the guest's memory is its owner's.
+        advise(&region, Advice::LinuxDontDump)
+            .map_err(Refusal::host("cannot keep guest memory out of core dumps"))?;
         regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
     }
     GuestRam::from_regions(regions)
@@ -50,16 +55,10 @@ fn too_big(what: String) -> Refusal {
     Refusal::Host { what, source: std::io::ErrorKind::OutOfMemory.into() }
 }
 
-fn advise_huge(region: &MmapRegion) -> std::io::Result<()> {
-    // SAFETY: the range is the mapping just made, and the advice changes no contents.
-    unsafe {
-        rustix::mm::madvise(
-            region.as_ptr().cast(),
-            region.size(),
-            rustix::mm::Advice::LinuxHugepage,
-        )
-    }
-    .map_err(Into::into)
+fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {
+    // SAFETY: the range is the mapping just made, and neither advice changes its contents.
+    unsafe { rustix::mm::madvise(region.as_ptr().cast(), region.size(), advice) }
+        .map_err(Into::into)
 }
 
 /// Shows `ram` to the guest. Before the irqchip exists: afterwards KVM waits for a grace period of
