@@ -4,12 +4,16 @@
 //! It deliberately shares no code with husk: what husk adds on top is the difference to this. The guest is two
 //! instructions, or an ELF image with a PVH note.
 //!
-//!     floor [--elf FILE] [--cmdline TEXT] [--mem MIB] [--runs N]    one process, N VMs one after another: medians
-//!     floor --at-once N [...]                                       N processes with a VM each, at the same time
+//! `cargo bench` runs it for comparison; by hand it is `cargo bench -- floor` and
+//!
+//!     [--elf FILE] [--cmdline TEXT] [--mem MIB] [--runs N]    one process, N VMs one after another: medians
+//!     --at-once N [...]                                       N processes with a VM each, at the same time
+//!     --echo exit|stay [...]                                  one VM; writes to standard output what the guest wrote
+//!                                                             first, then ends, or waits to be killed
 #![expect(unsafe_code, reason = "raw ioctls are the point")]
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -126,6 +130,14 @@ struct Options {
     mem_mib: usize,
     runs: usize,
     at_once: usize,
+    echo: Option<Echo>,
+}
+
+/// What follows the guest's first output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Echo {
+    Exit,
+    Stay,
 }
 
 /// What took how long, in order.
@@ -152,10 +164,14 @@ enum Entry {
     Pvh(u64),
 }
 
-fn main() -> io::Result<()> {
-    let options = parse()?;
+/// Runs the program with `arguments`, as above.
+pub(crate) fn main(arguments: &[String]) -> io::Result<()> {
+    let options = parse(arguments)?;
     if options.at_once > 1 {
-        return many(options.at_once);
+        return many(options.at_once, arguments);
+    }
+    if options.echo.is_some() {
+        return start(&options).map(drop);
     }
     let runs: Vec<Laps> = (0..options.runs).map(|_| start(&options)).collect::<Result<_, _>>()?;
     let mut total = Duration::ZERO;
@@ -169,10 +185,11 @@ fn main() -> io::Result<()> {
 }
 
 /// Starts `count` copies of this process with the same options but this one.
-fn many(count: usize) -> io::Result<()> {
-    let mut arguments: Vec<String> = env::args().skip(1).collect();
+fn many(count: usize, arguments: &[String]) -> io::Result<()> {
     let at = arguments.iter().position(|a| a == "--at-once").unwrap_or(0);
+    let mut arguments = arguments.to_vec();
     arguments.drain(at..at + 2);
+    arguments.insert(0, "floor".into());
     let begin = Instant::now();
     let spawn =
         |_| Command::new(env::current_exe()?).args(&arguments).stdout(Stdio::null()).spawn();
@@ -231,9 +248,20 @@ fn start(options: &Options) -> io::Result<Laps> {
     laps.lap("registers");
     by_value(&vcpu, KVM_RUN, 0)?;
     laps.lap("run to exit");
-    let exit_reason = u32::from_ne_bytes([run[8], run[9], run[10], run[11]]);
-    if exit_reason != 2 && exit_reason != 6 {
-        return Err(io::Error::other(format!("exit {exit_reason}, neither port nor MMIO")));
+    let exit_reason = field(run, 8, 4);
+    if exit_reason != Some(2) && exit_reason != Some(6) {
+        return Err(io::Error::other(format!("exit {exit_reason:?}, neither port nor MMIO")));
+    }
+    if let Some(echo) = options.echo {
+        // `io.data_offset`: where in the mapping the byte is that the guest wrote to the port.
+        let byte = field(run, 40, 8).and_then(|offset| run.get(offset..=offset));
+        io::stdout().write_all(byte.unwrap_or_default())?;
+        io::stdout().flush()?;
+        if echo == Echo::Stay {
+            loop {
+                std::thread::park();
+            }
+        }
     }
     drop((vcpu, vm, kvm));
     unmap(run);
@@ -369,23 +397,30 @@ fn millis(time: Duration) -> f64 {
     time.as_secs_f64() * 1000.0
 }
 
-fn parse() -> io::Result<Options> {
-    let mut options =
-        Options { elf: None, cmdline: String::new(), mem_mib: 128, runs: 1, at_once: 1 };
-    // Cargo passes --bench to everything under benches/.
-    let mut arguments = env::args().skip(1).filter(|a| a != "--bench");
+fn parse(arguments: &[String]) -> io::Result<Options> {
+    let mut options = Options {
+        elf: None,
+        cmdline: String::new(),
+        mem_mib: 128,
+        runs: 1,
+        at_once: 1,
+        echo: None,
+    };
+    let mut arguments = arguments.iter();
     let bad =
         |what: &str| io::Error::new(io::ErrorKind::InvalidInput, format!("bad option {what}"));
     while let Some(option) = arguments.next() {
-        let value = arguments.next().ok_or_else(|| bad(&option))?;
+        let value = arguments.next().ok_or_else(|| bad(option))?;
         let number = value.parse::<usize>().ok().filter(|n| *n > 0);
         match option.as_str() {
-            "--elf" => options.elf = Some(fs::read(&value)?),
-            "--cmdline" => options.cmdline = value,
-            "--mem" => options.mem_mib = number.ok_or_else(|| bad(&option))?,
-            "--runs" => options.runs = number.ok_or_else(|| bad(&option))?,
-            "--at-once" => options.at_once = number.ok_or_else(|| bad(&option))?,
-            _ => return Err(bad(&option)),
+            "--elf" => options.elf = Some(fs::read(value)?),
+            "--cmdline" => options.cmdline.clone_from(value),
+            "--mem" => options.mem_mib = number.ok_or_else(|| bad(option))?,
+            "--runs" => options.runs = number.ok_or_else(|| bad(option))?,
+            "--at-once" => options.at_once = number.ok_or_else(|| bad(option))?,
+            "--echo" if value == "exit" => options.echo = Some(Echo::Exit),
+            "--echo" if value == "stay" => options.echo = Some(Echo::Stay),
+            _ => return Err(bad(option)),
         }
     }
     Ok(options)
