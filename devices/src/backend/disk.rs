@@ -201,3 +201,52 @@ fn lock_for(access: Access) -> Lock {
         Access::ReadWrite => Lock::Exclusive,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsRawFd, OwnedFd};
+
+    use super::*;
+
+    /// A file in memory, of a kind that can be punched but not zeroed, and a path to it.
+    fn file(len: usize) -> (OwnedFd, PathBuf) {
+        let fd = rustix::fs::memfd_create("disk", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+        std::fs::write(&path, vec![7; len]).unwrap();
+        (fd, path)
+    }
+
+    #[test]
+    fn zeroes_are_written_where_the_host_cannot_make_them() {
+        let (_fd, path) = file(200 << 10);
+        let disk = Disk::open(&path, Access::ReadWrite).unwrap();
+        assert!(!disk.allocate(FallocateFlags::ZERO_RANGE, 0, 512).unwrap());
+        disk.write_zeroes(512, 150 << 10, Unmap::Forbidden).unwrap();
+        disk.write_zeroes(199 << 10, 1 << 10, Unmap::Allowed).unwrap();
+        let mut expected = vec![7; 200 << 10];
+        expected[512..512 + (150 << 10)].fill(0);
+        expected[199 << 10..].fill(0);
+        assert!(std::fs::read(&path).unwrap() == expected);
+    }
+
+    #[test]
+    fn a_failed_flush_stays_failed_until_the_file_is_opened_anew() {
+        let (_fd, path) = file(512);
+        let disk = Disk::open(&path, Access::ReadWrite).unwrap();
+        disk.flush().unwrap();
+        disk.has_lost_writes.store(true, Ordering::Relaxed);
+        assert!(disk.flush().is_err() && disk.flush().is_err());
+        disk.reopen(&path).unwrap().flush().unwrap();
+    }
+
+    #[test]
+    fn a_file_opened_anew_keeps_its_lock() {
+        let (_fd, path) = file(512);
+        let first = Disk::open(&path, Access::ReadWrite).unwrap();
+        let second = first.reopen(&path).unwrap();
+        drop(first);
+        assert!(matches!(Disk::check(&path, Access::Read), Err(DiskError::InUse(_))));
+        drop(second);
+        Disk::check(&path, Access::ReadWrite).unwrap();
+    }
+}
