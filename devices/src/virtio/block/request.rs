@@ -62,10 +62,6 @@ impl Executor {
                 (failure.status(), 0, 0)
             }
         };
-                counter.inc();
-                (failure.status(), 0, 0)
-            }
-        };
         if writable.write_obj(status).is_err() {
             return (0, cost);
         }
