@@ -1,0 +1,310 @@
+//! A real Linux in the guest: kernel, file system, network, console, power.
+//!
+//! A boot takes about 15 s where KVM emulates guest ring 0, so each test looks at several things.
+use std::fmt::Write as _;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::util::*;
+
+/// How long a boot may take, with other tests beside it.
+const BOOT: Duration = Duration::from_secs(240);
+
+/// A product of `resources/linux/build`, which `tests/run` calls.
+fn product(name: &str) -> PathBuf {
+    let target = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
+    let path = target.join("guest").join(name);
+    assert!(path.exists(), "{} is missing: run resources/linux/build", path.display());
+    path
+}
+
+/// The command line that boots Linux here, and `words`.
+fn cmdline(words: &str) -> String {
+    let mut line =
+        "console=ttyS0 reboot=k panic=-1 quiet i8042.noaux i8042.nomux i8042.dumbkbd".to_owned();
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        line += " soft_kvm noxsave mitigations=off rodata=off clearcpuid=popcnt,cx16,fsgsbase,\
+                 smap,smep,pcid,invpcid,rdrand,rdseed,umip";
+    }
+    line + " " + words
+}
+
+/// Linux from the initrd, with `/test.sh` in it.
+fn from_initrd(scratch: &Scratch, script: &str, words: &str) -> Husk {
+    let mut archive = std::fs::read(product("initrd.cpio")).unwrap();
+    archive.extend(cpio("test.sh", script.as_bytes()));
+    let initrd = scratch.file("initrd.cpio", archive);
+    Husk::run(product("vmlinux"))
+        .initrd(initrd)
+        .memory(256)
+        .cmdline(&cmdline(&format!("husk.run=/test.sh {words}")))
+}
+
+/// Linux from a copy of the root disk, which is returned, with a script on a second one.
+fn from_disk(scratch: &Scratch, script: &str, words: &str) -> (Husk, PathBuf) {
+    let root = scratch.path("root.ext4");
+    let copied =
+        Command::new("cp").arg("--sparse=always").args([&product("root.ext4"), &root]).status();
+    assert!(copied.unwrap().success());
+    let husk = Husk::run(product("vmlinux"))
+        .disk(&root)
+        .read_only_disk(script_disk(scratch, script))
+        .memory(256)
+        .cmdline(&cmdline(&format!("husk.run=/dev/vdb {words}")));
+    (husk, root)
+}
+
+/// A disk that the guest's init runs as a script.
+fn script_disk(scratch: &Scratch, script: &str) -> PathBuf {
+    let mut bytes = script.as_bytes().to_vec();
+    bytes.resize(bytes.len().next_multiple_of(512), 0);
+    scratch.file("script.img", bytes)
+}
+
+/// An archive with one file, in the format of an initramfs ("newc").
+fn cpio(name: &str, contents: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    for (name, mode, contents) in [(name, 0o100_755, contents), ("TRAILER!!!", 0, &[][..])] {
+        let mut header = "070701".to_owned();
+        let name_len = name.len() + 1;
+        let fields = [1, mode, 0, 0, 1, 0, contents.len(), 0, 0, 0, 0, name_len, 0];
+        for field in fields {
+            write!(header, "{field:08x}").unwrap();
+        }
+        archive.extend(header.as_bytes());
+        archive.extend(name.as_bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(contents);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    }
+    archive
+}
+
+/// The output of a program that must succeed.
+fn run(program: &str, args: &[&str], path: &Path) -> String {
+    let output = Command::new(program).args(args).arg(path).output();
+    let output = output.unwrap_or_else(|e| panic!("{program}: {e}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {}\n{text}{errors}", output.status);
+    text
+}
+
+fn sha256(bytes: &[u8]) -> String {
+    let scratch = Scratch::new();
+    let sum = run("sha256sum", &[], &scratch.file("bytes", bytes));
+    sum.split(' ').next().unwrap().to_owned()
+}
+
+/// A checksum that the guest printed, without the name of the file.
+fn sum<'a>(end: &'a End, key: &str) -> &'a str {
+    end.value(key).split_whitespace().next().unwrap_or_default()
+}
+
+/// What each way of finding devices must find, and must not complain about.
+const DEVICES: &str = "\
+echo cpus=$(nproc)
+echo virtio=$(ls /sys/bus/virtio/devices | wc -l)
+echo disks=$(ls /dev/vd? | wc -l)
+echo trouble=$(dmesg | grep -i virtio | grep -ciE 'fail|error|busy')
+echo entropy=$(head -c 32 /dev/hwrng | wc -c)
+";
+
+#[track_caller]
+fn expect_devices(end: &End, cpus: &str, virtio: &str, disks: &str) {
+    assert_eq!(end.value("cpus"), cpus);
+    assert_eq!(end.value("virtio"), virtio, "each device is found once");
+    assert_eq!(end.value("disks"), disks);
+    assert_eq!(end.value("trouble"), "0");
+    assert_eq!(end.value("entropy"), "32");
+}
+
+#[test]
+fn linux_boots_from_an_initrd_with_two_vcpus() {
+    let scratch = Scratch::new();
+    let script = format!("{DEVICES}echo memory=$(grep MemTotal /proc/meminfo)\n");
+    let disk = scratch.sparse("data.img", 1 << 20);
+    let end = from_initrd(&scratch, &script, "")
+        .cpus(2)
+        .disk(disk)
+        .arg("--rng")
+        .start()
+        .wait_within(BOOT)
+        .code(0);
+    expect_devices(&end, "2", "2", "1");
+    assert!(end.output.contains("husk-guest: exit 0"), "{end}");
+}
+
+#[test]
+fn linux_without_acpi_finds_processors_and_devices() {
+    let scratch = Scratch::new();
+    let (husk, root) = from_disk(&scratch, DEVICES, "acpi=off");
+    // Without ACPI Linux cannot power off; the guest resets the machine instead.
+    let end = husk.cpus(2).arg("--rng").exit_on_reboot().start().wait_within(BOOT).code(0);
+    expect_devices(&end, "2", "3", "2");
+    run("e2fsck", &["-f", "-n"], &root);
+}
+
+#[test]
+fn linux_boots_by_its_own_protocol() {
+    let scratch = Scratch::new();
+    let kernel = without_pvh(&scratch, &product("vmlinux"));
+    let initrd = scratch.path("initrd.cpio");
+    let mut archive = std::fs::read(product("initrd.cpio")).unwrap();
+    archive.extend(cpio("test.sh", b"echo words=$(grep -o 'last=.*' /proc/cmdline)\n"));
+    std::fs::write(&initrd, archive).unwrap();
+    let end = Husk::run(kernel)
+        .initrd(initrd)
+        .cmdline(&cmdline("husk.run=/test.sh last=one"))
+        .start()
+        .wait_within(BOOT)
+        .code(0);
+    assert_eq!(end.value("words"), "last=one");
+}
+
+#[test]
+fn a_root_disk_keeps_what_was_written_over_a_reboot() {
+    let scratch = Scratch::new();
+    let script = "\
+if [ ! -e /kept ]; then
+    head -c 3000000 /dev/urandom >/kept
+    echo sum=$(sha256sum </kept)
+    sync
+    /etc/down reboot
+else
+    echo again=$(sha256sum </kept)
+    echo done >/second
+    if dd if=/dev/zero of=/dev/vdb bs=512 count=1 2>/dev/null; then echo readonly=no; else echo readonly=yes; fi
+fi
+";
+    let (husk, root) = from_disk(&scratch, script, "");
+    let before = std::fs::read(scratch.path("script.img")).unwrap();
+    let end = husk.start().wait_within(BOOT * 2).code(0);
+    assert_eq!(end.value("sum"), end.value("again"), "{end}");
+    assert_eq!(end.value("readonly"), "yes");
+    run("e2fsck", &["-f", "-n"], &root);
+    assert_eq!(run("debugfs", &["-R", "cat /second"], &root), "done\n");
+    let kept = scratch.path("kept");
+    run("debugfs", &["-R", &format!("dump /kept {}", kept.display())], &root);
+    assert_eq!(sum(&end, "sum"), sha256(&std::fs::read(kept).unwrap()));
+    assert_eq!(before, std::fs::read(scratch.path("script.img")).unwrap());
+}
+
+#[test]
+fn linux_talks_to_the_host_over_a_tap() {
+    const PORT: u16 = 8000;
+    let scratch = Scratch::new();
+    let network = Network::with_tap();
+    let script = "\
+ping -c 3 172.16.0.1 >/dev/null && echo ping=ok
+wget -q -O /tmp/down http://172.16.0.1:8000/ && echo down=$(sha256sum </tmp/down)
+mkdir /tmp/www && head -c 700000 /dev/urandom >/tmp/www/up
+echo up=$(sha256sum </tmp/www/up)
+httpd -p 80 -h /tmp/www && echo SERVING
+read -r word
+";
+    // Not a multiple of anything, and enough for segments of 64 KiB.
+    let down: Vec<u8> = (0..1_000_003u32)
+        .flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes())
+        .take(1_000_003)
+        .collect();
+    let listener = network.within(|| TcpListener::bind(("172.16.0.1", PORT)).unwrap());
+    let body = down.clone();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut request = Vec::new();
+        let mut byte = [0];
+        while !request.ends_with(b"\r\n\r\n") {
+            stream.read_exact(&mut byte).unwrap();
+            request.push(byte[0]);
+        }
+        let len = body.len();
+        write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {len}\r\n\r\n").unwrap();
+        stream.write_all(&body).unwrap();
+    });
+    let vm = from_initrd(&scratch, script, "husk.ip=172.16.0.2/24")
+        .network(&network, ",mac=02:00:00:00:00:07")
+        .typing()
+        .start();
+    vm.expect_within("SERVING", BOOT);
+    server.join().unwrap();
+    let up = network.within(|| {
+        let mut stream = TcpStream::connect(("172.16.0.2", 80)).unwrap();
+        stream.write_all(b"GET /up HTTP/1.0\r\n\r\n").unwrap();
+        let mut reply = Vec::new();
+        stream.read_to_end(&mut reply).unwrap();
+        let at = reply.windows(4).position(|w| w == b"\r\n\r\n").unwrap();
+        reply.split_off(at + 4)
+    });
+    network.run("ping", "-c 3 -W 10 172.16.0.2");
+    vm.type_in("\n");
+    let end = vm.wait_within(BOOT).code(0);
+    assert_eq!(end.value("ping"), "ok");
+    assert_eq!(sum(&end, "down"), sha256(&down));
+    assert_eq!(sum(&end, "up"), sha256(&up));
+}
+
+#[test]
+fn a_shell_hears_what_is_typed_and_ctrl_alt_del() {
+    let vm = Husk::run(product("vmlinux"))
+        .initrd(product("initrd.cpio"))
+        .cmdline(&cmdline(""))
+        .exit_on_reboot()
+        .typing()
+        .listening()
+        .start();
+    vm.expect_within("husk-guest: ready", BOOT);
+    vm.expect_text("# ");
+    vm.type_in("echo answer=$((6 * 7))\n");
+    vm.expect("answer=42");
+    vm.api().act("SendCtrlAltDel").done();
+    // The guest resets the machine, and a reset was to end the VM.
+    vm.wait_within(BOOT).code(0);
+}
+
+#[test]
+fn the_api_boots_pauses_resumes_and_shuts_down() {
+    let scratch = Scratch::new();
+    let script = script_disk(&scratch, "i=0; while sleep 1; do i=$((i + 1)); echo tick=$i; done\n");
+    let vm = Husk::api().start();
+    let api = vm.api();
+    let (kernel, initrd) = (product("vmlinux"), product("initrd.cpio"));
+    api.put("/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": 256 })).done();
+    let boot_args = cmdline("husk.run=/dev/vda");
+    let source = json!({
+        "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": boot_args,
+    });
+    api.put("/boot-source", source).done();
+    let drive = json!({
+        "drive_id": "script", "path_on_host": script, "is_root_device": false,
+        "is_read_only": true,
+    });
+    api.put("/drives/script", drive).done();
+    api.put("/entropy", "{}").done();
+    let mut events = api.follow("/events");
+    assert_eq!(events.next().unwrap()["state"], "Not started");
+    api.act("InstanceStart").done();
+    vm.expect_within("tick=1", BOOT);
+
+    api.patch("/vm", json!({ "state": "Paused" })).done();
+    assert_eq!(api.state(), "Paused");
+    let heard = vm.serial.len();
+    // Silence cannot be waited for but by waiting: two ticks' time.
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(vm.serial.len(), heard, "a paused guest says nothing");
+    api.patch("/vm", json!({ "state": "Resumed" })).done();
+    vm.expect("tick=");
+
+    api.act("Shutdown").done();
+    let waited = api.get("/wait").json();
+    assert_eq!(waited["reason"], "powered_off");
+    let names: Vec<_> = events.map(|e| e["event"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(names, ["started", "paused", "resumed", "shutdown_requested", "ended"]);
+    vm.wait_within(BOOT).code(0);
+}
