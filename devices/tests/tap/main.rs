@@ -1,5 +1,5 @@
-//! virtio-net over real taps, in a network namespace of the test's own. Skipped, with the reason,
-//! where one cannot be had.
+//! virtio-net over real taps, in a network namespace of the test's own. Where one cannot be had the
+//! tests fail, rather than let it be believed that they ran.
 //!
 //! A binary of its own, one test at a time: to run `ip` is to fork, and until the child is replaced
 //! it has a copy of every descriptor, so that a tap or a locked file is in use a little longer.
@@ -27,20 +27,17 @@ const F_MRG_RXBUF: u64 = 1 << 15;
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-/// Moves this thread, and those it starts, to an empty network; nothing if it may not.
-fn enter_empty_network() -> Option<MutexGuard<'static, ()>> {
+/// Moves this thread, and those it starts, to an empty network.
+fn enter_empty_network() -> MutexGuard<'static, ()> {
     let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     #[expect(unsafe_code, reason = "unshare")]
     // SAFETY: the network namespace of a thread is nothing that its memory safety depends on.
     let result = unsafe { unshare_unsafe(UnshareFlags::NEWNET) };
     let can_make_taps = || std::path::Path::new("/dev/net/tun").exists() && ip("link set lo up");
-    if result.is_ok() && can_make_taps() {
-        // The host must say nothing that it is not asked to say.
-        let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-        return Some(turn);
-    }
-    println!("skipped: needs root, /dev/net/tun and iproute2");
-    None
+    assert!(result.is_ok() && can_make_taps(), "needs root, /dev/net/tun and iproute2");
+    // The host must say nothing that it is not asked to say.
+    let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
+    turn
 }
 
 fn ip(arguments: &str) -> bool {
@@ -97,7 +94,7 @@ impl Guest {
 
 #[test]
 fn moves_frames_both_ways() {
-    let Some(_turn) = enter_empty_network() else { return };
+    let _turn = enter_empty_network();
     make_tap();
     for features in [0, F_MRG_RXBUF, u64::MAX] {
         let mut guest = guest(features);
@@ -132,7 +129,7 @@ fn moves_frames_both_ways() {
 
 #[test]
 fn refuses_bad_headers_and_taps_that_are_down() {
-    let Some(_turn) = enter_empty_network() else { return };
+    let _turn = enter_empty_network();
     make_tap();
     let mut guest = guest(u64::MAX);
     let bad: [[u8; 12]; 4] = [
@@ -158,7 +155,7 @@ fn refuses_bad_headers_and_taps_that_are_down() {
 
 #[test]
 fn says_what_is_wrong_with_a_tap() {
-    let Some(_turn) = enter_empty_network() else { return };
+    let _turn = enter_empty_network();
     assert!(check().unwrap_err().contains("tap 'tap0' does not exist"));
     make_tap();
     check().unwrap();
@@ -177,7 +174,7 @@ fn says_what_is_wrong_with_a_tap() {
 
 #[test]
 fn a_tap_that_is_deleted_leaves_the_guest_alone() {
-    let Some(_turn) = enter_empty_network() else { return };
+    let _turn = enter_empty_network();
     make_tap();
     let mut guest = guest(u64::MAX);
     guest.rx.add(&[(RX, 2000, true)]);
@@ -198,7 +195,7 @@ fn a_tap_that_is_deleted_leaves_the_guest_alone() {
 
 #[test]
 fn refuses_a_descriptor_that_is_attached_to_nothing() {
-    let Some(_turn) = enter_empty_network() else { return };
+    let _turn = enter_empty_network();
     let fd = std::fs::File::open("/dev/net/tun").unwrap();
     let config = net::Config::new("eth0", "tap0");
     assert!(Net::from_fd(&config, fd.into()).is_err());
