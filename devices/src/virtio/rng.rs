@@ -22,6 +22,7 @@ const MAX_BYTES: u32 = 64 << 10;
 /// What the user says about it.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "EntropyDevice")]
 pub struct Config {
     /// Limits on the entropy handed out. Not supported yet.
     #[serde(default)]

@@ -68,6 +68,7 @@ pub enum IoEngine {
 /// What the user says about a drive.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "Drive")]
 pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub drive_id: String,
@@ -137,6 +138,7 @@ impl Config {
 /// What the user may change while the guest runs.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "PartialDrive")]
 pub struct Patch {
     /// The drive.
     pub drive_id: String,

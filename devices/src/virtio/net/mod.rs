@@ -48,6 +48,7 @@ const QUEUE_SIZES: [u16; 2] = [256; 2];
 /// What the user says about an interface.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "NetworkInterface")]
 pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub iface_id: String,
@@ -97,6 +98,7 @@ impl Config {
 /// What the user may change while the guest runs: nothing yet.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
+#[schemars(rename = "PartialNetworkInterface")]
 pub struct Patch {
     /// The interface.
     pub iface_id: String,
