@@ -80,6 +80,8 @@ impl Launch {
             controller.answer(call.request, call.respond);
         }
         drop(controller);
+        // What is asked from here on is refused at once rather than waited for.
+        drop(requests);
         if let Some(server) = server {
             server.shutdown(LAST_WORDS);
         }
