@@ -40,23 +40,42 @@ const DRAIN_LIMIT: usize = 1 << 20;
 const EVENTS_BEHIND_MAX: usize = 64;
 
 /// Answers one request.
-pub(super) async fn serve(
+pub(super) fn serve(
     api: Rc<Api>,
     progress: Rc<Progress>,
     request: hyper::Request<Incoming>,
-) -> Result<Response<ReplyBody>, Infallible> {
-    progress.flushed().await;
-    let started = Instant::now();
+) -> impl Future<Output = Result<Response<ReplyBody>, Infallible>> {
+    // Before this is first polled: hyper looks whether the client has hung up in between.
     progress.enter(Phase::Body);
     // From here on, however this ends, the connection is between requests again when the reply is
     // out or given up.
     let in_progress = InProgress(progress.clone());
-    let (parts, body) = request.into_parts();
-    let body = read_body(body, &parts, &api, &progress).await;
-    log::info!("The API server received a {}.", Described(&parts, body.as_deref().ok()));
+    async move {
+        progress.flushed().await;
+        let started = Instant::now();
+        let (parts, body) = request.into_parts();
+        let outcome = handle(&api, &progress, &parts, body).await;
+        let is_last = outcome.as_ref().is_err_and(Fault::ends_connection)
+            || progress.is_closing()
+            || !client_keeps_alive(&parts);
+        let response = respond(outcome, is_last, in_progress);
+        log::info!("Total previous API call duration: {} us.", started.elapsed().as_micros());
+        Ok(response)
+    }
+}
+
+/// Reads the body, answers, and logs both in Firecracker's words.
+async fn handle(
+    api: &Api,
+    progress: &Progress,
+    parts: &Parts,
+    body: Incoming,
+) -> Result<Answer, Fault> {
+    let body = read_body(body, parts, api, progress).await;
+    log::info!("The API server received a {}.", Described(parts, body.as_deref().ok()));
     progress.enter(Phase::Serving);
     let outcome = match body {
-        Ok(body) => answer(&api, &progress, &parts, &body).await,
+        Ok(body) => answer(api, progress, parts, &body).await,
         Err(fault) => Err(fault),
     };
     match &outcome {
@@ -67,12 +86,7 @@ pub(super) async fn serve(
             log::info!("Received Error. Status code: {}. Message: {fault}", StatusCode::BAD_REQUEST)
         }
     }
-    let is_last = outcome.as_ref().is_err_and(Fault::ends_connection)
-        || progress.is_closing()
-        || !client_keeps_alive(&parts);
-    let response = respond(outcome, is_last, in_progress);
-    log::info!("Total previous API call duration: {} us.", started.elapsed().as_micros());
-    Ok(response)
+    outcome
 }
 
 /// Why a request was refused here or by the VMM.

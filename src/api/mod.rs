@@ -27,3 +27,6 @@ mod stream;
 pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::{StalePolicy, bind};
+
+#[cfg(test)]
+mod tests;

@@ -112,14 +112,15 @@ fn configuration(routes: &Routes, generator: &mut SchemaGenerator) -> Value {
     })
 }
 
-/// "putDrivesById": the method, and the path's words with capitals.
+/// "putDrivesById": the method, and the path's words with capitals; "getRoot" where it has none.
 fn operation_id(route: &Route) -> String {
     let method = match route.method {
         Method::Get => "get",
         Method::Put => "put",
         Method::Patch => "patch",
     };
-    let words = route.path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|w| !w.is_empty());
+    let path = if route.path == "/" { "root" } else { &route.path };
+    let words = path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());
     let capitalised = words.map(|word| match word.split_at_checked(1) {
         Some(_) if word == "id" => "ById".to_owned(),
         Some((initial, rest)) => initial.to_ascii_uppercase() + rest,
@@ -158,7 +159,7 @@ mod tests {
             .map(|p| p.as_object().unwrap().len())
             .sum();
         assert_eq!(described, ids.len());
-        assert!(ids.contains("putDrivesById") && ids.contains("get"));
+        assert!(ids.contains("putDrivesById") && ids.contains("getRoot"));
     }
 
     #[test]

@@ -262,7 +262,7 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
     let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
         method,
         path: Cow::Owned(path.to_owned()),
-        summary: Cow::Owned(format!("{verb}: {about}")),
+        summary: Cow::Owned(format!("{verb} {name}. {about}")),
         body: body.map(Shape::Type),
         reply,
         act: Act::Section(name),

@@ -156,7 +156,11 @@ async fn accept(
     };
     loop {
         match socket.accept().await {
-            Ok((stream, _)) => connections.start(stream, &api, deadlines),
+            Ok((stream, _)) => {
+                connections.start(stream, &api, deadlines);
+                // Let connections come and go one by one: a crowd takes no memory then.
+                tokio::task::yield_now().await;
+            }
             Err(e) => {
                 log::warn!("cannot accept an API connection: {e}");
                 connections.evict();

@@ -43,7 +43,7 @@ pub(crate) enum BindError {
     #[error("API socket {path}: cannot lock its directory to replace a left-over socket")]
     Lock { path: PathBuf },
     /// The host refused.
-    #[error("API socket {path}: cannot {what}")]
+    #[error("API socket {path}: cannot {what}: {source}")]
     Host { path: PathBuf, what: &'static str, source: io::Error },
 }
 

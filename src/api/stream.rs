@@ -230,8 +230,10 @@ impl AsyncRead for Stream {
         let before = buffer.filled().len();
         ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
         let bytes = buffer.filled().get(before..).unwrap_or_default();
-        if bytes.is_empty() && self.progress.is_busy() && self.is_half_closed() {
-            // hyper would drop the reply. It sees the end when the reply has gone out.
+        let is_owed = self.progress.is_busy() || self.progress.phase() == Phase::Body;
+        if bytes.is_empty() && is_owed && self.is_half_closed() {
+            // hyper would drop the reply. It sees the end when the reply has gone out. A body that
+            // ends too early runs into its deadline.
             self.progress.is_flush_awaited.set(true);
             return Poll::Pending;
         }
