@@ -3,6 +3,6 @@
 //! They need root, /dev/kvm, iproute2 and ping; what is missing is a failure, never a skipped test. `tests/run` installs
 //! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
 mod boot;
-mod docs;
+mod devices;
 mod linux;
 mod util;

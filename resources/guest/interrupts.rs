@@ -9,6 +9,8 @@ use crate::ring0;
 pub const FIRST_VECTOR: u8 = 32;
 /// Vector for spurious interrupts, the last of ours.
 const SPURIOUS_VECTOR: u32 = 47;
+/// Mask registers of the two 8259s.
+const PIC_MASKS: [u16; 2] = [0x21, 0xa1];
 const LAPIC: usize = 0xfee0_0000;
 const LAPIC_ID: usize = LAPIC + 0x20;
 const LAPIC_SPURIOUS: usize = LAPIC + 0xf0;
@@ -43,7 +45,10 @@ pub(crate) fn fill_idt() {
 }
 
 /// Routes I/O APIC input `pin` to vector `FIRST_VECTOR + slot`, edge triggered, to this CPU, and turns interrupts on.
+///
+/// The 8259s see the same lines and come out of reset unmasked, with vectors from 0: exceptions.
 pub fn enable(io_apic: usize, pin: u32, slot: u8) {
+    PIC_MASKS.map(|port| ring0::out8(port, 0xff));
     let id = mmio_read32(LAPIC_ID) >> 24;
     mmio_write32(LAPIC_SPURIOUS, 0x100 | SPURIOUS_VECTOR);
     let entry = 0x10 + pin * 2;

@@ -5,7 +5,9 @@
 
 use rt::acpi::{self, MadtEntry};
 use rt::clock::{self, Source};
-use rt::{BootInfo, Outcome, cpu, ensure, memory, options, power, println, ring0, virtio};
+use rt::{
+    BootInfo, Outcome, console, cpu, ensure, memory, options, power, print, println, ring0, virtio,
+};
 
 rt::entry!(run);
 
@@ -29,7 +31,10 @@ fn run(boot: &'static BootInfo) -> Outcome {
 fn print_boot(boot: &BootInfo) {
     println!("protocol={}", boot.protocol);
     println!("boot_info={:#x}", boot.address);
-    println!("cmdline={}", boot.cmdline);
+    // May be longer than a line of println.
+    print!("cmdline=");
+    console::write(boot.cmdline.as_bytes());
+    println!();
     let (start, end) = memory::image();
     println!("image={start:#x}-{end:#x}");
     for range in boot.memory() {

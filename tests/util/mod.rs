@@ -27,7 +27,7 @@ pub(crate) use files::{Scratch, ext4, files_in};
 pub(crate) use guest::{guest, guest_at};
 pub(crate) use http::{Api, Lines, Reply};
 pub(crate) use husk::{End, Husk, TestVm};
-pub(crate) use image::{Elf, Segment, bz_image, without_pvh};
+pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
 pub(crate) use network::Network;
 pub(crate) use output::Output;
 pub(crate) use rustix::process::Signal;
