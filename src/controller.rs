@@ -217,13 +217,14 @@ impl Controller {
         else {
             return;
         };
-        let Live { config, machine, .. } = *live;
+        // Paused just as the guest reset itself: it then waits at its first instruction.
+        let Live { config, machine, is_paused } = *live;
         let Identity { names, started, .. } = self.identity;
         let machine = Machine::assemble(&config, machine.dismantle(), names, started)
-            .and_then(|machine| machine.run().map(|()| machine));
+            .and_then(|machine| if is_paused { Ok(()) } else { machine.run() }.map(|()| machine));
         match machine {
             Ok(machine) => {
-                self.phase = Phase::Live(Box::new(Live { config, machine, is_paused: false }));
+                self.phase = Phase::Live(Box::new(Live { config, machine, is_paused }));
                 self.hub.publish(What::Rebooted);
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),

@@ -21,7 +21,7 @@ mod terminal;
 
 use std::fs::OpenOptions;
 use std::sync::OnceLock;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 pub(crate) use files::{Scratch, ext4, files_in};
 pub(crate) use guest::{guest, guest_at};
@@ -50,5 +50,22 @@ pub(crate) fn require_host() {
     });
     if let Some(what) = missing {
         panic!("{what}");
+    }
+}
+
+/// Times what is promised to be quick. Bounds are generous: tests run beside each other.
+#[derive(Debug)]
+pub(crate) struct Stopwatch(Instant);
+
+impl Stopwatch {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    /// It took as long as this, or the test fails.
+    #[track_caller]
+    pub(crate) fn within(self, least: Duration, most: Duration) {
+        let took = self.0.elapsed();
+        assert!((least..=most).contains(&took), "took {took:?}, want {least:?} to {most:?}");
     }
 }
