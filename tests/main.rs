@@ -4,6 +4,7 @@
 //! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
 mod boot;
 mod devices;
+mod docs;
 mod lifecycle;
 mod linux;
 mod terminal;
