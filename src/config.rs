@@ -610,10 +610,8 @@ impl VmConfig {
 
     /// Refuses what can be seen to be wrong without starting anything.
     pub fn check(&self) -> Result<(), Refusal> {
-        let source = self.boot_source()?;
-        source.check()?;
+        let kernel = self.boot_source()?.check()?;
         self.machine.check()?;
-        let kernel = crate::parts::open_kernel(&source.kernel_image_path)?;
         kernel.check(self.machine.mem_size_bytes())?;
         self.serial.check()?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))
@@ -667,12 +665,12 @@ impl VmConfig {
 
 impl BootSource {
     /// Opens and reads what can be judged of it before there is RAM.
-    fn check(&self) -> Result<(), Refusal> {
-        crate::parts::open_kernel(&self.kernel_image_path)?;
+    fn check(&self) -> Result<arch::Kernel, Refusal> {
+        let kernel = crate::parts::open_kernel(&self.kernel_image_path)?;
         if let Some(path) = &self.initrd_path {
             crate::parts::open_initrd(path)?;
         }
-        Ok(())
+        Ok(kernel)
     }
 }
 

@@ -76,8 +76,8 @@ impl Parts {
             what: "serial port".into(),
             source: std::io::Error::other(e),
         })?;
-        let io = IoThread::spawn(io_thread).map(Arc::new).map_err(io_failed)?;
-        io.add(Box::new(input)).map_err(io_failed)?;
+        let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
+        let io = Arc::new(io);
         Ok(Self { kvm, cpu, kernel, initrd, devices, serial, serial_irq, io })
     }
 }

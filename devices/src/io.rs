@@ -12,6 +12,7 @@ use std::thread::{self, JoinHandle};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
+    SubscriberOps,
 };
 
 use crate::virtio::queue::VirtQueue;
@@ -110,7 +111,16 @@ impl IoThread {
 
     /// Starts a thread called `name` (at most 15 bytes, the kernel's limit).
     pub fn spawn(name: &str) -> Result<Self, IoError> {
+        Self::spawn_with(name, Vec::new())
+    }
+
+    /// The same, with `workers` for it from the start: for these nobody waits, and nobody can take
+    /// them back.
+    pub fn spawn_with(name: &str, workers: Vec<Box<dyn Worker>>) -> Result<Self, IoError> {
         let mut manager = EventManager::<Slot>::new_with_capacity(Self::BATCH)?;
+        for worker in workers {
+            manager.add_subscriber(Slot(worker));
+        }
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
