@@ -34,6 +34,7 @@ Exit codes: 0 the guest powered off, 2 wrong arguments, 3 wrong configuration, 4
 something, 5 the guest crashed, 6 KVM failed, 130 and 143 stopped by a signal.";
 
 #[derive(Debug, Subcommand)]
+#[command(defer = true)]
 enum Command {
     /// Boot a guest and stay until it ends.
     Run(run::RunArgs),
