@@ -1,4 +1,7 @@
 //! Why a request was refused or a VM could not be made.
+use std::error::Error;
+
+use devices::backend::file::is_shortage;
 use devices::virtio::model::DeviceError;
 
 use crate::exit::ExitCode;
@@ -63,7 +66,7 @@ pub enum Refusal {
         source: devices::backend::file::OpenError,
     },
     /// The serial port cannot lead where it should.
-    #[error("serial: {0}")]
+    #[error("serial: {}", chain(.0))]
     Console(devices::backend::console::ConsoleError),
     /// The API's socket cannot be had.
     #[error("{0}")]
@@ -132,8 +135,26 @@ impl Refusal {
                 ExitCode::Host
             }
             Self::Boot(e) if !e.is_config() => ExitCode::Host,
+            Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
+            Self::Console(e) if is_shortage(e) => ExitCode::Host,
             Self::Gone => ExitCode::Internal,
             _ => ExitCode::Config,
         }
     }
+}
+
+/// An error and what caused it, in one line.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(inner) = cause {
+        let text = inner.to_string();
+        // Some errors quote their cause.
+        if !line.ends_with(&text) {
+            line.push_str(": ");
+            line.push_str(&text);
+        }
+        cause = inner.source();
+    }
+    line
 }

@@ -5,6 +5,7 @@
 mod boot;
 mod devices;
 mod docs;
+mod input;
 mod lifecycle;
 mod linux;
 mod terminal;

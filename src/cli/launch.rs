@@ -3,11 +3,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use devices::backend::file::is_shortage;
+
 use crate::api::{self, Server, StalePolicy};
 use crate::bell::Bell;
 use crate::config::{self, VmConfig};
 use crate::controller::{Controller, Identity};
-use crate::error::Refusal;
+use crate::error::{Refusal, chain};
 use crate::exit::{Ending, ExitCode};
 use crate::machine::ThreadNames;
 use crate::request::{Request, Requests};
@@ -99,7 +101,10 @@ fn serve_api(
         Style::Husk => StalePolicy::Replace,
         Style::Firecracker => StalePolicy::Fail,
     };
-    let listener = api::bind(&api.path, stale).map_err(|e| Refusal::Socket(e.to_string()))?;
+    let listener = api::bind(&api.path, stale).map_err(|e| match is_shortage(&e) {
+        true => Refusal::host("the API")(std::io::Error::other(chain(&e))),
+        false => Refusal::Socket(chain(&e)),
+    })?;
     log::info!("Listening on API socket ({:?}).", api.path);
     let options = api::Options {
         thread_name: thread_name.to_owned(),

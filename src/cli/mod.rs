@@ -112,18 +112,7 @@ fn print(bytes: &[u8]) -> ExitCode {
 
 /// One line on standard error: the error and what caused it.
 fn fail(code: ExitCode, error: &dyn std::error::Error) -> ExitCode {
-    let mut line = format!("husk: {error}");
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        let text = inner.to_string();
-        // Some errors quote their cause.
-        if !line.ends_with(&text) {
-            line.push_str(": ");
-            line.push_str(&text);
-        }
-        cause = inner.source();
-    }
-    crate::logger::say(&line);
+    crate::logger::say(&format!("husk: {}", crate::error::chain(error)));
     code
 }
 

@@ -27,6 +27,7 @@ pub(crate) struct Husk {
     network: Option<Network>,
     input: Input,
     directory: Option<PathBuf>,
+    preparation: Option<String>,
 }
 
 /// Where standard input comes from, and standard output goes.
@@ -51,6 +52,7 @@ impl Husk {
             network: None,
             input: Input::None,
             directory: None,
+            preparation: None,
         }
     }
 
@@ -143,6 +145,12 @@ impl Husk {
         self
     }
 
+    /// Runs a line of shell before it, in its process and in a mount namespace of its own: limits, mounts.
+    pub(crate) fn after(mut self, shell: &str) -> Self {
+        self.preparation = Some(shell.to_owned());
+        self
+    }
+
     /// Gives it an API socket, and a log that tells when it listens.
     pub(crate) fn listening(self) -> Self {
         let socket = self.scratch.path("api.sock");
@@ -173,9 +181,27 @@ impl Husk {
         self
     }
 
-    /// Starts it.
+    /// Starts it. If it is to listen, it does.
+    #[track_caller]
     pub(crate) fn start(self) -> TestVm {
-        let mut command = Command::new(&self.program);
+        let vm = self.start_unheard();
+        if vm.setup.socket.is_some() {
+            vm.expect_error("Listening on API socket");
+        }
+        vm
+    }
+
+    /// Starts it, and does not wait for it to listen.
+    pub(crate) fn start_unheard(self) -> TestVm {
+        let mut command = match &self.preparation {
+            None => Command::new(&self.program),
+            Some(shell) => {
+                let script = format!("set -e; {shell}; exec \"$0\" \"$@\"");
+                let mut command = Command::new("unshare");
+                command.args(["--mount", "sh", "-c", &script]).arg(&self.program);
+                command
+            }
+        };
         command.args(&self.args).stderr(Stdio::piped());
         if let Some(directory) = &self.directory {
             command.current_dir(directory);
@@ -201,11 +227,7 @@ impl Husk {
             Some(terminal) => Some(terminal.file()),
             None => child.stdin.take().map(|stdin| File::from(OwnedFd::from(stdin))),
         };
-        let vm = TestVm { setup: self, child, pidfd, started, serial, errors, input, terminal };
-        if vm.setup.socket.is_some() {
-            vm.expect_error("Listening on API socket");
-        }
-        vm
+        TestVm { setup: self, child, pidfd, started, serial, errors, input, terminal }
     }
 
     /// Starts it and waits for its end.
@@ -419,6 +441,13 @@ impl End {
         let is_one_line = end.errors.ends_with('\n') && end.errors.lines().count() == 1;
         assert!(is_one_line, "want one line on standard error\n{end}");
         end.errors.trim_end().to_owned()
+    }
+
+    /// It took no longer than a refusal may take. 100 ms are promised; the machine may be busy.
+    #[track_caller]
+    pub(crate) fn quickly(self) -> Self {
+        assert!(self.took < Duration::from_secs(1), "too slow\n{self}");
+        self
     }
 
     /// The values of all lines `key=value` of the serial output.

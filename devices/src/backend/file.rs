@@ -52,6 +52,15 @@ pub enum OpenError {
     },
 }
 
+/// Whether `e` came about because the host ran out of something: descriptors or memory. Then it is
+/// not the user's words that are at fault.
+pub fn is_shortage(e: &(dyn std::error::Error + 'static)) -> bool {
+    let causes = std::iter::successors(Some(e), |e| e.source());
+    causes
+        .filter_map(|e| e.downcast_ref::<std::io::Error>()?.raw_os_error())
+        .any(|errno| matches!(errno, libc::EMFILE | libc::ENFILE | libc::ENOMEM))
+}
+
 /// Opens `path` for `access`, if it is of `kind`.
 pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> {
     let (flags, purpose) = match access {

@@ -15,7 +15,7 @@ use self::request::Executor;
 use super::model::{Change, DeviceError, Model, VirtioDevice, check_id, refuse_unsupported};
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::disk::{Disk, DiskError, SECTOR_SIZE};
-use crate::backend::file::Access;
+use crate::backend::file::{self, Access};
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
 use crate::metrics::Counter;
@@ -214,11 +214,14 @@ impl Model for Block {
 
 /// The path is what the user can change, whatever is wrong with the file.
 fn refused(e: DiskError) -> DeviceError {
-    match e {
-        DiskError::Host { source, .. } => {
-            DeviceError::host("path_on_host: cannot lock or measure the file")(source)
-        }
-        e => DeviceError::field("path_on_host", e.to_string()),
+    let is_shortage = file::is_shortage(&e);
+    let why = match &e {
+        DiskError::Host { source, .. } => format!("{e}: {source}"),
+        e => e.to_string(),
+    };
+    match is_shortage {
+        true => DeviceError::host("path_on_host")(std::io::Error::other(why)),
+        false => DeviceError::field("path_on_host", why),
     }
 }
 

@@ -192,6 +192,10 @@ fn refused(e: TapError) -> DeviceError {
         TapError::Host { what, source } => {
             DeviceError::host(format!("host_dev_name: cannot {what}"))(source)
         }
+        // The name is good; it is the host that does not have the tap, or not for us.
+        e @ (TapError::Missing(_) | TapError::InUse(_) | TapError::NotOurs(_)) => {
+            DeviceError::host("host_dev_name")(std::io::Error::other(e.to_string()))
+        }
         e => DeviceError::field("host_dev_name", e.to_string()),
     }
 }
