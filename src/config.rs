@@ -411,7 +411,8 @@ const SECTIONS: &[Fixed] = &[
     },
 ];
 
-/// Sections of Firecracker's configuration file that husk does not have yet; `null` is accepted.
+/// Sections of Firecracker's configuration file that husk does not have yet; `null` and `[]` are
+/// accepted.
 const NOT_YET: &[&str] =
     &["balloon", "cpu-config", "memory-hotplug", "metrics", "mmds-config", "pmem", "vsock"];
 
@@ -511,8 +512,12 @@ impl VmConfig {
     pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
         for (name, value) in parse::<Sections<'_>>(json)?.0 {
             let text = value.get();
-            let is_null = text == "null";
-            if is_null && (NOT_YET.contains(&name.as_str()) || known(&name)) {
+            // What `GET /vm/config` shows of a section that is not there.
+            let is_none = match NOT_YET.contains(&name.as_str()) {
+                true => matches!(text, "null" | "[]"),
+                false => text == "null" && known(&name),
+            };
+            if is_none {
                 continue;
             }
             let members: Vec<&serde_json::value::RawValue> =

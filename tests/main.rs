@@ -2,9 +2,11 @@
 //!
 //! They need root, /dev/kvm, iproute2 and ping; what is missing is a failure, never a skipped test. `tests/run` installs
 //! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
+mod api;
 mod boot;
 mod devices;
 mod docs;
+mod firecracker;
 mod input;
 mod lifecycle;
 mod linux;
