@@ -4,10 +4,12 @@
 //! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
 mod api;
 mod boot;
+mod cli;
 mod devices;
 mod docs;
 mod firecracker;
 mod input;
+mod library;
 mod lifecycle;
 mod linux;
 mod terminal;

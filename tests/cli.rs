@@ -1,0 +1,259 @@
+//! The command line: help that is true, a configuration judged without being touched, the API from a shell.
+use std::fs::{self, File};
+use std::process::{Command, Stdio};
+
+use serde_json::{Value, json};
+
+use crate::util::*;
+
+const COMMANDS: [&str; 6] = ["run", "api", "ctl", "check", "completions", "man"];
+
+#[test]
+fn help_is_there_for_every_command() {
+    let end = Husk::new(["--help"]).wait().quickly().code(0);
+    for command in COMMANDS {
+        assert!(end.output.contains(&format!("\n  {command} ")), "{end}");
+        let help = Husk::new([command, "--help"]).wait().quickly().code(0);
+        assert!(help.output.contains(&format!("Usage: husk {command}")), "{help}");
+        assert_eq!(help.errors, "");
+    }
+    assert!(end.output.contains("Exit codes: 0"), "{end}");
+}
+
+/// The lines of a help text's examples that start with `start`.
+fn examples(args: &[&str], start: &str) -> Vec<String> {
+    let end = Husk::new(args).wait().code(0);
+    let (_, examples) = end.output.split_once("Examples:\n").expect("examples");
+    let lines = examples.lines().map(str::trim).filter(|line| line.starts_with(start));
+    // What stands far to the right explains.
+    lines.map(|line| line.split("  ").next().unwrap().trim().to_owned()).collect()
+}
+
+/// Everything that the examples name.
+fn set(scratch: &Scratch) {
+    fs::copy(guest("hello"), scratch.path("vmlinux")).unwrap();
+    scratch.file("initrd.cpio", "0707010");
+    scratch.sparse("root.ext4", 1 << 20);
+    scratch.sparse("data.img", 1 << 20);
+    scratch.file("vm.json", json!({"boot-source": {"kernel_image_path": "vmlinux"}}).to_string());
+}
+
+#[test]
+fn examples_in_the_help_run() {
+    let (scratch, network) = (Scratch::new(), Network::with_tap());
+    set(&scratch);
+    let mut lines = examples(&["--help"], "husk run");
+    lines.extend(examples(&["run", "--help"], "husk run"));
+    assert!(lines.len() >= 5, "{lines:?}");
+    for line in lines {
+        // The shell takes the quotes off.
+        let script = line.replacen("husk", "exec \"$HUSK\"", 1);
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(&script).env("HUSK", env!("CARGO_BIN_EXE_husk"));
+        network.enter(command.current_dir(&scratch).stdin(Stdio::null()));
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{line}: {output:?}");
+    }
+}
+
+#[test]
+fn examples_of_the_api_run() {
+    let scratch = Scratch::new();
+    let husk = Husk::new(["api", "--api-sock", "husk.sock", "--log-level", "info"]);
+    let vm = husk.in_directory(&scratch).start();
+    vm.expect_error("API server started");
+    let end = Husk::new(["api", "--help"]).wait().code(0);
+    let (_, curl) = end.output.split_once("  curl ").expect("an example with curl");
+    let script = format!("curl --fail-with-body -s {curl}");
+    let output = Command::new("sh").arg("-c").arg(script).current_dir(&scratch).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let end = vm.wait().code(0);
+    assert!(end.output.contains("Hello from a bare-metal guest"), "{end}");
+}
+
+#[test]
+fn version_is_told() {
+    let end = Husk::new(["--version"]).wait().quickly().code(0);
+    assert_eq!(end.output, concat!("husk ", env!("CARGO_PKG_VERSION"), "\n"));
+}
+
+#[test]
+fn completions_are_made_for_every_shell() {
+    let scratch = Scratch::new();
+    for (shell, word) in [
+        ("bash", "complete "),
+        ("zsh", "#compdef husk"),
+        ("fish", "complete -c husk"),
+        ("elvish", "edit:completion"),
+        ("powershell", "Register-ArgumentCompleter"),
+    ] {
+        let script = Husk::new(["completions", shell]).wait().code(0).output;
+        assert!(script.contains(word) && script.contains("api-sock"), "{script}");
+        if shell == "bash" {
+            let file = scratch.file("husk.bash", script);
+            assert!(Command::new("bash").arg("-n").arg(file).status().unwrap().success());
+        }
+    }
+}
+
+#[test]
+fn manual_pages_are_made() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("man/man1");
+    Husk::new(["man"]).arg(&directory).wait().code(0);
+    for command in ["", "-run", "-api", "-ctl", "-check", "-ctl-status"] {
+        let page = fs::read_to_string(directory.join(format!("husk{command}.1"))).unwrap();
+        assert!(page.contains(".TH "), "{page}");
+    }
+    let file = scratch.file("file", "");
+    let line = Husk::new(["man"]).arg(&file).wait().refused(4);
+    assert!(line.contains(file.to_str().unwrap()), "{line}");
+}
+
+#[test]
+fn output_that_nobody_takes_is_no_crash() {
+    let (reader, broken) = rustix::pipe::pipe().unwrap();
+    drop(reader);
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    for (output, code) in [(broken.into(), 0), (full, 4)] {
+        for args in [&["--help"][..], &["completions", "bash"]] {
+            let input = File::open("/dev/null").unwrap();
+            Husk::new(args).streams(input, output.try_clone().unwrap()).wait().code(code);
+        }
+    }
+}
+
+#[test]
+fn check_judges_and_touches_nothing() {
+    let (scratch, network) = (Scratch::new(), Network::with_tap());
+    let disk = scratch.sparse("disk.img", 1 << 20);
+    let serial = scratch.path("serial.log");
+    let husk = || {
+        let husk = Husk::check(guest("hello")).disk(&disk).network(&network, "").cpus(2);
+        husk.serial(&format!("file={}", serial.display()))
+    };
+    let end = husk().wait().quickly().code(0);
+    assert_eq!((end.output.as_str(), end.errors.as_str()), ("the configuration is good\n", ""));
+    assert!(!serial.exists());
+    let user = Husk::guest("hello", "how=hang").disk(&disk).start();
+    user.expect("how=hang");
+    let line = husk().wait().quickly().refused(3);
+    assert!(line.contains("in use"), "{line}");
+    assert!(user.is_running());
+}
+
+#[test]
+fn check_needs_no_kvm() {
+    Husk::check(guest("hello")).after("mount --bind /dev/null /dev/kvm").wait().code(0);
+}
+
+#[test]
+fn check_refuses_what_run_refuses() {
+    let scratch = Scratch::new();
+    let beyond = Elf::new(0x800_0000, &[Segment::new(0x800_0000, PLUS_AND_POWEROFF)]);
+    let beyond = scratch.file("beyond.elf", beyond.bytes);
+    let empty = scratch.file("initrd", "");
+    for husk in [
+        Husk::check(scratch.path("missing")),
+        Husk::check(beyond),
+        Husk::check(guest("hello")).initrd(empty),
+        Husk::check(guest("hello")).cpus(33),
+        Husk::check(guest("hello")).memory(0),
+        Husk::check(guest("hello")).disk("/dev/zero"),
+    ] {
+        husk.wait().quickly().refused(3);
+    }
+}
+
+#[test]
+fn config_file_says_it_all() {
+    let scratch = Scratch::new();
+    let disk = scratch.sparse("disk.img", 1 << 20);
+    let config = json!({
+        "boot-source": {"kernel_image_path": guest("info"), "boot_args": "mine"},
+        "machine-config": {"vcpu_count": 2, "mem_size_mib": 64},
+        "drives": [{"drive_id": "a", "path_on_host": disk, "is_root_device": true, "is_read_only": true}],
+        "logger": null,
+    });
+    let file = scratch.file("vm.json", config.to_string());
+    let end = Husk::new(["run", "--config-file"]).arg(file).wait().ok();
+    assert_eq!(end.value("cpus"), "2");
+    assert!(end.value("cmdline").starts_with("mine root=/dev/vda ro "), "{end}");
+}
+
+/// `husk ctl` with the socket of a VM.
+#[track_caller]
+fn ctl(vm: &TestVm, verb: &[&str]) -> String {
+    let end = Husk::new(["ctl", "--api-sock"]).arg(vm.socket());
+    let end = verb.iter().fold(end, |husk, word| husk.arg(word)).wait().code(0);
+    assert_eq!(end.errors, "");
+    end.output
+}
+
+#[test]
+fn ctl_is_the_api_from_a_shell() {
+    let vm = Husk::api().option("--id", "vm-1").start();
+    let status = |state: &str| {
+        let table = ctl(&vm, &["status"]);
+        let line = table.lines().find(|line| line.starts_with("state")).unwrap().to_owned();
+        assert!(line.ends_with(&format!("  {state}")), "{table}");
+    };
+    status("Not started");
+    let source = json!({"kernel_image_path": guest("hello"), "boot_args": "how=hang"});
+    vm.api().put("/boot-source", source).done();
+    assert_eq!(ctl(&vm, &["start"]), "");
+    status("Running");
+    ctl(&vm, &["pause"]);
+    status("Paused");
+    ctl(&vm, &["resume"]);
+    status("Running");
+    ctl(&vm, &["shutdown"]);
+    ctl(&vm, &["ctrl-alt-del"]);
+    status("Running");
+    let json: Value = serde_json::from_str(&ctl(&vm, &["--json", "status"])).unwrap();
+    assert_eq!(json["id"], "vm-1");
+    let config: Value = serde_json::from_str(&ctl(&vm, &["config"])).unwrap();
+    assert_eq!(config["boot-source"]["boot_args"], "how=hang");
+
+    let wait = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("wait").start();
+    let events = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("events").start();
+    events.expect(r#""state":"Running""#);
+    ctl(&vm, &["kill"]);
+    vm.wait().code(0);
+    let end = events.wait().code(0);
+    assert!(end.output.contains(r#""reason":"killed""#), "{end}");
+    // It may have come just too late to ask.
+    let end = wait.wait();
+    assert!(end.output.contains("killed") || end.status.code() == Some(4), "{end}");
+}
+
+#[test]
+fn ctl_says_what_is_wrong() {
+    let vm = Husk::api().start();
+    let husk = |socket, verb| Husk::new(["ctl", "--api-sock"]).arg(socket).arg(verb);
+    let line = husk(vm.socket().to_owned(), "pause").wait().refused(3);
+    assert!(line.contains("not supported before starting the microVM"), "{line}");
+    let scratch = Scratch::new();
+    let nobody = scratch.path("none.sock");
+    let line = husk(nobody.clone(), "status").wait().quickly().refused(4);
+    assert!(line.contains(nobody.to_str().unwrap()), "{line}");
+}
+
+#[test]
+fn log_goes_where_it_should() {
+    let scratch = Scratch::new();
+    let log = scratch.path("husk.log");
+    let end = Husk::guest("hello", "").option("--log-level", "debug").option("--log-file", &log);
+    assert_eq!(end.wait().ok().errors, "");
+    assert!(fs::read_to_string(&log).unwrap().contains("assembled: PVH kernel at 0x100"));
+    // A FIFO without a reader stops nobody.
+    let fifo = scratch.fifo("fifo");
+    Husk::guest("hello", "").option("--log-level", "trace").option("--log-file", fifo).wait().ok();
+    let line = Husk::guest("hello", "").option("--log-file", scratch.as_ref()).wait().refused(3);
+    assert!(
+        line.contains("log_path") && line.contains(scratch.as_ref().to_str().unwrap()),
+        "{line}"
+    );
+    let quiet = Husk::guest("hello", "").option("--log-level", "off").wait().ok();
+    assert_eq!(quiet.errors, "");
+}
