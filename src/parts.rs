@@ -55,6 +55,7 @@ impl Parts {
     ) -> Result<Self, Refusal> {
         let source = config.boot_source()?;
         let kernel = open_kernel(&source.kernel_image_path)?;
+        config.check_values()?;
         kernel.check(config.machine.mem_size_bytes())?;
         let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
         let devices = config

@@ -123,3 +123,16 @@ impl Drop for Vm {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn start_refuses_values_that_no_machine_has() {
+        let mut config = VmConfig::new(crate::DEMO_GUEST);
+        config.machine.vcpu_count = 0;
+        let refusal = Vm::start(config).unwrap_err();
+        assert!(refusal.to_string().contains("vcpu_count"), "{refusal}");
+    }
+}

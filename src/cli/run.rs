@@ -217,7 +217,6 @@ impl GuestArgs {
         if self.rng {
             config.add::<rng::Rng>(rng::Config::default())?;
         }
-        config.check()?;
         Ok(config)
     }
 }
