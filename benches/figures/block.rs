@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use crate::report::{Report, Target};
-use crate::vmm::{HUSK, Running, Vmm};
+use crate::vmm::{Running, Vmm};
 use crate::{Bench, Result, compile};
 
 const DISK_LEN: u64 = 64 << 20;
@@ -27,7 +27,7 @@ pub(crate) fn reads(bench: &Bench, report: &mut Report) -> Result<()> {
     command.args(["--cmdline", "", "--disk"]).arg(&disk);
     let text = Running::start(&mut command)?.read_to_end()?;
     if !text.contains("RESULT ok") {
-        return Err(format!("{HUSK}: the guest says {text}").into());
+        return Err(format!("the guest says {text}").into());
     }
     for line in text.lines().filter(|line| line.starts_with("name=")) {
         let value = |key| {

@@ -2,7 +2,7 @@
 use std::fs;
 
 use crate::report::{Report, Target};
-use crate::vmm::HUSK;
+use crate::vmm::husk;
 use crate::{Bench, Result};
 
 const TARGET_MIB: f64 = 5.0;
@@ -11,7 +11,8 @@ const SHT_SYMTAB: u32 = 2;
 
 /// The size of the binary as `strip` would leave it: without its symbol table.
 pub(crate) fn binary_size(_: &Bench, report: &mut Report) -> Result<()> {
-    let elf = fs::read(HUSK).map_err(|e| format!("{HUSK}: {e}"))?;
+    let husk = husk();
+    let elf = fs::read(&husk).map_err(|e| format!("{}: {e}", husk.display()))?;
     let symbols = symbols_len(&elf).ok_or("husk's ELF headers make no sense")?;
     let len = (elf.len() - symbols) as f64 / f64::from(1 << 20);
     report.add_one("binary, stripped", "MiB", len, Target::AtMost(TARGET_MIB));

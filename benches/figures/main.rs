@@ -5,10 +5,10 @@
 //!     cargo bench -- start memory        these groups only
 //!     cargo bench -- --runs 20           fewer runs of what is repeated
 //!     cargo bench -- --json FILE         also writes the figures as JSON
+//!     HUSK=FILE cargo bench              another binary than the one that cargo built beside it
 //!     cargo bench -- floor [...]         the floor by itself, with its options
 //!
-//! It measures the binary that cargo built beside it, in the same profile, and knows nothing of
-//! husk's insides: all it has are processes, /proc and the socket.
+//! It knows nothing of husk's insides: all it has are processes, /proc and the socket.
 mod api;
 mod block;
 #[path = "../../resources/guest/compile.rs"]

@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::report::{Report, Samples, Target};
-use crate::vmm::{HUSK, RAM_MIB, Running, Vmm};
+use crate::vmm::{RAM_MIB, Running, Vmm, husk};
 use crate::{Bench, Result, api, guest};
 
 /// Firecracker's figure on the same machine.
@@ -80,7 +80,7 @@ fn parse(smaps: &str) -> Vec<Mapping> {
 /// asked something.
 pub(crate) fn one(bench: &Bench, report: &mut Report) -> Result<()> {
     // A binary that was just built is dirty in the page cache, and would be taken for memory.
-    fs::File::open(HUSK)?.sync_all()?;
+    fs::File::open(husk())?.sync_all()?;
     let kernel = guest::idle(bench)?;
     let mut used = [Vec::new(), Vec::new()];
     for _ in 0..SAMPLES {

@@ -1,14 +1,18 @@
 //! husk and the floor as processes: what starts them, what comes out of them, what ends them.
 use std::ffi::OsStr;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
 
 use crate::Result;
 
-/// The binary that cargo built for this benchmark, in the same profile.
-pub(crate) const HUSK: &str = env!("CARGO_BIN_EXE_husk");
+/// The binary to measure: the one that cargo built for this benchmark, in the same profile, unless
+/// the environment names another.
+pub(crate) fn husk() -> PathBuf {
+    std::env::var_os("HUSK").unwrap_or_else(|| env!("CARGO_BIN_EXE_husk").into()).into()
+}
+
 /// RAM of every guest here, in MiB.
 pub(crate) const RAM_MIB: u64 = 128;
 
@@ -26,7 +30,7 @@ impl Vmm {
     pub(crate) fn command(self, kernel: &Path) -> Result<Command> {
         let mut command = match self {
             Self::Husk => {
-                let mut command = Command::new(HUSK);
+                let mut command = Command::new(husk());
                 command.args([OsStr::new("run"), "--kernel".as_ref(), kernel.as_ref()]);
                 command
             }
