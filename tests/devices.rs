@@ -160,16 +160,17 @@ fn block_reset_leaves_no_read_in_flight() {
 #[test]
 fn net_answers_pings() {
     let network = Network::with_tap();
-    let husk = Husk::guest("net", "echoes=3").network(&network, ",mac=02:00:00:00:00:07");
+    let husk = Husk::guest("net", "echoes=4").network(&network, ",mac=02:00:00:00:00:07");
     let vm = husk.start();
     vm.expect("ready=172.16.0.2");
     let pinged = network.run("ping", "-c 3 -i 0.2 -W 30 172.16.0.2");
     assert!(pinged.contains(" 3 received") || pinged.contains(" 3 packets received"), "{pinged}");
     let neighbours = network.ip("neigh");
     assert!(neighbours.contains("02:00:00:00:00:07"), "{neighbours}");
+    network.run("ping", "-c 1 -W 30 172.16.0.2");
     let end = vm.wait().ok();
     assert_eq!(end.value("mac"), "02:00:00:00:00:07");
-    assert_eq!(end.value("echoes"), "3");
+    assert_eq!(end.value("echoes"), "4");
 }
 
 #[test]

@@ -2,6 +2,12 @@
 //!
 //! They need root, /dev/kvm, iproute2 and ping; what is missing is a failure, never a skipped test. `tests/run` installs
 //! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "numbers in tests are small, and a wrong one fails the test"
+)]
+
 mod api;
 mod boot;
 mod cli;

@@ -58,7 +58,7 @@ pub enum QueueError {
     Placement(u64),
 }
 
-/// The addresses and size the driver chose for a queue: input to [`VirtQueue::new`], of no effect
+/// The addresses and size the driver chose for a queue: input to `VirtQueue::new`, of no effect
 /// on a live queue.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct QueueConfig {

@@ -1,5 +1,5 @@
 //! virtio-blk (virtio 1.2, 5.2) over a [`Disk`]. This file is what the driver and the user see;
-//! [`request`] executes what is in the queue.
+//! `request` executes what is in the queue.
 mod request;
 
 use std::os::fd::AsRawFd;

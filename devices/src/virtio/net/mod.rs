@@ -1,5 +1,5 @@
 //! virtio-net (virtio 1.2, 5.1): one receive and one transmit queue over a [`Tap`]. This file is
-//! what the driver and the user see; [`worker`] moves the frames.
+//! what the driver and the user see; `worker` moves the frames.
 mod worker;
 
 use std::os::fd::OwnedFd;
