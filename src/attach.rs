@@ -49,6 +49,8 @@ pub(crate) struct Slots<'a> {
     pub(crate) ram: &'a GuestRam,
     pub(crate) mmio: &'a mut Bus,
     pub(crate) io: &'a Arc<IoThread>,
+    /// Name of the shared I/O thread, from which those of other I/O threads follow.
+    pub(crate) io_name: &'static str,
 }
 
 impl Slots<'_> {
@@ -65,9 +67,15 @@ impl Slots<'_> {
             irq,
         };
         let line = register_irq(self.vm, irq)?;
-        let (ram, io) = (self.ram.clone(), self.io.clone());
-        let transport = MmioTransport::new(device, ram, Arc::new(Irq(line)), io, None)
-            .map_err(|source| Refusal::Device { section: model, id: id.clone(), source })?;
+        let failed = |source| Refusal::Device { section: model, id: id.clone(), source };
+        let io = match device.may_block() {
+            true => IoThread::spawn(&format!("{}{index}", self.io_name))
+                .map(Arc::new)
+                .map_err(|e| failed(e.into()))?,
+            false => self.io.clone(),
+        };
+        let transport = MmioTransport::new(device, self.ram.clone(), Arc::new(Irq(line)), io, None)
+            .map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
             for window in [place.acpi_window, place.cmdline_window] {
                 let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);

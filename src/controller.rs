@@ -220,7 +220,9 @@ impl Controller {
         // Paused just as the guest reset itself: it then waits at its first instruction.
         let Live { config, machine, is_paused } = *live;
         let Identity { names, started, .. } = self.identity;
-        let machine = Machine::assemble(&config, machine.dismantle(), names, started)
+        let machine = machine
+            .dismantle()
+            .and_then(|parts| Machine::assemble(&config, parts, names, started))
             .and_then(|machine| if is_paused { Ok(()) } else { machine.run() }.map(|()| machine));
         match machine {
             Ok(machine) => {

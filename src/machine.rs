@@ -13,7 +13,10 @@ use devices::legacy::acpi::Acpi;
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::virtio::mmio::MmioTransport;
-use kvm_bindings::kvm_pit_config;
+use kvm_bindings::{
+    KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
+    kvm_pit_config,
+};
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde_json::Value;
 
@@ -76,14 +79,18 @@ impl Machine {
         memory::register(&vm, &ram)?;
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
-            vm.create_pit2(kvm_pit_config::default()).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
+            // With the speaker port, whose gate kernels calibrate their clocks by.
+            let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
+            vm.create_pit2(pit).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
         }
+        disable_pmu(&vm);
         let kernel = parts.kernel.load(&ram)?;
 
         let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
         let (acpi, i8042) = legacy(&vm, &parts, &outcome, &mut pio)?;
-        let mut slots = Slots { vm: &vm, ram: &ram, mmio: &mut mmio, io: &parts.io };
+        let io_name = names.io;
+        let mut slots = Slots { vm: &vm, ram: &ram, mmio: &mut mmio, io: &parts.io, io_name };
         let devices = std::mem::take(&mut parts.devices)
             .into_iter()
             .enumerate()
@@ -111,18 +118,20 @@ impl Machine {
 
     /// Takes the machine apart, so that it can be put together again: devices stop, and give back
     /// what they opened.
-    pub(crate) fn dismantle(self) -> Parts {
+    pub(crate) fn dismantle(self) -> Result<Parts, Refusal> {
         let Self { vcpus, devices, rest: Rest(mut parts), .. } = self;
         // The vCPUs own the buses, and with them the other references to the transports.
         drop(vcpus);
         for Attached { model, id, transport, .. } in devices {
-            if let Some(transport) = Arc::into_inner(transport) {
-                let transport = transport.into_inner().unwrap_or_else(PoisonError::into_inner);
-                parts.devices.push(Part { model, id, device: transport.into_device() });
+            let transport = Arc::into_inner(transport).ok_or(Refusal::Gone)?;
+            let transport = transport.into_inner().unwrap_or_else(PoisonError::into_inner);
+            match transport.into_device() {
+                Ok(device) => parts.devices.push(Part { model, id, device }),
+                Err(source) => return Err(Refusal::Device { section: model, id, source }),
             }
         }
         lock(&parts.serial).reset();
-        parts
+        Ok(parts)
     }
 
     /// Lets the guest run.
@@ -132,10 +141,15 @@ impl Machine {
         Ok(())
     }
 
-    /// Stops the guest where it is: vCPUs first, so that nothing new is asked of the devices.
+    /// Stops the guest where it is: vCPUs first, so that nothing new is asked of the devices. If a
+    /// device does not stop, because its host side does not answer, the guest goes on.
     pub(crate) fn pause(&self) -> Result<(), Refusal> {
         self.vcpus.park();
-        self.each_transport(MmioTransport::pause)
+        self.each_transport(MmioTransport::pause).inspect_err(|_| {
+            if let Err(e) = self.run() {
+                log::error!("cannot go on after a pause that failed: {e}");
+            }
+        })
     }
 
     fn each_transport(
@@ -201,6 +215,16 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// An address of the layout, all of which are below 4 GiB.
 fn usize_of(addr: u64) -> usize {
     usize::try_from(addr).expect("the layout's addresses fit into 32 bits")
+}
+
+/// Takes performance counters away from the guest: CPUID hides them, this refuses their MSRs too.
+fn disable_pmu(vm: &VmFd) {
+    let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
+    cap.args[0] = KVM_PMU_CAP_DISABLE.into();
+    if let Err(e) = vm.enable_cap(&cap) {
+        // Kernels before 5.18: there the counters are hidden only.
+        log::debug!("KVM cannot disable performance monitoring: {e}");
+    }
 }
 
 type Legacy = (Arc<Mutex<Acpi>>, Arc<Mutex<I8042>>);

@@ -218,6 +218,21 @@ fn register_kick() -> Result<(), Refusal> {
         .map_err(Refusal::host("cannot register the signal that stops vCPUs"))
 }
 
+/// Whoever started us may have blocked every signal, and masks are inherited.
+fn unblock_kick() {
+    // SAFETY: `sigset_t` is plain data, and `sigemptyset` gives it a value before it is used; the mask
+    // changed is this thread's, and the old one is not asked for.
+    let failed = unsafe {
+        let mut kick: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut kick);
+        libc::sigaddset(&raw mut kick, kick_signal());
+        libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const kick, std::ptr::null_mut())
+    };
+    if failed != 0 {
+        log::error!("cannot unblock the signal that stops a vCPU: error {failed}");
+    }
+}
+
 /// One vCPU, on its thread.
 struct Vcpu {
     index: u8,
@@ -227,6 +242,7 @@ struct Vcpu {
 
 impl Vcpu {
     fn run(&mut self, gate: &Gate) {
+        unblock_kick();
         RUN.set(std::ptr::from_mut(self.fd.get_kvm_run()));
         let mut is_running = false;
         while gate.pass(&mut is_running) {

@@ -3,12 +3,16 @@
 //! A worker is owned by exactly one thread at a time. Handing it over is `add`; getting it back is
 //! `take`. Pausing a device, resetting it, changing it and snapshotting it are all "take it back".
 //!
-//! Whoever calls `add` or `take` waits for the I/O thread, so nobody may call them while holding
-//! anything a worker wants.
+//! Whoever calls `take` waits for the I/O thread, so nobody may call it while holding anything a
+//! worker wants. It waits for half a second at most: a worker that blocks (a disk on a file system
+//! that hangs) must not take its VM with it, nor other devices, so it has a thread of its own.
+use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
@@ -72,8 +76,11 @@ impl MutEventSubscriber for Slot {
 }
 
 /// Ticket for a worker that is out on the I/O thread.
-#[derive(Clone, Copy, Debug)]
-pub struct Ticket(SubscriberId);
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Ticket(u64);
+
+/// Which subscriber a ticket stands for. Touched by the I/O thread only, in the order of the calls.
+type Tickets = Arc<Mutex<BTreeMap<Ticket, SubscriberId>>>;
 
 /// Why the I/O thread could not be started or asked.
 #[derive(Debug, thiserror::Error)]
@@ -82,8 +89,11 @@ pub enum IoError {
     #[error("I/O event loop: {0:?}")]
     Events(event_manager::Error),
     /// No thread.
-    #[error("cannot start the I/O thread")]
+    #[error("cannot start the I/O thread: {0}")]
     Spawn(#[source] std::io::Error),
+    /// The worker is in the middle of something that does not end: its host side does not answer.
+    #[error("the host side has not answered for {PATIENCE:?}")]
+    Busy,
 }
 
 impl From<event_manager::Error> for IoError {
@@ -92,11 +102,19 @@ impl From<event_manager::Error> for IoError {
     }
 }
 
+/// How long a worker may take to finish what it is doing before it is given up on: a disk on a file
+/// system that hangs must not hang whoever pauses, resets or ends the VM.
+const PATIENCE: Duration = Duration::from_millis(500);
+
 /// Handle to an I/O thread; dropping it stops the thread.
 pub struct IoThread {
     endpoint: RemoteEndpoint<Slot>,
+    tickets: Tickets,
+    next_ticket: AtomicU64,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
+    /// Disconnected when the thread has ended.
+    ended: Mutex<Receiver<()>>,
 }
 
 impl std::fmt::Debug for IoThread {
@@ -124,9 +142,12 @@ impl IoThread {
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
+        let (running, ended) = sync_channel(0);
         let thread = thread::Builder::new()
             .name(name.into())
             .spawn(move || {
+                // Dropped, and so disconnected, when the thread ends, however it ends.
+                let _running: SyncSender<()> = running;
                 while !stopped.load(Ordering::Acquire) {
                     if let Err(e) = manager.run() {
                         log::error!("I/O loop: {e:?}");
@@ -134,22 +155,56 @@ impl IoThread {
                 }
             })
             .map_err(IoError::Spawn)?;
-        Ok(Self { endpoint, stop, thread: Some(thread) })
+        Ok(Self {
+            endpoint,
+            tickets: Arc::default(),
+            next_ticket: AtomicU64::new(0),
+            stop,
+            thread: Some(thread),
+            ended: Mutex::new(ended),
+        })
     }
 
-    /// Puts `worker` to work.
+    /// Puts `worker` to work, as soon as the thread has time. Waits for nobody.
     pub fn add(&self, worker: Box<dyn Worker>) -> Result<Ticket, IoError> {
-        Ok(self.endpoint.call_blocking::<_, _, event_manager::Error>(move |ops| {
-            Ok(Ticket(ops.add_subscriber(Slot(worker))))
-        })?)
+        let ticket = Ticket(self.next_ticket.fetch_add(1, Ordering::Relaxed));
+        let tickets = self.tickets.clone();
+        self.endpoint.fire(move |ops| {
+            let id = ops.add_subscriber(Slot(worker));
+            lock(&tickets).insert(ticket, id);
+        })?;
+        Ok(ticket)
     }
 
-    /// Waits for the event in progress to finish, then takes the worker back.
+    /// Waits for the event in progress to finish, then takes the worker back. One that does not
+    /// finish stays where it is: [`IoError::Busy`].
     pub fn take(&self, ticket: Ticket) -> Result<Box<dyn Worker>, IoError> {
-        Ok(self
-            .endpoint
-            .call_blocking(move |ops| ops.remove_subscriber(ticket.0).map(|slot| slot.0))?)
+        let tickets = self.tickets.clone();
+        let claim = Arc::new(AtomicBool::new(false));
+        let claimed = claim.clone();
+        let (sender, receiver) = sync_channel(1);
+        self.endpoint.fire(move |ops| {
+            // Whoever claims first decides: the thread, that the worker goes back, or the one who
+            // waited too long, that it stays.
+            if !claimed.swap(true, Ordering::AcqRel) {
+                let id = lock(&tickets).remove(&ticket).ok_or(event_manager::Error::InvalidId);
+                let taken = id.and_then(|id| ops.remove_subscriber(id));
+                // There is room for one, and the receiver is waiting for it.
+                let _ = sender.send(taken.map(|slot| slot.0));
+            }
+        })?;
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(taken) => Ok(taken?),
+            Err(_) if claim.swap(true, Ordering::AcqRel) => {
+                Ok(receiver.recv().map_err(|_| IoError::Busy)??)
+            }
+            Err(_) => Err(IoError::Busy),
+        }
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Drop for IoThread {
@@ -159,10 +214,72 @@ impl Drop for IoThread {
             log::error!("cannot stop the I/O thread: {e:?}");
             return;
         }
+        if lock(&self.ended).recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
+            // It keeps what it uses alive, and ends when its host side answers, or with the process.
+            log::error!("an I/O thread is left behind: its host side does not answer");
+            return;
+        }
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
             log::error!("the I/O thread panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+    use super::*;
+
+    /// Says that it is busy, and is so until told otherwise.
+    struct Stuck {
+        kick: EventFd,
+        busy: SyncSender<()>,
+        go_on: Receiver<()>,
+    }
+
+    impl Worker for Stuck {
+        fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
+            vec![(&self.kick, EventSet::IN)]
+        }
+        fn ready(&mut self, _: usize) -> Watch {
+            self.kick.read().unwrap();
+            self.busy.send(()).unwrap();
+            let _ = self.go_on.recv();
+            Watch::Keep
+        }
+    }
+
+    #[test]
+    fn a_worker_that_hangs_is_given_up_on_and_stays() {
+        let io = IoThread::spawn("io").unwrap();
+        let (busy, is_busy) = sync_channel(1);
+        let (go_on, waits) = sync_channel(1);
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        let remote = kick.try_clone().unwrap();
+        let ticket = io.add(Box::new(Stuck { kick, busy, go_on: waits })).unwrap();
+        remote.write(1).unwrap();
+        is_busy.recv().unwrap();
+        assert!(matches!(io.take(ticket), Err(IoError::Busy)));
+        go_on.send(()).unwrap();
+        io.take(ticket).unwrap();
+        assert!(matches!(io.take(ticket), Err(IoError::Events(_))));
+    }
+
+    #[test]
+    fn a_thread_that_hangs_is_left_behind() {
+        let io = IoThread::spawn("io").unwrap();
+        let (busy, is_busy) = sync_channel(1);
+        let (go_on, waits) = sync_channel(1);
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        kick.write(1).unwrap();
+        io.add(Box::new(Stuck { kick, busy, go_on: waits })).unwrap();
+        is_busy.recv().unwrap();
+        let started = std::time::Instant::now();
+        drop(io);
+        assert!(started.elapsed() < 10 * PATIENCE);
+        drop(go_on);
     }
 }

@@ -7,6 +7,12 @@ use super::vcpu::{SetupError, Topology};
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const ECX_PDCM: u32 = 1 << 15;
+/// Nested virtualization: more of the host's kernel within a guest's reach than it needs.
+const ECX_VMX: u32 = 1 << 5;
+/// Leaf 0x8000_0001, AMD: the same.
+const ECX_SVM: u32 = 1 << 2;
+/// Leaf 0x8000_0001, AMD: performance counters of the core, the northbridge and the cache.
+const ECX_PERFCTR: u32 = 1 << 23 | 1 << 24 | 1 << 28;
 const EDX_HTT: u32 = 1 << 28;
 /// Leaf 6: the APIC timer always runs; the only thermal or power bit a guest may rely on.
 const EAX_ARAT: u32 = 1 << 2;
@@ -33,9 +39,16 @@ pub(crate) fn adapt(
                 share_cache(entry, topology);
             }
             0x6 => *entry = kvm_cpuid_entry2 { eax: EAX_ARAT, ebx: 0, ecx: 0, edx: 0, ..*entry },
-            // No performance monitoring: counters would be shared with the host.
-            0xa => *entry = kvm_cpuid_entry2 { eax: 0, ebx: 0, ecx: 0, edx: 0, ..*entry },
-            0x8000_0001 if is_amd && topology.vcpus > 1 => entry.ecx |= ECX_CMP_LEGACY,
+            // No performance monitoring: counters would be shared with the host. And no SVM.
+            0xa | 0x8000_000a | 0x8000_0022 => {
+                *entry = kvm_cpuid_entry2 { eax: 0, ebx: 0, ecx: 0, edx: 0, ..*entry }
+            }
+            0x8000_0001 if is_amd => {
+                entry.ecx &= !(ECX_SVM | ECX_PERFCTR | ECX_CMP_LEGACY);
+                if topology.vcpus > 1 {
+                    entry.ecx |= ECX_CMP_LEGACY;
+                }
+            }
             0x8000_0008 if is_amd => {
                 entry.ecx = (u32::from(topology.vcpus) - 1) | (topology.apic_id_bits() << 12);
             }
@@ -61,7 +74,7 @@ fn leaf_1(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u8, has_dea
     let vcpus = u32::from(topology.vcpus);
     entry.ebx = entry.ebx & 0x0000_ffff | vcpus << 16 | u32::from(apic_id) << 24;
     entry.ecx |= ECX_HYPERVISOR;
-    entry.ecx &= !(ECX_PDCM | ECX_TSC_DEADLINE);
+    entry.ecx &= !(ECX_PDCM | ECX_VMX | ECX_TSC_DEADLINE);
     if has_deadline {
         entry.ecx |= ECX_TSC_DEADLINE;
     }
@@ -118,13 +131,15 @@ mod tests {
         };
         CpuId::from_entries(&[
             leaf(0, 0, 0x1f, AMD[0], AMD[2], AMD[1]),
-            leaf(1, 0, 0, 0xff10_0800, ECX_PDCM | 1, EDX_HTT),
+            leaf(1, 0, 0, 0xff10_0800, ECX_PDCM | ECX_VMX | 1, EDX_HTT),
             leaf(4, 0, 1 << 5 | 0xffff_c000, 0, 0, 0),
             leaf(4, 3, 3 << 5 | 0xffff_c000, 0, 0, 0),
             leaf(0xb, 0, 9, 9, 9, 9),
             leaf(0x1f, 0, 9, 9, 9, 9),
             leaf(0xa, 0, 7, 7, 7, 7),
+            leaf(0x8000_0001, 0, 0, 0, ECX_SVM | ECX_PERFCTR | 1, 0),
             leaf(0x8000_0008, 0, 0, 0, 0xffff, 0),
+            leaf(0x8000_000a, 0, 1, 8, 0, 0xff),
         ])
         .unwrap()
     }
@@ -140,7 +155,7 @@ mod tests {
         adapt(&mut cpuid, topology, 5, true).unwrap();
         let one = find(&cpuid, 1, 0);
         assert_eq!((one.ebx >> 24, one.ebx >> 16 & 0xff), (5, 6));
-        assert_eq!(one.ecx & (ECX_HYPERVISOR | ECX_TSC_DEADLINE | ECX_PDCM), 0x8100_0000);
+        assert_eq!(one.ecx, ECX_HYPERVISOR | ECX_TSC_DEADLINE | 1);
         assert_ne!(one.edx & EDX_HTT, 0);
         let (threads, cores) = (find(&cpuid, 0xb, 0), find(&cpuid, 0xb, 1));
         assert_eq!((threads.eax, threads.ebx, threads.ecx, threads.edx), (1, 2, 0x100, 5));
@@ -157,6 +172,8 @@ mod tests {
         adapt(&mut cpuid, Topology::new(1, false), 0, false).unwrap();
         assert!(cpuid.as_slice().iter().all(|e| e.function != 0x1f));
         assert_eq!(find(&cpuid, 0xa, 0).eax, 0);
+        assert_eq!(find(&cpuid, 0x8000_0001, 0).ecx, 1);
+        assert_eq!(find(&cpuid, 0x8000_000a, 0).ebx, 0);
         let one = find(&cpuid, 1, 0);
         assert_eq!((one.ecx & ECX_TSC_DEADLINE, one.edx & EDX_HTT), (0, 0));
         assert_eq!(find(&cpuid, 0xb, 0).eax, 0);

@@ -5,7 +5,7 @@
 //!  0x0003_0000  free RAM for small kernels
 //!  0x0009_fc00  MP table (where the EBDA of a PC lies), then ACPI tables at 0xe0000
 //!  0x0010_0000  RAM: kernels; the initrd at the top
-//!  0xc000_0000  the hole: boot timer, virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
+//!  0xc000_0000  the hole: virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
 //!  0x1_0000_0000 the rest of RAM
 //! ```
 use vm_memory::GuestAddress;
@@ -70,8 +70,6 @@ pub const ACPI_POWER: u64 = 0x600;
 pub const I8042_IRQ: u32 = 1;
 /// Interrupt of COM1.
 pub const SERIAL_IRQ: u32 = 4;
-/// Interrupt of the CMOS clock; never raised.
-pub const RTC_IRQ: u32 = 8;
 /// Interrupt of the ACPI event device.
 pub const ACPI_IRQ: u32 = 9;
 /// Interrupts of virtio devices, in order.

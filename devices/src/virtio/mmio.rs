@@ -27,7 +27,7 @@ use super::notifier::{Interrupt, Notifier, status};
 use super::queue::{QueueConfig, RingFeatures, VirtQueue};
 use crate::GuestRam;
 use crate::bus::BusDevice;
-use crate::io::{IoThread, Retired, Ticket};
+use crate::io::{IoError, IoThread, Retired, Ticket};
 
 /// Bytes of address space per window: registers, then the configuration space.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -174,17 +174,24 @@ impl MmioTransport {
         self.device.counters()
     }
 
-    /// The device, when the VM around it is taken apart. Its worker is stopped.
-    pub fn into_device(mut self) -> Box<dyn VirtioDevice> {
-        self.stop();
-        self.device
+    /// The device, when the VM around it is taken apart. Its worker is stopped first.
+    pub fn into_device(mut self) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        self.pause()?;
+        Ok(self.device)
     }
 
-    /// Takes the worker off its thread. Requests in progress are finished first.
+    /// Takes the worker off its thread. Requests in progress are finished first; a worker whose host
+    /// side does not answer ([`IoError::Busy`]) goes on, and can be asked again.
     pub fn pause(&mut self) -> Result<(), DeviceError> {
         if let Stage::Running(ticket) = self.stage {
-            self.stage = Stage::Broken;
-            self.stage = Stage::Parked(self.io.take(ticket)?.retire());
+            self.stage = match self.io.take(ticket) {
+                Ok(worker) => Stage::Parked(worker.retire()),
+                Err(IoError::Busy) => return Err(IoError::Busy.into()),
+                Err(e) => {
+                    self.stage = Stage::Broken;
+                    return Err(e.into());
+                }
+            };
         }
         Ok(())
     }
@@ -295,18 +302,18 @@ impl MmioTransport {
     }
 
     /// Dropping what the worker left is what stops the device: when the status reads 0, nobody
-    /// writes to guest memory any more.
+    /// writes to guest memory any more. While its host side does not answer it does not read 0.
     fn reset(&mut self) {
-        self.stop();
-        self.registers = self.fresh_registers();
-        self.notifier.reset();
-    }
-
-    fn stop(&mut self) {
         if let Err(e) = self.pause() {
             log::error!("virtio device {}: cannot stop: {e}", self.device.device_id());
+            if matches!(self.stage, Stage::Running(_)) {
+                self.notifier.needs_reset();
+                return;
+            }
         }
         self.stage = Stage::Idle;
+        self.registers = self.fresh_registers();
+        self.notifier.reset();
     }
 
     fn fresh_registers(&self) -> Registers {

@@ -37,6 +37,11 @@ pub trait VirtioDevice: Send + Debug {
         features: u64,
         saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError>;
+    /// Whether the worker may wait for the host longer than a moment. It then has a thread of its
+    /// own, so that nobody waits with it.
+    fn may_block(&self) -> bool {
+        false
+    }
     /// Names and values of what the device has counted since it was made. Names are Firecracker's
     /// where it counts the same thing.
     fn counters(&self) -> Vec<(&'static str, u64)> {

@@ -234,6 +234,11 @@ impl VirtioDevice for Block {
         &[QUEUE_SIZE]
     }
 
+    /// A file system may hang, and a flush may take its time.
+    fn may_block(&self) -> bool {
+        true
+    }
+
     fn features(&self) -> u64 {
         let mut features = feature::SEG_MAX | feature::BLK_SIZE;
         features |= match self.config.access() {
