@@ -280,8 +280,7 @@ fn drive_goes_on_with_another_file() {
     // What is refused changes nothing.
     patch(scratch.path("none")).fault();
     patch(scratch.sparse("odd", 1000)).fault();
-    patch(two.clone()).done();
-    assert_eq!(api.get("/vm/config").json()["drives"][0]["path_on_host"], json!(two));
+    patch(two).done();
     let end = vm.wait().ok();
     assert_eq!(end.values("sectors"), ["2048", "6144"]);
     assert_eq!((end.values("first"), end.value("last")), (vec!["1", "2"], "2"));
@@ -307,6 +306,7 @@ fn drive_is_let_go_of_when_another_file_comes() {
     let vm = Husk::guest("hello", "how=hang").disk(&one).listening().start();
     vm.expect("how=hang");
     vm.api().patch("/drives/disk0", json!({"drive_id": "disk0", "path_on_host": two})).done();
+    assert_eq!(vm.api().get("/vm/config").json()["drives"][0]["path_on_host"], json!(two));
     Husk::guest("block", "tests=write").disk(&one).wait().ok();
     Husk::guest("block", "tests=write").disk(&two).wait().refused(3);
 }

@@ -1,7 +1,8 @@
 //! husk under the name `firecracker`: whoever spawns that program can spawn this one.
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
@@ -16,8 +17,18 @@ fn listening(socket: &Path, more: &[&str]) -> TestVm {
     vm
 }
 
-fn config(cmdline: &str) -> Value {
-    json!({"boot-source": {"kernel_image_path": guest("hello"), "boot_args": cmdline}})
+/// A guest whose console is the file `serial` of `scratch`: on standard output it would get between
+/// the characters of log lines.
+fn config(scratch: &Scratch, cmdline: &str) -> Value {
+    json!({
+        "boot-source": {"kernel_image_path": guest("hello"), "boot_args": cmdline},
+        "serial": {"serial_out_path": scratch.path("serial")},
+    })
+}
+
+/// How often the guest greeted.
+fn greetings(scratch: &Scratch) -> usize {
+    fs::read_to_string(scratch.path("serial")).unwrap().matches("hello=world").count()
 }
 
 #[test]
@@ -36,9 +47,13 @@ fn version_is_firecrackers() {
 fn process_and_threads_have_firecrackers_names() {
     let scratch = Scratch::new();
     let socket = scratch.path("api.sock");
+    // Opened for both directions, it needs no writer yet.
+    let serial = File::options().read(true).write(true).open(scratch.fifo("serial")).unwrap();
+    let serial = Output::capture("the serial port", serial);
     let vm = listening(&socket, &["--id", "vm-1"]);
-    Api::new(&socket).put("/vm", config("how=hang")).done();
-    vm.expect("hello=world");
+    Api::new(&socket).put("/vm", config(&scratch, "how=hang")).done();
+    // Every thread has its name when the guest has spoken.
+    serial.line("hello=world", Instant::now() + PATIENCE).unwrap();
     let process = format!("/proc/{}", vm.pid());
     assert_eq!(fs::read_to_string(format!("{process}/comm")).unwrap(), "firecracker\n");
     assert!(fs::read_to_string(format!("{process}/cmdline")).unwrap().contains("\0--api-sock\0"));
@@ -60,7 +75,7 @@ fn log_has_the_lines_that_tools_look_for() {
     let api = Api::new(&socket);
     api.put("/machine-config", r#"{"vcpu_count": 1, "mem_size_mib": 64}"#).done();
     api.get("/nope").fault();
-    api.put("/vm", config("how=reboot-i8042")).done();
+    api.put("/vm", config(&scratch, "how=reboot-i8042")).done();
     let end = vm.wait().code(0);
     assert_eq!(end.errors, "");
     for text in [
@@ -78,7 +93,7 @@ fn log_has_the_lines_that_tools_look_for() {
         let line = end.output.lines().find(|line| line.contains(text));
         check_log_line(line.unwrap_or_else(|| panic!("no {text:?}\n{end}")));
     }
-    assert!(end.output.contains("hello=world"), "{end}");
+    assert_eq!(greetings(&scratch), 1);
 }
 
 /// `2026-01-31T23:59:59.123456789 [vm-1:main] text`
@@ -94,7 +109,9 @@ fn check_log_line(line: &str) {
 #[test]
 fn log_goes_to_a_file_with_level_and_origin() {
     let scratch = Scratch::new();
-    let (config_file, log) = (scratch.file("vm.json", config("").to_string()), scratch.path("log"));
+    let mut config = config(&scratch, "");
+    config["serial"] = Value::Null;
+    let (config_file, log) = (scratch.file("vm.json", config.to_string()), scratch.path("log"));
     let husk =
         Husk::firecracker(["--no-api", "--level", "Debug", "--show-level", "--show-log-origin"]);
     let husk = husk.option("--config-file", config_file).option("--log-path", &log);
@@ -108,30 +125,32 @@ fn log_goes_to_a_file_with_level_and_origin() {
 #[test]
 fn config_file_boots_without_an_api() {
     let scratch = Scratch::new();
-    let file = scratch.file("vm.json", config("").to_string());
+    let file = scratch.file("vm.json", config(&scratch, "").to_string());
     let husk = || Husk::firecracker(["--config-file"]).arg(&file);
-    let end = husk().arg("--no-api").wait().ok();
+    let end = husk().arg("--no-api").wait().code(0);
     assert!(!end.output.contains("Listening"), "{end}");
     let socket = scratch.path("api.sock");
-    let end = husk().option("--api-sock", &socket).wait().ok();
+    let end = husk().option("--api-sock", &socket).wait().code(0);
     assert!(end.output.contains("Listening"), "{end}");
+    assert_eq!(greetings(&scratch), 2);
     assert!(!socket.exists());
 }
 
 #[test]
 fn reset_ends_the_vm() {
     let scratch = Scratch::new();
-    for how in ["reboot-i8042", "reboot-acpi"] {
-        let file = scratch.file("vm.json", config(&format!("how={how}")).to_string());
-        let end = Husk::firecracker(["--no-api", "--config-file"]).arg(&file).wait().ok();
-        assert_eq!(end.values("hello"), ["world"]);
+    for (how, boots) in [("reboot-i8042", 1), ("reboot-acpi", 2)] {
+        let file = scratch.file("vm.json", config(&scratch, &format!("how={how}")).to_string());
+        Husk::firecracker(["--no-api", "--config-file"]).arg(&file).wait().code(0);
+        // The file is appended to.
+        assert_eq!(greetings(&scratch), boots);
     }
 }
 
 #[test]
 fn crash_is_told_by_the_exit_code() {
     let scratch = Scratch::new();
-    let file = scratch.file("vm.json", config("how=triple").to_string());
+    let file = scratch.file("vm.json", config(&scratch, "how=triple").to_string());
     let end = Husk::firecracker(["--no-api", "--config-file"]).arg(&file).wait().code(5);
     assert!(end.output.contains("exit_code=5"), "{end}");
     assert!(end.errors.contains("triple fault"), "{end}");
