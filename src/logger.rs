@@ -4,11 +4,11 @@
 //! counted; the next that can be written says how many were. `println!` does the opposite: it waits
 //! for the reader and panics when it is gone.
 use std::fmt::Write as _;
-use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use devices::backend::stream::{self, Direction};
 use log::{LevelFilter, Log, Metadata, Record};
 use rustix::fs::{FileType, Mode, OFlags};
 
@@ -17,8 +17,11 @@ use crate::error::Refusal;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
 
-/// Longest line; a guest or a client may have a say in what is in it.
-const LINE_MAX: usize = 4096;
+/// A pipe takes as much as this whole or not at all (POSIX: `PIPE_BUF`).
+const PIPE_BUF: usize = 4096;
+/// Longest line; a guest or a client may have a say in what is in it. What is written with it (the
+/// count of lost lines, the end of a torn one, an ellipsis) leaves all within `PIPE_BUF`.
+const LINE_MAX: usize = PIPE_BUF - 64;
 /// Most lines a second from devices, whose mistakes and malice the guest decides.
 const DEVICE_LINES_MAX: u32 = 10;
 
@@ -39,7 +42,6 @@ struct State {
     module: Option<String>,
     /// What a line starts with besides the time; none for people.
     instance: Option<String>,
-    lost: u64,
     devices: Limit,
 }
 
@@ -64,7 +66,17 @@ impl Limit {
 #[derive(Debug)]
 enum Sink {
     Stream(Stream),
-    File(OwnedFd),
+    File(Outlet),
+}
+
+/// Where lines leave: each is written now or lost, and what was lost is told with the next.
+#[derive(Debug, Default)]
+struct Outlet {
+    /// None if the host gave none: then every line is lost.
+    stream: Option<stream::Stream>,
+    lost: u64,
+    /// The last line was cut short: a terminal takes part of what it has no room for.
+    is_torn: bool,
 }
 
 #[derive(Debug)]
@@ -78,7 +90,6 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
         shows_origin: false,
         module: None,
         instance,
-        lost: 0,
         devices: Limit::default(),
     };
     let logger = LOGGER.get_or_init(|| Logger(Mutex::new(state)));
@@ -97,7 +108,7 @@ pub(crate) fn configure(config: &LoggerConfig) -> Result<(), Refusal> {
     if let Some(Logger(state)) = LOGGER.get() {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(sink) = sink {
-            state.sink = Sink::File(sink);
+            state.sink = Sink::File(Outlet::new(Some(stream::Stream::owned(sink))));
         }
         state.shows_level = config.show_level.unwrap_or(state.shows_level);
         state.shows_origin = config.show_log_origin.unwrap_or(state.shows_origin);
@@ -151,10 +162,10 @@ impl Log for Logger {
             .is_some_and(|module| !record.module_path().unwrap_or_default().starts_with(module));
         let is_device = record.target().starts_with("devices::");
         if is_device && !state.devices.admits(now().tv_sec) {
-            state.lost += 1;
+            state.with_outlet(|outlet| outlet.lost += 1);
         } else if !is_filtered {
             let line = state.format(record);
-            state.write(line);
+            state.with_outlet(|outlet| outlet.write(&line));
         }
     }
 
@@ -198,31 +209,69 @@ impl State {
         line
     }
 
-    fn write(&mut self, mut line: String) {
-        if self.lost > 0 {
-            line.insert_str(0, &format!("husk: {} log lines were lost\n", self.lost));
+    /// The lock on a standard stream is the last to be taken.
+    fn with_outlet(&mut self, act: impl FnOnce(&mut Outlet)) {
+        match &mut self.sink {
+            Sink::File(outlet) => act(outlet),
+            Sink::Stream(stream) => act(&mut stream.outlet()),
         }
-        if self.try_write(line.as_bytes()) {
+    }
+}
+
+impl Stream {
+    /// Opened once, when it is first written to, for all who write to it.
+    fn outlet(self) -> MutexGuard<'static, Outlet> {
+        static ERROR: OnceLock<Mutex<Outlet>> = OnceLock::new();
+        static OUTPUT: OnceLock<Mutex<Outlet>> = OnceLock::new();
+        let (outlet, fd) = match self {
+            Self::Error => (&ERROR, rustix::stdio::stderr()),
+            Self::Output => (&OUTPUT, rustix::stdio::stdout()),
+        };
+        let open = || Outlet::new(stream::Stream::shared(fd, Direction::Output).ok()).into();
+        outlet.get_or_init(open).lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Outlet {
+    fn new(stream: Option<stream::Stream>) -> Self {
+        Self { stream, lost: 0, is_torn: false }
+    }
+
+    /// Writes `line`, which ends in a newline, or what there is room for.
+    fn write(&mut self, line: &str) {
+        let mut text = String::new();
+        if self.is_torn {
+            text.push('\n');
+        }
+        if self.lost > 0 {
+            // Writing to a String does not fail.
+            let _ = writeln!(text, "husk: {} log lines were lost", self.lost);
+        }
+        let preface = text.len();
+        text += line;
+        let written = self.try_write(text.as_bytes());
+        if written > 0 {
+            self.is_torn = text.as_bytes()[written - 1] != b'\n';
+        }
+        if written >= preface {
             self.lost = 0;
-        } else {
+        }
+        if written < text.len() {
             self.lost += 1;
         }
     }
 
-    /// One write, which waits for nobody.
-    fn try_write(&self, line: &[u8]) -> bool {
-        let fd = match &self.sink {
-            Sink::File(fd) => fd.as_fd(),
-            Sink::Stream(Stream::Error) => rustix::stdio::stderr(),
-            Sink::Stream(Stream::Output) => rustix::stdio::stdout(),
-        };
-        // The streams are shared with whoever started us, so they cannot be made non-blocking: ask
-        // first. A pipe that is ready takes at least PIPE_BUF bytes, and a line is shorter.
-        let mut ready =
-            [rustix::event::PollFd::from_borrowed_fd(fd, rustix::event::PollFlags::OUT)];
-        let is_ready = rustix::event::poll(&mut ready, Some(&rustix::time::Timespec::default()));
-        is_ready.is_ok_and(|n| n > 0)
-            && rustix::io::write(fd, line).is_ok_and(|written| written == line.len())
+    /// Writes what there is room for; how much that was.
+    fn try_write(&self, bytes: &[u8]) -> usize {
+        let Some(stream) = &self.stream else { return 0 };
+        let mut written = 0;
+        while written < bytes.len() {
+            match stream.write(&bytes[written..]) {
+                Ok(0) | Err(_) => break,
+                Ok(more) => written += more,
+            }
+        }
+        written
     }
 }
 
@@ -237,18 +286,15 @@ fn timestamp() -> String {
     format!("{date}.{:09}", now.tv_nsec)
 }
 
-/// Writes `line` to standard error as is, if it can be written without waiting.
-pub(crate) fn say(line: &str) {
-    let stderr = File::from(match rustix::io::dup(rustix::stdio::stderr()) {
-        Ok(fd) => fd,
-        Err(_) => return,
-    });
-    // Nobody is left to be told.
-    let _ = std::io::Write::write_all(&mut &stderr, format!("{line}\n").as_bytes());
+/// Writes `text` and a newline to standard error as is, if it can be written without waiting.
+pub(crate) fn say(text: &str) {
+    Stream::Error.outlet().write(&format!("{text}\n"));
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::fd::AsFd;
+
     use super::*;
 
     fn state(sink: Sink, instance: Option<&str>) -> State {
@@ -258,9 +304,12 @@ mod tests {
             shows_origin: false,
             module: None,
             instance: instance.map(Into::into),
-            lost: 0,
             devices: Limit::default(),
         }
+    }
+
+    fn outlet(fd: &OwnedFd) -> Outlet {
+        Outlet::new(Some(stream::Stream::shared(fd.as_fd(), Direction::Output).unwrap()))
     }
 
     fn record<'a>(args: std::fmt::Arguments<'a>) -> Record<'a> {
@@ -274,6 +323,12 @@ mod tests {
         let long = "ä".repeat(LINE_MAX);
         let line = state.format(&record(format_args!("{long}")));
         assert!(line.len() <= LINE_MAX + 4 && line.ends_with("…\n"));
+        let (reader, writer) = rustix::pipe::pipe().unwrap();
+        let mut outlet = outlet(&writer);
+        (outlet.lost, outlet.is_torn) = (u64::MAX, true);
+        outlet.write(&line);
+        let written = rustix::io::read(&reader, &mut [0; 2 * PIPE_BUF]).unwrap();
+        assert!(written > LINE_MAX && written <= PIPE_BUF, "{written} bytes are torn by a pipe");
     }
 
     #[test]
@@ -288,20 +343,48 @@ mod tests {
     #[test]
     fn what_nobody_reads_is_lost_counted_and_told() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let mut state = state(Sink::File(writer), None);
+        let mut outlet = outlet(&writer);
+        let long = "x".repeat(4000) + "\n";
         let mut written = 0;
-        while state.lost == 0 {
-            state.write("x".repeat(4000) + "\n");
+        while outlet.lost == 0 {
+            outlet.write(&long);
             written += 1;
             assert!(written < 1000, "a pipe does not hold this much");
         }
-        state.write("lost too\n".into());
-        assert_eq!(state.lost, 2);
+        outlet.write(&long);
+        assert_eq!(outlet.lost, 2);
         let mut drain = vec![0; 1 << 20];
         rustix::io::read(&reader, &mut drain).unwrap();
-        state.write("heard\n".into());
+        outlet.write("heard\n");
         let n = rustix::io::read(&reader, &mut drain).unwrap();
         assert_eq!(&drain[..n], b"husk: 2 log lines were lost\nheard\n");
+    }
+
+    #[test]
+    fn a_terminal_nobody_reads_is_waited_for_by_nobody() {
+        let flags = rustix::pty::OpenptFlags::RDWR | rustix::pty::OpenptFlags::NOCTTY;
+        let master = rustix::pty::openpt(flags).unwrap();
+        rustix::pty::unlockpt(&master).unwrap();
+        let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
+        let mut outlet = outlet(&slave);
+        for _ in 0..20 {
+            outlet.write(&("x".repeat(1500) + "\n"));
+        }
+        assert!(outlet.lost > 0 && outlet.is_torn);
+        let mut all = Vec::new();
+        let mut buf = [0; 65_536];
+        let lost = outlet.lost;
+        while !all.ends_with(b"heard\r\n") {
+            outlet.write("heard\n");
+            let n = rustix::io::read(&master, &mut buf).unwrap();
+            all.extend(&buf[..n]);
+        }
+        let all = String::from_utf8(all).unwrap();
+        assert!(
+            all.contains("\r\nhusk: ") && all.contains(" log lines were lost\r\nheard"),
+            "{all}"
+        );
+        assert!(lost < 20);
     }
 
     #[test]

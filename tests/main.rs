@@ -19,4 +19,5 @@ mod library;
 mod lifecycle;
 mod linux;
 mod terminal;
+mod unheard;
 mod util;

@@ -92,8 +92,7 @@ impl Command {
 /// Help and version go to standard output and are no error; the rest is.
 fn refuse_arguments(e: &clap::Error) -> ExitCode {
     if e.use_stderr() {
-        // Nobody is left to be told if this fails.
-        let _ = e.print();
+        crate::logger::say(e.render().to_string().trim_end());
         return ExitCode::Usage;
     }
     print(e.render().to_string().as_bytes())

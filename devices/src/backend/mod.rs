@@ -2,5 +2,6 @@
 pub mod console;
 pub mod disk;
 pub mod file;
+pub mod stream;
 pub mod tap;
 pub mod unix;

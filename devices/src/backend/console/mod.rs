@@ -6,7 +6,6 @@
 //! One epoll descriptor, the [`Console::events`], stands for everything behind the console, as a
 //! socket's client comes and goes while the console is in use. All in it is edge-triggered: a
 //! terminal nobody reads and a pseudo-terminal nobody has open are no reason to spin.
-mod host;
 mod output;
 mod terminal;
 
@@ -23,11 +22,11 @@ use rustix::io::Errno;
 use rustix::pty::OpenptFlags;
 use rustix::termios::OptionalActions;
 
-use self::host::{Direction, Host};
 pub use self::output::Counters;
 use self::output::Output;
 pub use self::terminal::restore_terminal;
 use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
+use super::stream::{Direction, Stream};
 use super::unix::{ListenError, Listener};
 
 /// Called when the user asks to quit, on the I/O thread with the serial port locked: may set a
@@ -99,7 +98,7 @@ enum Kind {
 pub struct Console {
     kind: Kind,
     events: Arc<Readiness>,
-    input: Option<Arc<Host>>,
+    input: Option<Arc<Stream>>,
     output: Output,
     has_complained: bool,
 }
@@ -138,7 +137,7 @@ impl Console {
     /// Writes to `path`: created with mode 0600 if missing, appended to otherwise. A FIFO is
     /// opened for reading too, so that it needs no reader, now or later.
     pub fn file(path: &Path) -> Result<Self, ConsoleError> {
-        let host = Host::owned(open_output(path)?);
+        let host = Stream::owned(open_output(path)?);
         let mut console = Self::new(Kind::Plain)?;
         console.connect(None, Some(Arc::new(host)))?;
         Ok(console)
@@ -159,7 +158,7 @@ impl Console {
             .map_err(failed("set up a pty"))?;
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(name.as_bytes()));
         let mut console = Self::new(Kind::Pty { _slave: slave, path })?;
-        let master = Arc::new(Host::owned(master));
+        let master = Arc::new(Stream::owned(master));
         console.connect(Some(master.clone()), Some(master))?;
         Ok(console)
     }
@@ -294,9 +293,9 @@ impl Console {
         stdout: BorrowedFd<'_>,
         quit: Quit,
     ) -> Result<Self, ConsoleError> {
-        let output = Host::shared(stdout, Direction::Output)
+        let output = Stream::shared(stdout, Direction::Output)
             .map_err(ConsoleError::host("use standard output"))?;
-        let input = match Host::shared(stdin, Direction::Input) {
+        let input = match Stream::shared(stdin, Direction::Input) {
             Ok(host) => Some(host),
             Err(e) => {
                 log::debug!("no serial input: {e}");
@@ -316,7 +315,8 @@ impl Console {
             }
             _ => Kind::Plain,
         };
-        let is_usable = |host: &Host| !host.is_terminal() || matches!(kind, Kind::Terminal { .. });
+        let is_usable =
+            |host: &Stream| !host.is_terminal() || matches!(kind, Kind::Terminal { .. });
         let input = input.filter(is_usable).map(Arc::new);
         let mut console = Self::new(kind)?;
         console.connect(input, Some(Arc::new(output)))?;
@@ -335,8 +335,8 @@ impl Console {
 
     fn connect(
         &mut self,
-        input: Option<Arc<Host>>,
-        output: Option<Arc<Host>>,
+        input: Option<Arc<Stream>>,
+        output: Option<Arc<Stream>>,
     ) -> Result<(), ConsoleError> {
         for host in [&input, &output].into_iter().flatten() {
             self.events.watch(host.as_fd())?;
@@ -357,7 +357,7 @@ impl Console {
         }
         match accepted {
             Ok(client) => {
-                let client = Arc::new(Host::socket(client));
+                let client = Arc::new(Stream::socket(client));
                 // To close the one before, whose descriptor nobody else has, also ends its events.
                 if let Err(e) = self.connect(Some(client.clone()), Some(client)) {
                     log::warn!("serial console client: {e}");

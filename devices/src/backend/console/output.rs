@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::host::Host;
+use crate::backend::stream::Stream;
 
 /// What became of the guest's bytes so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -21,7 +21,7 @@ pub struct Counters {
 /// The way out.
 #[derive(Debug, Default)]
 pub(super) struct Output {
-    host: Option<Arc<Host>>,
+    host: Option<Arc<Stream>>,
     pending: VecDeque<u8>,
     counters: Counters,
 }
@@ -31,7 +31,7 @@ impl Output {
     pub(super) const LIMIT: usize = 64 << 10;
 
     /// Sends to `host` from now on, or keeps the last bytes for whoever comes.
-    pub(super) fn connect(&mut self, host: Option<Arc<Host>>) {
+    pub(super) fn connect(&mut self, host: Option<Arc<Stream>>) {
         self.host = host;
     }
 
@@ -46,7 +46,7 @@ impl Output {
     }
 
     /// The host, if there is one.
-    pub(super) fn host(&self) -> Option<&Arc<Host>> {
+    pub(super) fn host(&self) -> Option<&Arc<Stream>> {
         self.host.as_ref()
     }
 

@@ -1,4 +1,5 @@
-//! One end of a host file, terminal, pipe or socket that never makes us wait.
+//! One end of a host file, terminal, pipe or socket that never makes us wait: for the serial console
+//! and for husk's own words.
 //!
 //! A descriptor we were given (stdin, stdout) is shared with whoever gave it: to set `O_NONBLOCK`
 //! on it would set it in the user's shell too. So it is opened a second time where that works, and
@@ -23,38 +24,38 @@ enum Means {
 
 /// Which way a descriptor is used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Direction {
+pub enum Direction {
     /// Read from.
     Input,
     /// Written to.
     Output,
 }
 
-/// The descriptor.
+/// A descriptor to read from or to write to without waiting.
 #[derive(Debug)]
-pub(super) struct Host {
+pub struct Stream {
     fd: OwnedFd,
     means: Means,
     is_terminal: bool,
 }
 
-impl Host {
+impl Stream {
     /// Ready for writing means at least this much room in a pipe (POSIX: a write of `PIPE_BUF`
     /// bytes is atomic).
     const PIPE_BUF: usize = 4096;
 
     /// A descriptor that is ours alone and already non-blocking.
-    pub(super) fn owned(fd: OwnedFd) -> Self {
+    pub fn owned(fd: OwnedFd) -> Self {
         Self { fd, means: Means::Plain, is_terminal: false }
     }
 
     /// A connected socket.
-    pub(super) fn socket(fd: OwnedFd) -> Self {
+    pub fn socket(fd: OwnedFd) -> Self {
         Self { fd, means: Means::Socket, is_terminal: false }
     }
 
     /// A descriptor shared with others, such as stdin.
-    pub(super) fn shared(fd: BorrowedFd<'_>, direction: Direction) -> std::io::Result<Self> {
+    pub fn shared(fd: BorrowedFd<'_>, direction: Direction) -> std::io::Result<Self> {
         let kind = FileType::from_raw_mode(rustix::fs::fstat(fd)?.st_mode);
         let is_terminal = rustix::termios::isatty(fd);
         let (reopens, otherwise) = match kind {
@@ -75,12 +76,12 @@ impl Host {
     }
 
     /// Whether this is a terminal.
-    pub(super) fn is_terminal(&self) -> bool {
+    pub fn is_terminal(&self) -> bool {
         self.is_terminal
     }
 
     /// Reads what is there: 0 at the end, `Errno::AGAIN` when there is nothing yet.
-    pub(super) fn read(&self, buf: &mut [u8]) -> Result<usize, Errno> {
+    pub fn read(&self, buf: &mut [u8]) -> Result<usize, Errno> {
         again(|| match self.means {
             Means::Plain => rustix::io::read(&self.fd, &mut *buf),
             Means::Socket => {
@@ -94,7 +95,7 @@ impl Host {
     }
 
     /// Writes what there is room for; `Errno::AGAIN` when there is none.
-    pub(super) fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
+    pub fn write(&self, bytes: &[u8]) -> Result<usize, Errno> {
         again(|| match self.means {
             Means::Plain => rustix::io::write(&self.fd, bytes),
             Means::Socket => {
@@ -109,7 +110,7 @@ impl Host {
     }
 
     /// Whether the other side is gone for good.
-    pub(super) fn is_hung_up(&self) -> bool {
+    pub fn is_hung_up(&self) -> bool {
         let mut fds = [PollFd::new(&self.fd, PollFlags::empty())];
         again(|| rustix::event::poll(&mut fds, Some(&rustix::time::Timespec::default()))).is_ok()
             && fds[0].revents().intersects(PollFlags::HUP | PollFlags::ERR)
@@ -125,13 +126,13 @@ impl Host {
     }
 }
 
-impl AsFd for Host {
+impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 }
 
-impl AsRawFd for Host {
+impl AsRawFd for Stream {
     fn as_raw_fd(&self) -> RawFd {
         self.fd.as_raw_fd()
     }
@@ -157,10 +158,10 @@ mod tests {
     use super::*;
 
     /// Writes until there is no more room: returns at all only if nothing waits.
-    fn fill(host: &Host) -> usize {
+    fn fill(stream: &Stream) -> usize {
         let mut total = 0;
         loop {
-            match host.write(&[b'x'; 1000]) {
+            match stream.write(&[b'x'; 1000]) {
                 Ok(written) => total += written,
                 Err(e) => {
                     assert_eq!(e, Errno::AGAIN);
@@ -173,8 +174,8 @@ mod tests {
     #[test]
     fn asking_first_never_waits_on_a_pipe() {
         let (reader, writer) = rustix::pipe::pipe().unwrap();
-        let input = Host { fd: reader, means: Means::Poll(4096), is_terminal: false };
-        let output = Host { fd: writer, means: Means::Poll(4096), is_terminal: false };
+        let input = Stream { fd: reader, means: Means::Poll(4096), is_terminal: false };
+        let output = Stream { fd: writer, means: Means::Poll(4096), is_terminal: false };
         let mut buf = [0; 100];
         assert_eq!(input.read(&mut buf), Err(Errno::AGAIN));
         assert!(fill(&output) >= 60_000);
@@ -190,9 +191,9 @@ mod tests {
         let master = rustix::pty::openpt(flags).unwrap();
         rustix::pty::unlockpt(&master).unwrap();
         let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
-        let host = Host { fd: slave, means: Means::Poll(1), is_terminal: true };
-        assert_eq!(host.read(&mut [0]), Err(Errno::AGAIN));
-        assert!(fill(&host) > 1000);
+        let stream = Stream { fd: slave, means: Means::Poll(1), is_terminal: true };
+        assert_eq!(stream.read(&mut [0]), Err(Errno::AGAIN));
+        assert!(fill(&stream) > 1000);
     }
 
     #[test]
@@ -202,9 +203,9 @@ mod tests {
         rustix::pty::unlockpt(&master).unwrap();
         let slave = rustix::pty::ioctl_tiocgptpeer(&master, flags).unwrap();
         for direction in [Direction::Input, Direction::Output] {
-            let host = Host::shared(slave.as_fd(), direction).unwrap();
-            assert_eq!((host.means, host.is_terminal), (Means::Plain, true));
-            let master = Host::shared(master.as_fd(), direction).unwrap();
+            let stream = Stream::shared(slave.as_fd(), direction).unwrap();
+            assert_eq!((stream.means, stream.is_terminal), (Means::Plain, true));
+            let master = Stream::shared(master.as_fd(), direction).unwrap();
             assert_eq!(master.means, Means::Poll(1), "to open it again makes another one");
         }
         let shared = rustix::fs::fcntl_getfl(&slave).unwrap();
