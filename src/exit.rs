@@ -25,7 +25,7 @@ pub enum ExitCode {
     Internal = 70,
     /// Stopped by SIGINT.
     Interrupted = 130,
-    /// Stopped by SIGTERM.
+    /// Stopped by SIGTERM, SIGHUP or SIGQUIT.
     Terminated = 143,
 }
 

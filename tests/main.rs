@@ -18,6 +18,7 @@ mod input;
 mod library;
 mod lifecycle;
 mod linux;
+mod signals;
 mod terminal;
 mod unheard;
 mod util;

@@ -7,12 +7,36 @@ fn terminal_is_as_it_was_after_every_end() {
         let end = Husk::guest("hello", &format!("how={how}")).on_terminal().wait().code(code);
         assert_as_new(&end);
     }
-    for (signal, code) in [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 143)] {
+    for (signal, code) in
+        [(Signal::TERM, 143), (Signal::INT, 130), (Signal::HUP, 143), (Signal::QUIT, 143)]
+    {
         let vm = Husk::guest("hello", "how=hlt").on_terminal().start();
         vm.expect("how=hlt");
         assert!(vm.terminal().is_raw());
         vm.signal(signal);
         assert_as_new(&vm.wait().code(code));
+    }
+}
+
+#[test]
+fn terminal_is_as_it_was_after_a_crash() {
+    for (signal, number, name) in [
+        (Signal::ABORT, 6, "SIGABRT"),
+        (Signal::SEGV, 11, "SIGSEGV"),
+        (Signal::BUS, 7, "SIGBUS"),
+        (Signal::ILL, 4, "SIGILL"),
+        (Signal::FPE, 8, "SIGFPE"),
+        (Signal::SYS, 31, "SIGSYS"),
+    ] {
+        let husk = Husk::guest("hello", "how=hlt").on_terminal().after("ulimit -c 0");
+        let vm = husk.start();
+        vm.expect("how=hlt");
+        assert!(vm.terminal().is_raw());
+        vm.signal(signal);
+        let end = vm.wait();
+        assert_eq!(end.signal(), Some(number));
+        assert_eq!(end.errors, format!("husk: crashed: {name}\n"));
+        assert_as_new(&end);
     }
 }
 
