@@ -16,6 +16,7 @@ use crate::config::{LogLevel, LoggerConfig};
 use crate::error::Refusal;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
+static PROGRAM: OnceLock<&str> = OnceLock::new();
 
 /// A pipe takes as much as this whole or not at all (POSIX: `PIPE_BUF`).
 const PIPE_BUF: usize = 4096;
@@ -182,7 +183,7 @@ impl State {
                 let name = thread.name().unwrap_or("-");
                 write!(line, "{} [{instance}:{name}", timestamp())
             }
-            None => write!(line, "husk: "),
+            None => write!(line, "{}: ", program()),
         };
         if let Some(_instance) = &self.instance {
             if self.shows_level {
@@ -245,7 +246,7 @@ impl Outlet {
         }
         if self.lost > 0 {
             // Writing to a String does not fail.
-            let _ = writeln!(text, "husk: {} log lines were lost", self.lost);
+            let _ = writeln!(text, "{}: {} log lines were lost", program(), self.lost);
         }
         let preface = text.len();
         text += line;
@@ -284,6 +285,22 @@ fn timestamp() -> String {
     let now = now();
     let date = devices::legacy::rtc::Date::from_unix(now.tv_sec);
     format!("{date}.{:09}", now.tv_nsec)
+}
+
+/// Sets the name under which husk speaks to people; for the start of a process.
+pub(crate) fn set_program(name: &'static str) {
+    // Set already: it keeps its name.
+    let _ = PROGRAM.set(name);
+}
+
+/// The name under which husk speaks. Async-signal-safe.
+pub(crate) fn program() -> &'static str {
+    PROGRAM.get().copied().unwrap_or("husk")
+}
+
+/// Says `text` to people, in husk's name.
+pub(crate) fn complain(text: &str) {
+    say(&format!("{}: {text}", program()));
 }
 
 /// Writes `text` and a newline to standard error as is, if it can be written without waiting.

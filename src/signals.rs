@@ -19,12 +19,12 @@ const IGNORED: [libc::c_int; 6] =
     [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTTOU, libc::SIGTSTP, libc::SIGALRM, libc::SIGVTALRM];
 /// What a crash comes as, and what is said of it.
 const CRASH: [(libc::c_int, &str); 6] = [
-    (libc::SIGABRT, "husk: crashed: SIGABRT\n"),
-    (libc::SIGSEGV, "husk: crashed: SIGSEGV\n"),
-    (libc::SIGBUS, "husk: crashed: SIGBUS\n"),
-    (libc::SIGILL, "husk: crashed: SIGILL\n"),
-    (libc::SIGFPE, "husk: crashed: SIGFPE\n"),
-    (libc::SIGSYS, "husk: crashed: SIGSYS\n"),
+    (libc::SIGABRT, ": crashed: SIGABRT\n"),
+    (libc::SIGSEGV, ": crashed: SIGSEGV\n"),
+    (libc::SIGBUS, ": crashed: SIGBUS\n"),
+    (libc::SIGILL, ": crashed: SIGILL\n"),
+    (libc::SIGFPE, ": crashed: SIGFPE\n"),
+    (libc::SIGSYS, ": crashed: SIGSYS\n"),
 ];
 
 /// The process's stop signals. Made before any thread, so that all inherit the mask.
@@ -108,13 +108,13 @@ extern "C" fn on_crash(signal: libc::c_int) {
     let mut ready = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
     let line = CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line);
     // A byte at a time: all that a terminal that is ready has room for.
-    for byte in line.as_bytes() {
+    for byte in crate::logger::program().bytes().chain(line.bytes()) {
         // SAFETY: one descriptor to poll, and one byte to write.
         unsafe {
             if libc::poll(&raw mut ready, 1, 0) <= 0 {
                 break;
             }
-            libc::write(libc::STDERR_FILENO, std::ptr::from_ref(byte).cast(), 1);
+            libc::write(libc::STDERR_FILENO, (&raw const byte).cast(), 1);
         }
     }
     // SAFETY: the default action, which SA_RESETHAND set, follows when the handler returns and the

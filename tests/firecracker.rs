@@ -214,3 +214,15 @@ fn flags_that_mean_nothing_yet_are_refused() {
         Husk::firecracker(args).wait().quickly().code(2);
     }
 }
+
+#[test]
+fn errors_are_told_in_its_name() {
+    let scratch = Scratch::new();
+    let missing = scratch.path("missing.json");
+    let end = Husk::firecracker(["--no-api", "--config-file"]).arg(missing).wait().code(3);
+    assert!(end.errors.starts_with("firecracker: "), "{end}");
+    assert_eq!(end.errors.lines().count(), 1, "{end}");
+    let config = scratch.file("vm.json", config(&scratch, "how=triple").to_string());
+    let end = Husk::firecracker(["--no-api", "--config-file"]).arg(config).wait().code(5);
+    assert!(end.errors.starts_with("firecracker: the guest crashed"), "{end}");
+}

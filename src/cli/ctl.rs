@@ -69,7 +69,7 @@ impl CtlArgs {
         match client.call(method, path, body.as_deref().map(str::as_bytes), patience) {
             Err(e) => fail(ExitCode::Host, &e),
             Ok(answer) if !answer.is_success() => {
-                logger::say(&format!("husk: {}", answer.fault()));
+                logger::complain(&answer.fault());
                 ExitCode::Config
             }
             Ok(answer) if answer.body.is_empty() => ExitCode::Clean,
@@ -86,7 +86,7 @@ fn follow(client: &Client) -> ExitCode {
     });
     match followed {
         Ok(Some(answer)) => {
-            logger::say(&format!("husk: {}", answer.fault()));
+            logger::complain(&answer.fault());
             ExitCode::Config
         }
         Ok(None) => ExitCode::Clean,

@@ -135,7 +135,7 @@ pub(super) fn main(args: Vec<OsString>, started: Instant) -> ExitCode {
         }
         Ok(args) => match args.unsupported.first() {
             Some(flag) => {
-                logger::say(&format!("firecracker: {flag} is not supported yet"));
+                logger::complain(&format!("{flag} is not supported yet"));
                 ExitCode::Usage
             }
             None => args.carry_out(started),

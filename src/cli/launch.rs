@@ -120,7 +120,7 @@ fn serve_api(
 fn report(ending: &Ending) -> ExitCode {
     let code = ending.exit_code();
     if code != ExitCode::Clean {
-        crate::logger::say(&format!("husk: {ending}"));
+        crate::logger::complain(&ending.to_string());
     }
     code
 }

@@ -64,6 +64,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let args: Vec<OsString> = args.into_iter().collect();
     let name = args.first().map(|arg0| Path::new(arg0).file_name().unwrap_or(arg0).to_owned());
     if name.is_some_and(|name| name == "firecracker") {
+        crate::logger::set_program("firecracker");
         return firecracker::main(args, started);
     }
     match Cli::try_parse_from(args) {
@@ -111,7 +112,7 @@ fn print(bytes: &[u8]) -> ExitCode {
 
 /// One line on standard error: the error and what caused it.
 fn fail(code: ExitCode, error: &dyn std::error::Error) -> ExitCode {
-    crate::logger::say(&format!("husk: {}", crate::error::chain(error)));
+    crate::logger::complain(&crate::error::chain(error));
     code
 }
 
