@@ -6,6 +6,7 @@
 //!                            │ ▲
 //!                            └─┘ Pause, Resume, a guest's reset
 //! ```
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,12 +33,16 @@ pub(crate) struct Identity {
     pub(crate) started: Instant,
     /// Called when the user leaves the console.
     pub(crate) quit: Arc<dyn Fn() + Send + Sync>,
+    /// Called with what leads to the serial port, a pseudo-terminal or a socket, before the guest runs.
+    pub(crate) announce: fn(&Path),
 }
 
 /// A machine and what it was made from.
 struct Live {
     config: VmConfig,
     machine: Machine,
+    /// What leads to the serial port, if it is a pseudo-terminal or a socket.
+    serial_path: Option<PathBuf>,
     is_paused: bool,
 }
 
@@ -135,11 +140,16 @@ impl Controller {
 
     fn start(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
-        let Identity { names, started, quit, .. } = self.identity.clone();
+        let Identity { names, started, quit, announce, .. } = self.identity.clone();
         let parts = Parts::open(&config, names.io, quit)?;
+        let serial_path = parts.serial_path.clone();
         let machine = Machine::assemble(&config, parts, names, started)?;
+        if let Some(path) = &serial_path {
+            announce(path);
+        }
         machine.run()?;
-        self.phase = Phase::Live(Box::new(Live { config, machine, is_paused: false }));
+        let live = Live { config, machine, serial_path, is_paused: false };
+        self.phase = Phase::Live(Box::new(live));
         self.hub.publish(What::Started);
         Ok(())
     }
@@ -218,7 +228,7 @@ impl Controller {
             return;
         };
         // Paused just as the guest reset itself: it then waits at its first instruction.
-        let Live { config, machine, is_paused } = *live;
+        let Live { config, machine, serial_path, is_paused } = *live;
         let Identity { names, started, .. } = self.identity;
         let machine = machine
             .dismantle()
@@ -226,7 +236,8 @@ impl Controller {
             .and_then(|machine| if is_paused { Ok(()) } else { machine.run() }.map(|()| machine));
         match machine {
             Ok(machine) => {
-                self.phase = Phase::Live(Box::new(Live { config, machine, is_paused }));
+                self.phase =
+                    Phase::Live(Box::new(Live { config, machine, serial_path, is_paused }));
                 self.hub.publish(What::Rebooted);
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),
@@ -263,7 +274,11 @@ impl Controller {
     }
 
     fn describe(&self) -> Value {
-        json!(InstanceInfo::new(self.identity.id.clone(), self.state()))
+        let serial_path = match &self.phase {
+            Phase::Live(live) => live.serial_path.clone(),
+            Phase::Configuring(_) | Phase::Ended(_) => None,
+        };
+        json!(InstanceInfo::new(self.identity.id.clone(), self.state(), serial_path))
     }
 }
 

@@ -1,4 +1,6 @@
 //! Who a VM is and what it is doing: `GET /`.
+use std::path::PathBuf;
+
 use schemars::JsonSchema;
 use serde::Serialize;
 
@@ -18,16 +20,21 @@ pub struct InstanceInfo {
     pub vmm_version: &'static str,
     /// husk's own version. Not in Firecracker.
     pub husk_version: &'static str,
+    /// What leads to the serial port of a started VM, if it is a pseudo-terminal or a socket. Not in
+    /// Firecracker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub serial_path: Option<PathBuf>,
 }
 
 impl InstanceInfo {
-    pub(crate) fn new(id: String, state: State) -> Self {
+    pub(crate) fn new(id: String, state: State, serial_path: Option<PathBuf>) -> Self {
         Self {
             app_name: "Firecracker",
             id,
             state,
             vmm_version: FIRECRACKER_VERSION,
             husk_version: env!("CARGO_PKG_VERSION"),
+            serial_path,
         }
     }
 }

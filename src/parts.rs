@@ -4,7 +4,7 @@
 //! the machine is taken apart into its parts and put together again.
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use arch::{BootError, FileError, HostCpu, Initrd, Kernel};
@@ -43,6 +43,8 @@ pub(crate) struct Parts {
     pub(crate) devices: Vec<Part>,
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) serial_irq: EventFd,
+    /// What leads to the serial port, if it is a pseudo-terminal or a socket.
+    pub(crate) serial_path: Option<PathBuf>,
     pub(crate) io: Arc<IoThread>,
 }
 
@@ -71,6 +73,7 @@ impl Parts {
         let kvm = open_kvm()?;
         let cpu = HostCpu::new(&kvm).map_err(setup)?;
         let console = open_console(&config.serial_to(), quit)?;
+        let serial_path = console.path().map(Path::to_owned);
         let serial_irq = eventfd()?;
         let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;
         let (serial, input) = Serial::new(Box::new(line), console).map_err(|e| Refusal::Host {
@@ -79,7 +82,7 @@ impl Parts {
         })?;
         let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
         let io = Arc::new(io);
-        Ok(Self { kvm, cpu, kernel, initrd, devices, serial, serial_irq, io })
+        Ok(Self { kvm, cpu, kernel, initrd, devices, serial, serial_irq, serial_path, io })
     }
 }
 
@@ -157,16 +160,12 @@ fn open_kvm() -> Result<Kvm, Refusal> {
 }
 
 fn open_console(to: &SerialTo, quit: Arc<dyn Fn() + Send + Sync>) -> Result<Console, Refusal> {
-    let console = match to {
+    match to {
         SerialTo::Stdio => Console::stdio(Box::new(move || quit())),
         SerialTo::Pty => Console::pty(),
         SerialTo::None => Console::none(),
         SerialTo::File(path) => Console::file(path),
         SerialTo::Socket(path) => Console::socket(path),
     }
-    .map_err(Refusal::Console)?;
-    if let Some(path) = console.path() {
-        log::warn!("serial console: {}", path.display());
-    }
-    Ok(console)
+    .map_err(Refusal::Console)
 }

@@ -55,6 +55,7 @@ impl Vm {
             names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
             started: Instant::now(),
             quit: Arc::new(move || quit_writer.ring()),
+            announce: |path| log::info!("serial console: {}", path.display()),
         };
         let thread = thread::Builder::new()
             .name("husk_vmm".into())

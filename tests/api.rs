@@ -1,5 +1,5 @@
 //! The API drives a VM through its life, says what it does, and stays of use whoever else calls.
-use std::fs;
+use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -55,6 +55,25 @@ fn one_call_boots_a_guest() {
     let said = fs::read_to_string(log).unwrap();
     assert!(said.contains("cpus=2\r\n") && said.contains("RESULT ok"), "{said}");
     assert_eq!(said.matches("virtio=").count(), 2);
+}
+
+#[test]
+fn serial_path_is_shown_while_the_vm_runs() {
+    for (serial, has_path) in [("pty", true), ("none", false)] {
+        let vm = Husk::api().serial(serial).start();
+        assert_eq!(vm.api().get("/").json().get("serial_path"), None);
+        vm.api().put("/vm", json!({"boot-source": boot_source("hello", "how=reboot-acpi")})).done();
+        let path = vm.api().get("/").json().get("serial_path").cloned();
+        assert_eq!(path.is_some(), has_path);
+        if let Some(path) = path {
+            let path = path.as_str().unwrap();
+            let line = vm.expect_error("serial console");
+            assert_eq!(line, format!("husk: serial console: {path}"));
+            File::open(path).unwrap();
+        }
+        vm.api().act("Kill").done();
+        vm.wait().code(0);
+    }
 }
 
 #[test]

@@ -373,8 +373,11 @@ fn serial_leads_to_a_fifo_without_a_reader() {
 #[test]
 fn serial_leads_to_a_pty() {
     for mode in ["polled", "irq"] {
-        let vm = Husk::guest("serial", &format!("input={mode}")).serial("pty").start();
-        let line = vm.expect_error("/dev/pts/");
+        let vm = Husk::guest("serial", &format!("input={mode}"))
+            .serial("pty")
+            .option("--log-level", "off")
+            .start();
+        let line = vm.expect_error("husk: serial console: /dev/pts/");
         let path = &line[line.find("/dev/pts/").unwrap()..];
         let mut pty = File::options().read(true).write(true).open(path).unwrap();
         converse(&vm, &mut pty);
@@ -389,7 +392,7 @@ fn serial_leads_to_a_socket() {
     for mode in ["polled", "irq"] {
         let husk = Husk::guest("serial", &format!("input={mode}"));
         let vm = husk.serial(&format!("socket={}", path.display())).start();
-        vm.expect_error("serial console");
+        vm.expect_error(&format!("husk: serial console: {}", path.display()));
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         let mut socket = UnixStream::connect(&path).unwrap();
         socket.set_read_timeout(Some(PATIENCE)).unwrap();

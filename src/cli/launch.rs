@@ -67,6 +67,9 @@ impl Launch {
             names: self.style.thread_names(),
             started,
             quit: Arc::new(move || quit_writer.ring()),
+            announce: |path| {
+                crate::logger::complain(&format!("serial console: {}", path.display()));
+            },
         };
         let api_thread = identity.names.api;
         let (handle, requests) = Requests::channel()?;
