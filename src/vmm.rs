@@ -15,6 +15,10 @@ use crate::request::Requests;
 /// vCPUs, the last output, the socket) stays within the 2 s that are promised.
 const GRACE: Duration = Duration::from_millis(1500);
 
+/// Most requests answered before signals and the guest's end are looked at again: whoever asks and
+/// asks must not keep them from being heard.
+const TURN: usize = 64;
+
 /// Signals that stop the VM, as they come.
 pub(crate) trait Signals {
     /// Readable when there is one.
@@ -52,8 +56,12 @@ pub(crate) fn serve(
 ) -> Ending {
     let mut stopping: Option<Stopping> = None;
     loop {
-        while let Some(call) = requests.next() {
+        let mut answered = 0;
+        while answered < TURN
+            && let Some(call) = requests.next()
+        {
             controller.answer(call.request, call.respond);
+            answered += 1;
         }
         controller.heed_outcome();
         if quit.hush() && controller.ending().is_none() {
@@ -76,6 +84,10 @@ pub(crate) fn serve(
                 Some(Stopping { signal, .. }) => Ending::Signalled { signal },
                 None => ending.clone(),
             };
+        }
+        // There may be more, and their bell may have been hushed.
+        if answered == TURN {
+            continue;
         }
         let left = stopping.as_ref().map(|s| s.deadline.saturating_duration_since(Instant::now()));
         wait(controller, requests, quit, signals, left);
@@ -114,5 +126,74 @@ fn wait(
         && e != rustix::io::Errno::INTR
     {
         log::error!("waiting for events: {e}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::config::VmConfig;
+    use crate::controller::Identity;
+    use crate::machine::ThreadNames;
+    use crate::request::Request;
+
+    /// One signal, which is there from the start.
+    struct One(Bell, Option<i32>);
+
+    impl Signals for One {
+        fn fd(&self) -> BorrowedFd<'_> {
+            self.0.as_fd()
+        }
+
+        fn next(&mut self) -> Option<i32> {
+            self.1.take()
+        }
+    }
+
+    fn controller() -> Controller {
+        let identity = Identity {
+            id: "t".into(),
+            names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api" },
+            started: Instant::now(),
+            quit: Arc::new(|| ()),
+            announce: |_| (),
+        };
+        Controller::new(identity, VmConfig::default())
+    }
+
+    /// Makes `count` requests; counts the replies.
+    fn ask(handle: &crate::Handle, count: usize) -> Arc<AtomicUsize> {
+        let answered = Arc::new(AtomicUsize::new(0));
+        for _ in 0..count {
+            let answered = answered.clone();
+            handle.send(Request::Describe, move |_| {
+                answered.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        answered
+    }
+
+    #[test]
+    fn signal_is_heard_between_requests() {
+        let (handle, requests) = Requests::channel().unwrap();
+        let answered = ask(&handle, 10 * TURN);
+        let mut signals = One(Bell::new().unwrap(), Some(15));
+        let ending = serve(&mut controller(), &requests, &Bell::new().unwrap(), &mut signals);
+        assert_eq!(ending, Ending::Signalled { signal: 15 });
+        assert_eq!(answered.load(Ordering::Relaxed), TURN);
+    }
+
+    #[test]
+    fn requests_of_many_turns_are_answered_though_the_bell_is_quiet() {
+        let (handle, requests) = Requests::channel().unwrap();
+        let answered = ask(&handle, 3 * TURN);
+        handle.send(Request::Quit, |_| ());
+        requests.bell().hush();
+        let mut signals = One(Bell::new().unwrap(), None);
+        serve(&mut controller(), &requests, &Bell::new().unwrap(), &mut signals);
+        assert_eq!(answered.load(Ordering::Relaxed), 3 * TURN);
     }
 }

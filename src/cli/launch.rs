@@ -21,6 +21,9 @@ pub(super) const BODY_LIMIT: usize = 51200;
 /// How long clients that are owed a last reply may take to read it.
 const LAST_WORDS: Duration = Duration::from_millis(200);
 
+/// Most requests that are told that they came too late; clients that go on asking must not keep us.
+const LATE: usize = 1024;
+
 /// Whose manners to have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Style {
@@ -81,7 +84,7 @@ impl Launch {
         }
         let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
         // What was asked too late is told so, before the socket goes.
-        while let Some(call) = requests.next() {
+        for call in std::iter::from_fn(|| requests.next()).take(LATE) {
             controller.answer(call.request, call.respond);
         }
         drop(controller);
