@@ -85,6 +85,7 @@ struct Logger(Mutex<State>);
 
 /// Starts logging. With `instance` lines look as Firecracker's do, else as people like them.
 pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
+    drop(stream.outlet());
     let state = State {
         sink: Sink::Stream(stream),
         shows_level: false,
@@ -220,7 +221,8 @@ impl State {
 }
 
 impl Stream {
-    /// Opened once, when it is first written to, for all who write to it.
+    /// Opened once for all who write to it: before anything else is, as words are wanted most when
+    /// there are no descriptors left.
     fn outlet(self) -> MutexGuard<'static, Outlet> {
         static ERROR: OnceLock<Mutex<Outlet>> = OnceLock::new();
         static OUTPUT: OnceLock<Mutex<Outlet>> = OnceLock::new();
@@ -287,8 +289,9 @@ fn timestamp() -> String {
     format!("{date}.{:09}", now.tv_nsec)
 }
 
-/// Sets the name under which husk speaks to people; for the start of a process.
-pub(crate) fn set_program(name: &'static str) {
+/// Opens standard error for what is said to people in the name of `name`; for the start of a process.
+pub(crate) fn start_as(name: &'static str) {
+    drop(Stream::Error.outlet());
     // Set already: it keeps its name.
     let _ = PROGRAM.set(name);
 }

@@ -63,8 +63,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     restore_terminal_on_panic();
     let args: Vec<OsString> = args.into_iter().collect();
     let name = args.first().map(|arg0| Path::new(arg0).file_name().unwrap_or(arg0).to_owned());
-    if name.is_some_and(|name| name == "firecracker") {
-        crate::logger::set_program("firecracker");
+    let is_firecracker = name.is_some_and(|name| name == "firecracker");
+    crate::logger::start_as(if is_firecracker { "firecracker" } else { "husk" });
+    if is_firecracker {
         return firecracker::main(args, started);
     }
     match Cli::try_parse_from(args) {
