@@ -292,3 +292,87 @@ fn pause_holds_a_guest_that_resets_itself() {
     vm.api().act("Kill").done();
     vm.wait().code(0);
 }
+
+/// A file system of its own, on which writes can be made to hang. Thawed and unmounted when dropped.
+struct Freezer {
+    scratch: Scratch,
+}
+
+impl Freezer {
+    fn new() -> Self {
+        let scratch = Scratch::new();
+        let (image, root) = (scratch.sparse("fs.img", 64 << 20), scratch.path("empty"));
+        fs::create_dir(&root).unwrap();
+        ext4(&image, &root);
+        fs::create_dir(scratch.path("mnt")).unwrap();
+        let freezer = Self { scratch };
+        freezer.run("mount", &["-o", "loop,noatime"], &[&image, &freezer.mount()]);
+        freezer
+    }
+
+    fn mount(&self) -> PathBuf {
+        self.scratch.path("mnt")
+    }
+
+    fn freeze(&self) -> Frozen<'_> {
+        self.run("fsfreeze", &["-f"], &[&self.mount()]);
+        Frozen(self)
+    }
+
+    fn run(&self, program: &str, words: &[&str], paths: &[&Path]) {
+        let status = std::process::Command::new(program).args(words).args(paths).status();
+        let status = status.unwrap_or_else(|e| panic!("{program}, of util-linux: {e}"));
+        assert!(status.success(), "{program} {words:?} {paths:?}: {status}");
+    }
+}
+
+impl Drop for Freezer {
+    fn drop(&mut self) {
+        let mount = self.mount();
+        // Not mounted, if the test failed early.
+        let _ = std::process::Command::new("umount").arg("-l").arg(&mount).output();
+    }
+}
+
+/// Writes hang until this is dropped. To be dropped before the process that writes is waited for: the
+/// kernel keeps it for as long as it keeps the write.
+struct Frozen<'a>(&'a Freezer);
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.run("fsfreeze", &["-u"], &[&self.0.mount()]);
+    }
+}
+
+#[test]
+fn disk_that_hangs_does_not_take_the_vm_with_it() {
+    let freezer = Freezer::new();
+    let disk = freezer.mount().join("disk.img");
+    fs::File::create(&disk).unwrap().set_len(32 << 20).unwrap();
+    let vm = Husk::guest("bench_block", "write").disk(&disk).listening().start();
+    vm.expect("name=");
+    let frozen = freezer.freeze();
+    // The guest reads until it writes; from then on the disk does not answer.
+    let fault = loop {
+        let paused = vm.api().patch("/vm", json!({ "state": "Paused" }));
+        match paused.status {
+            204 => vm.api().patch("/vm", json!({ "state": "Resumed" })).done(),
+            _ => break paused.fault(),
+        }
+    };
+    assert!(fault.contains("disk0") && fault.contains("has not answered"), "{fault}");
+    assert_eq!(vm.api().state(), "Running");
+    vm.signal(Signal::TERM);
+    vm.expect_error("stopped by SIGTERM");
+    drop(frozen);
+    vm.wait().code(143);
+}
+
+#[test]
+fn signals_blocked_by_the_parent_change_nothing() {
+    let vm = Husk::guest("hello", "how=hang").with_signals_blocked().listening().start();
+    vm.expect("how=hang");
+    vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+    vm.signal(Signal::TERM);
+    vm.wait().code(143);
+}

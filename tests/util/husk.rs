@@ -28,6 +28,7 @@ pub(crate) struct Husk {
     input: Input,
     directory: Option<PathBuf>,
     preparation: Option<String>,
+    blocks_signals: bool,
 }
 
 /// Where standard input comes from, and standard output goes.
@@ -53,6 +54,7 @@ impl Husk {
             input: Input::None,
             directory: None,
             preparation: None,
+            blocks_signals: false,
         }
     }
 
@@ -181,6 +183,12 @@ impl Husk {
         self
     }
 
+    /// Starts it with every signal blocked, as a careless parent may.
+    pub(crate) fn with_signals_blocked(mut self) -> Self {
+        self.blocks_signals = true;
+        self
+    }
+
     /// Starts it. If it is to listen, it does.
     #[track_caller]
     pub(crate) fn start(self) -> TestVm {
@@ -211,6 +219,9 @@ impl Husk {
         }
         let terminal = attach(&mut command, &self.input);
         die_with_parent(&mut command);
+        if self.blocks_signals {
+            block_signals(&mut command);
+        }
         let started = Instant::now();
         let mut child =
             command.spawn().unwrap_or_else(|e| panic!("{}: {e}", self.program.display()));
@@ -261,6 +272,20 @@ fn die_with_parent(command: &mut Command) {
         command.pre_exec(|| match libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
+        })
+    };
+}
+
+fn block_signals(command: &mut Command) {
+    // SAFETY: plain data and system calls between fork and exec.
+    unsafe {
+        command.pre_exec(|| {
+            let mut all: libc::sigset_t = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            match libc::sigprocmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()) {
+                0 => Ok(()),
+                _ => Err(io::Error::last_os_error()),
+            }
         })
     };
 }
