@@ -59,14 +59,8 @@ impl Slots<'_> {
     pub(crate) fn attach(&mut self, index: usize, part: Part) -> Result<Attached, Refusal> {
         let Part { model, id, device } = part;
         let full = Refusal::TooManyDevices(layout::VIRTIO_IRQS.len());
-        let irq = *layout::VIRTIO_IRQS.get(index).ok_or(full)?;
-        let offset = index as u64 * WINDOW_SIZE;
-        let place = VirtioMmio {
-            acpi_window: layout::VIRTIO_ACPI + offset,
-            cmdline_window: layout::VIRTIO_CMDLINE + offset,
-            irq,
-        };
-        let line = register_irq(self.vm, irq)?;
+        let place = places().nth(index).ok_or(full)?;
+        let line = register_irq(self.vm, place.irq)?;
         let failed = |source| Refusal::Device { section: model, id: id.clone(), source };
         let io = match device.may_block() {
             true => IoThread::spawn(&format!("{}{index}", self.io_name))
@@ -93,6 +87,15 @@ impl Slots<'_> {
         }
         Ok(Attached { model, id, place, transport })
     }
+}
+
+/// Where devices go, in their order.
+pub(crate) fn places() -> impl Iterator<Item = VirtioMmio> {
+    (0_u64..).zip(layout::VIRTIO_IRQS).map(|(index, irq)| VirtioMmio {
+        acpi_window: layout::VIRTIO_ACPI + index * WINDOW_SIZE,
+        cmdline_window: layout::VIRTIO_CMDLINE + index * WINDOW_SIZE,
+        irq,
+    })
 }
 
 /// Makes an eventfd whose writes raise `irq`.

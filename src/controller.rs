@@ -84,9 +84,7 @@ impl Controller {
     /// One line per request; the first word after `self.` is its precondition.
     fn handle(&mut self, request: Request) -> Reply {
         match request {
-            Request::Put { section, id, body } => {
-                done(self.configuring()?.put(&section, id.as_deref(), &body))
-            }
+            Request::Put { section, id, body } => done(self.put(&section, id.as_deref(), &body)),
             Request::Patch { section, body, .. } if VmConfig::is_patched_before_start(&section) => {
                 done(self.configuring()?.patch(&section, &body))
             }
@@ -138,8 +136,23 @@ impl Controller {
         }
     }
 
+    fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
+        let config = self.configuring()?;
+        let mut changed = config.clone();
+        changed.put(section, id, body)?;
+        if section == "logger" {
+            changed.start_log()?;
+        }
+        *config = changed;
+        Ok(())
+    }
+
     fn start(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
+        self.start_with(config)
+    }
+
+    fn start_with(&mut self, config: VmConfig) -> Result<(), Refusal> {
         let Identity { names, started, quit, announce, .. } = self.identity.clone();
         let parts = Parts::open(&config, names.io, quit)?;
         let serial_path = parts.serial_path.clone();
@@ -156,12 +169,15 @@ impl Controller {
 
     /// All or nothing: what was configured before stays if this is refused.
     fn launch(&mut self, body: &[u8]) -> Result<(), Refusal> {
-        let before = self.configuring()?.clone();
-        let launched = self.configuring()?.put_all(body).and_then(|()| self.start());
-        if launched.is_err() {
-            self.phase = Phase::Configuring(Box::new(before));
+        let mut config = self.configuring()?.clone();
+        config.put_all(body)?;
+        if config.logger.is_some() {
+            // The log starts before the machine, whose start it is to tell of; but not for a
+            // machine that is refused.
+            config.check()?;
+            config.start_log()?;
         }
-        launched
+        self.start_with(config)
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {

@@ -1,5 +1,6 @@
 //! Why a request was refused or a VM could not be made.
 use std::error::Error;
+use std::path::PathBuf;
 
 use devices::backend::file::is_shortage;
 use devices::virtio::model::DeviceError;
@@ -72,13 +73,19 @@ pub enum Refusal {
     #[error("{0}")]
     Socket(String),
     /// A configuration file is no good.
-    #[error("{path}: {why}")]
+    #[error("{}: {}", path.display(), in_file(why))]
     ConfigFile {
         /// The file.
-        path: String,
+        path: PathBuf,
         /// What is wrong, with the place.
-        why: String,
+        why: Box<Refusal>,
     },
+    /// Firecracker has it, husk does not.
+    #[error("{0} is not supported yet")]
+    NotYet(&'static str),
+    /// A request to change something that names nothing.
+    #[error("Empty PATCH request.")]
+    EmptyPatch,
     /// Asked before start of what makes sense only after it.
     #[error("The requested operation is not supported before starting the microVM.")]
     NotStarted,
@@ -137,9 +144,18 @@ impl Refusal {
             Self::Boot(e) if !e.is_config() => ExitCode::Host,
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Console(e) if is_shortage(e) => ExitCode::Host,
+            Self::ConfigFile { why, .. } => why.exit_code(),
             Self::Gone => ExitCode::Internal,
             _ => ExitCode::Config,
         }
+    }
+}
+
+/// There is no request whose body could be wrong.
+fn in_file(why: &Refusal) -> String {
+    match why {
+        Refusal::Body(e) => e.to_string(),
+        why => why.to_string(),
     }
 }
 

@@ -5,6 +5,7 @@
 //! for the reader and panics when it is gone.
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -101,21 +102,34 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
     }
 }
 
-/// Applies `PUT /logger`. Without a logger of ours (in a library) only the level matters.
+/// Refuses a log file that could not be written to, without making it.
+pub(crate) fn check(path: &Path) -> Result<(), Refusal> {
+    let why = match std::fs::metadata(path).map(|found| found.file_type()) {
+        Ok(found) if found.is_dir() || found.is_socket() || found.is_block_device() => {
+            format!("{} is not a file, FIFO or character device", path.display())
+        }
+        _ => match devices::backend::file::check_writable(path) {
+            Ok(()) => return Ok(()),
+            Err(e) => format!("cannot open {}: {e}", path.display()),
+        },
+    };
+    Err(Refusal::Field { section: "logger", field: "log_path", why })
+}
+
+/// Applies `PUT /logger`. In a library, whose host has a logger of its own, nothing is.
 pub(crate) fn configure(config: &LoggerConfig) -> Result<(), Refusal> {
+    let Some(Logger(state)) = LOGGER.get() else { return Ok(()) };
     let sink = config.log_path.as_deref().map(open).transpose()?;
     if let Some(level) = config.level {
         log::set_max_level(filter(level));
     }
-    if let Some(Logger(state)) = LOGGER.get() {
-        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(sink) = sink {
-            state.sink = Sink::File(Outlet::new(Some(stream::Stream::owned(sink))));
-        }
-        state.shows_level = config.show_level.unwrap_or(state.shows_level);
-        state.shows_origin = config.show_log_origin.unwrap_or(state.shows_origin);
-        state.module = config.module.clone().or(state.module.take());
+    let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(sink) = sink {
+        state.sink = Sink::File(Outlet::new(Some(stream::Stream::owned(sink))));
     }
+    state.shows_level = config.show_level.unwrap_or(state.shows_level);
+    state.shows_origin = config.show_log_origin.unwrap_or(state.shows_origin);
+    state.module = config.module.clone().or(state.module.take());
     Ok(())
 }
 

@@ -20,7 +20,7 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuFd, VmFd};
 use serde_json::Value;
 
-use crate::attach::{Attached, Slots, insert, register_irq};
+use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::config::VmConfig;
 use crate::error::Refusal;
 use crate::memory;
@@ -99,7 +99,7 @@ impl Machine {
 
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
         let places: Vec<_> = devices.iter().map(|d| d.place).collect();
-        let mut cmdline = command_line(config, &places);
+        let mut cmdline = command_line(config);
         if config.is_demo() {
             cmdline.push_str(&format!(" {DEMO_TIME}={boot_us}"));
         }
@@ -249,11 +249,11 @@ fn legacy(
 }
 
 /// The kernel's command line: what the user gave, what devices add, and where devices are.
-fn command_line(config: &VmConfig, places: &[arch::VirtioMmio]) -> String {
+pub(crate) fn command_line(config: &VmConfig) -> String {
     let given = config.boot_source.as_ref().and_then(|s| s.boot_args.as_deref());
     let mut words = vec![given.unwrap_or(crate::config::DEFAULT_BOOT_ARGS).to_owned()];
     words.extend(config.devices().filter_map(|recipe| recipe.kernel_args()));
-    words.extend(places.iter().map(arch::VirtioMmio::kernel_arg));
+    words.extend(places().zip(config.devices()).map(|(place, _)| place.kernel_arg()));
     words.join(" ")
 }
 

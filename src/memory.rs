@@ -15,8 +15,8 @@ use crate::error::Refusal;
 /// Maps the RAM that `machine` asks for: private, anonymous, zero, not yet backed by anything.
 pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
     let size = machine.mem_size_bytes();
-    let what = || format!("cannot map {} MiB of guest memory", machine.mem_size_mib);
-    check_host_has(size).map_err(Refusal::host(what()))?;
+    let what = || cannot_map(machine);
+    check(machine)?;
     let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     if machine.huge_pages == HugePages::Hugetlb2M {
         // Reserved, in contrast: a pool that runs dry later would be a SIGBUS in the guest.
@@ -38,6 +38,15 @@ pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
     }
     GuestRam::from_regions(regions)
         .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })
+}
+
+/// Refuses more RAM than the host has.
+pub(crate) fn check(machine: &MachineConfig) -> Result<(), Refusal> {
+    check_host_has(machine.mem_size_bytes()).map_err(Refusal::host(cannot_map(machine)))
+}
+
+fn cannot_map(machine: &MachineConfig) -> String {
+    format!("cannot map {} MiB of guest memory", machine.mem_size_mib)
 }
 
 /// A guest larger than the host is a mistake, or soon an out-of-memory kill.

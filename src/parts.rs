@@ -58,8 +58,8 @@ impl Parts {
         let source = config.boot_source()?;
         let kernel = open_kernel(&source.kernel_image_path)?;
         config.check_values()?;
-        kernel.check(config.machine.mem_size_bytes())?;
         let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
+        config.check_boot(&kernel, initrd.as_ref())?;
         let devices = config
             .devices()
             .map(|recipe| {
@@ -110,7 +110,7 @@ pub(crate) fn open_kernel(path: &Path) -> Result<Kernel, Refusal> {
     Ok(Kernel::read(path, file)?)
 }
 
-/// Opens an initrd. That it fits is seen when it is placed.
+/// Opens an initrd.
 pub(crate) fn open_initrd(path: &Path) -> Result<Initrd, Refusal> {
     let file = open_boot_file("initrd", path)?;
     let len = file.metadata().map_err(|e| boot_file("initrd", path, FileError::Read(e)))?.len();

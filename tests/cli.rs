@@ -153,16 +153,23 @@ fn check_refuses_what_run_refuses() {
     let beyond = Elf::new(0x800_0000, &[Segment::new(0x800_0000, PLUS_AND_POWEROFF)]);
     let beyond = scratch.file("beyond.elf", beyond.bytes);
     let empty = scratch.file("initrd", "");
+    let disk = scratch.sparse("disk.img", 1 << 20);
     for husk in [
         Husk::check(scratch.path("missing")),
         Husk::check(beyond),
         Husk::check(guest("hello")).initrd(empty),
-        Husk::check(guest("hello")).cpus(33),
+        Husk::check(guest("hello")).initrd(scratch.sparse("large", 128 << 20)),
+        Husk::check(guest("hello")).cmdline(&"x".repeat(2048)),
+        Husk::check(guest("hello")).disk(&disk).disk(&disk),
+        Husk::check(guest("hello")).serial("file=/nonexistent/file"),
+        Husk::check(guest("hello")).serial("socket=/tmp"),
         Husk::check(guest("hello")).memory(0),
         Husk::check(guest("hello")).disk("/dev/zero"),
     ] {
         husk.wait().quickly().refused(3);
     }
+    let more = rustix::system::sysinfo().totalram / (1 << 20) + 1024;
+    Husk::check(guest("hello")).memory(more).wait().quickly().refused(4);
 }
 
 #[test]

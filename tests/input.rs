@@ -399,8 +399,11 @@ fn vcpus_and_memory_out_of_range() {
     let config = |machine: Value| json!({"boot-source": {"kernel_image_path": guest("hello")}, "machine-config": machine});
     for count in [0, 33, 255] {
         let machine = json!({"vcpu_count": count, "mem_size_mib": 128});
-        let words = ["machine-config", "vcpu_count", &count.to_string()];
-        refused(Husk::guest("hello", "").cpus(count), &vm.api(), config(machine), 3, &words);
+        let fault = vm.api().put("/vm", config(machine)).fault();
+        for word in ["machine-config", "vcpu_count", &count.to_string()] {
+            assert!(fault.contains(word), "{fault}");
+        }
+        Husk::guest("hello", "").cpus(count).wait().quickly().code(2);
     }
     for mib in [0, 1 << 60, u64::MAX] {
         let machine = json!({"vcpu_count": 1, "mem_size_mib": mib});
@@ -511,6 +514,147 @@ fn config_files_that_are_no_configurations() {
 }
 
 #[test]
+fn config_files_say_where_they_are_wrong() {
+    let scratch = Scratch::new();
+    let disk = scratch.sparse("disk.img", MIB);
+    let drive = json!({"drive_id": "a", "path_on_host": disk, "is_root_device": false});
+    let text = format!(
+        "{{\n  \"boot-source\": {{\"kernel_image_path\": \"builtin:demo\"}},\n  \"drives\": [\n    \
+         {drive},\n    {{\n      \"drive_id\": \"b\",\n      \"x\": 1\n    }}\n  ]\n}}\n"
+    );
+    let file = scratch.file("vm.json", &text);
+    let line = Husk::new(["run", "--config-file"]).arg(&file).wait().quickly().refused(3);
+    let start = format!("husk: {}: drives[1]: unknown field `x`, expected ", file.display());
+    assert!(line.starts_with(&start), "{line}");
+    assert!(line.ends_with(" at line 7 column 9"), "{line}");
+    // What the host lacks is no fault of the file's.
+    let config = json!({
+        "boot-source": {"kernel_image_path": "builtin:demo"},
+        "network-interfaces": [{"iface_id": "eth0", "host_dev_name": "none0"}],
+    });
+    let file = scratch.file("vm.json", config.to_string());
+    let line = Husk::new(["run", "--config-file"]).arg(&file).wait().quickly().refused(4);
+    assert!(line.contains("eth0") && line.contains("does not exist"), "{line}");
+}
+
+#[test]
+fn firecrackers_features_to_come_are_named() {
+    let vm = Husk::api().start();
+    let api = vm.api();
+    for (fault, name) in [
+        (api.put("/pmem/x", "{}").fault(), "pmem"),
+        (api.put("/vsock", "{}").fault(), "vsock"),
+        (api.put("/balloon", "{}").fault(), "balloon"),
+        (api.get("/balloon").fault(), "balloon"),
+        (api.get("/balloon/statistics").fault(), "balloon"),
+        (api.put("/metrics", "{}").fault(), "metrics"),
+        (api.put("/mmds/config", "{}").fault(), "mmds-config"),
+        (api.put("/cpu-config", "{}").fault(), "cpu-config"),
+        (api.put("/hotplug/memory", "{}").fault(), "memory-hotplug"),
+        (api.put("/snapshot/create", "{}").fault(), "snapshot"),
+        (api.put("/vm", r#"{"pmem": [{}]}"#).fault(), "pmem"),
+    ] {
+        assert_eq!(fault, format!("{name} is not supported yet"));
+    }
+}
+
+#[test]
+fn one_call_replaces_what_was_configured() {
+    let vm = Husk::api().start();
+    let api = vm.api();
+    api.put("/entropy", json!({})).done();
+    api.put("/machine-config", json!({"vcpu_count": 2, "mem_size_mib": 64})).done();
+    let source = json!({"kernel_image_path": guest("hello"), "boot_args": "how=hang"});
+    api.put("/vm", json!({"boot-source": source})).done();
+    let config = api.get("/vm/config").json();
+    assert_eq!(
+        (&config["entropy"], &config["machine-config"]["vcpu_count"]),
+        (&Value::Null, &json!(1))
+    );
+    api.act("Kill").done();
+    vm.wait().code(0);
+}
+
+#[test]
+fn refused_configuration_leaves_no_log() {
+    let (scratch, vm) = (Scratch::new(), Husk::api().start());
+    let log = scratch.path("husk.log");
+    let config = json!({
+        "logger": {"log_path": log},
+        "boot-source": {"kernel_image_path": guest("hello")},
+        "serial": {"to": {"File": scratch.path("missing/file")}},
+    });
+    vm.api().put("/vm", &config).fault();
+    let file = scratch.file("vm.json", config.to_string());
+    Husk::new(["run", "--config-file"]).arg(&file).wait().refused(3);
+    let good = json!({
+        "logger": {"log_path": log},
+        "boot-source": {"kernel_image_path": guest("hello")},
+    });
+    let file = scratch.file("vm.json", good.to_string());
+    Husk::new(["check", "--config-file"]).arg(&file).wait().code(0);
+    assert!(!log.exists());
+    Husk::new(["run", "--config-file"]).arg(&file).wait().ok();
+    assert!(log.exists());
+}
+
+#[test]
+fn settings_are_judged_where_they_are_made() {
+    let (scratch, network) = (Scratch::new(), Network::with_tap());
+    let vm = Husk::api().within(&network).start();
+    let api = vm.api();
+    assert_eq!(api.patch("/machine-config", json!({})).fault(), "Empty PATCH request.");
+    for (text, word) in
+        [("x".repeat(3000), "3000"), ("a\0b".into(), "0x00"), ("a\nb".into(), "0x0a")]
+    {
+        let source = json!({"kernel_image_path": guest("hello"), "boot_args": text});
+        let fault = api.put("/boot-source", source).fault();
+        assert!(fault.contains("command line") && fault.contains(word), "{fault}");
+    }
+    let fault = api.put("/serial", json!({"serial_out_path": scratch.path("no/file")})).fault();
+    assert!(fault.contains("No such file"), "{fault}");
+    let fault = api.put("/logger", json!({"log_path": scratch.path("no/file")})).fault();
+    assert!(fault.contains("No such file"), "{fault}");
+    // Firecracker's own clients say null and mean the default, and send limiters without limits.
+    let disk = scratch.sparse("disk.img", MIB);
+    let drive = json!({
+        "drive_id": "a", "path_on_host": disk, "is_root_device": false, "is_read_only": null,
+        "cache_type": null, "io_engine": null, "rate_limiter": {"bandwidth": null, "ops": null},
+    });
+    api.put("/drives/a", drive).done();
+    let fault =
+        api.put("/entropy", json!({"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}));
+    assert!(fault.fault().contains("rate_limiter"), "a limit");
+    let interface = |id: &str, tap: &str, mac: &str| {
+        let path = format!("/network-interfaces/{id}");
+        api.put(&path, json!({"iface_id": id, "host_dev_name": tap, "guest_mac": mac}))
+    };
+    network.run("ip", "tuntap add tap1 mode tap");
+    interface("eth0", "tap0", "06:00:AC:10:00:02").done();
+    let fault = interface("eth1", "tap1", "06:00:ac:10:00:02").fault();
+    assert!(
+        fault.contains("The guest MAC address 06:00:ac:10:00:02 is already in use."),
+        "{fault}"
+    );
+    let fault = interface("eth1", "tap0", "06:00:ac:10:00:03").fault();
+    assert!(fault.contains("is in use"), "{fault}");
+    interface("eth0", "tap0", "06:00:AC:10:00:02").done();
+    api.put("/drives/a", json!({"drive_id": "a", "path_on_host": disk, "is_root_device": false}))
+        .done();
+    let fault = api
+        .put("/drives/b", json!({"drive_id": "b", "path_on_host": disk, "is_root_device": false}));
+    assert!(fault.fault().contains("in use"), "the same disk");
+    for i in 2..17 {
+        let disk = scratch.sparse(&format!("{i}.img"), MIB);
+        let id = format!("d{i}");
+        let drive = json!({"drive_id": id, "path_on_host": disk, "is_root_device": false});
+        api.put(&format!("/drives/{id}"), drive).done();
+    }
+    let fault = api.put("/entropy", json!({})).fault();
+    assert!(fault.contains("17 virtio devices"), "{fault}");
+}
+
+#[test]
 fn refused_configuration_changes_nothing() {
     let (scratch, vm) = (Scratch::new(), Husk::api().start());
     let disk = scratch.sparse("disk.img", MIB);
@@ -550,7 +694,14 @@ fn serial_ports_that_lead_to_no_place() {
     ] {
         let line = Husk::guest("hello", "").serial(&to).wait().quickly().refused(3);
         assert!(line.contains("serial") && line.contains(&*directory.to_string()), "{line}");
+        let checked = Husk::check(guest("hello")).serial(&to).wait().quickly().refused(3);
+        assert_eq!(checked, line);
     }
+    let taken = scratch.path("taken");
+    let _listener = UnixListener::bind(&taken).unwrap();
+    let to = format!("socket={}", taken.display());
+    let line = Husk::guest("hello", "").serial(&to).wait().quickly().refused(3);
+    assert!(line.ends_with("is in use by another process"), "{line}");
     assert_eq!(fs::read_to_string(scratch.path("file")).unwrap(), "precious");
     for to in ["", "file", "file=", "socket=", "telephone"] {
         Husk::guest("hello", "").serial(to).wait().quickly().code(2);

@@ -10,7 +10,7 @@
 
 mod x86_64;
 
-pub use x86_64::boot::{Initrd, Platform, VirtioMmio};
+pub use x86_64::boot::{Initrd, Platform, VirtioMmio, check_cmdline};
 pub use x86_64::error::{BootError, FileError};
 pub use x86_64::kernel::{Entry, Kernel, Protocol};
 pub use x86_64::layout;

@@ -18,12 +18,14 @@
 pub(crate) mod client;
 mod http;
 pub(crate) mod message;
+mod not_yet;
 mod openapi;
 pub(crate) mod route;
 mod server;
 mod socket;
 mod stream;
 
+pub(crate) use not_yet::NOT_YET;
 pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::{StalePolicy, bind};

@@ -1,4 +1,5 @@
 //! The table of routes as an OpenAPI 3.1 document.
+use devices::virtio::model::ID_PATTERN;
 use schemars::generate::SchemaSettings;
 use schemars::{Schema, SchemaGenerator};
 use serde_json::{Map, Value, json};
@@ -74,7 +75,7 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
             "name": "id",
             "in": "path",
             "required": true,
-            "schema": { "type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$" },
+            "schema": { "type": "string", "pattern": ID_PATTERN },
         }]);
     }
     operation

@@ -4,10 +4,12 @@
 //! To add an endpoint: a row in [`ROUTES`], or a [`Section`] where the configuration has a new one.
 use std::borrow::Cow;
 
+use devices::virtio::model::{ID_LEN_MAX, is_id};
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::de::DeserializeOwned;
 
 use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
+use super::not_yet::Missing;
 use crate::error::Refusal;
 use crate::events::Event;
 use crate::exit::Ending;
@@ -196,7 +198,10 @@ impl Routes {
             None if with_method().any(|route| route.lacks_only_id(&segments)) => {
                 Err(RouteError::EmptyId)
             }
-            None => Err(RouteError::unknown(method, path)),
+            None => Err(match Missing::find(method, &segments) {
+                Some(missing) => RouteError::NotYet(missing.what),
+                None => RouteError::unknown(method, path),
+            }),
         }
     }
 }
@@ -206,6 +211,8 @@ impl Routes {
 pub(crate) enum RouteError {
     #[error("Invalid request method and/or path: {method} {path}.")]
     Unknown { method: String, path: String },
+    #[error("{0} is not supported yet")]
+    NotYet(&'static str),
     #[error("The ID cannot be empty.")]
     EmptyId,
     #[error(
@@ -224,7 +231,6 @@ impl RouteError {
 }
 
 const SHOWN_PATH_LEN: usize = 128;
-const ID_LEN_MAX: usize = 64;
 const ID_PLACE: &str = "{id}";
 
 impl Route {
@@ -344,10 +350,9 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Refusal> {
 
 fn checked_id(raw: &str) -> Result<String, RouteError> {
     let id = percent_decoded(raw).ok_or(RouteError::InvalidId)?;
-    let is_fit = |b: u8| b.is_ascii_alphanumeric() || b == b'_' || b == b'-';
-    match id.len() {
-        0 => Err(RouteError::EmptyId),
-        1..=ID_LEN_MAX if id.bytes().all(is_fit) => Ok(id),
+    match id.as_str() {
+        "" => Err(RouteError::EmptyId),
+        id if is_id(id) => Ok(id.to_owned()),
         _ => Err(RouteError::InvalidId),
     }
 }
@@ -422,6 +427,11 @@ pub(crate) mod tests {
     fn refuses_what_is_in_no_table() {
         assert_eq!(text("GET", "/nope"), "Invalid request method and/or path: GET nope.");
         assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
+        assert_eq!(text("GET", "/mmds/x"), "mmds-config is not supported yet");
+        assert_eq!(text("PUT", "/pmem/p0"), "pmem is not supported yet");
+        assert_eq!(text("PATCH", "/balloon/statistics"), "balloon is not supported yet");
+        assert_eq!(text("DELETE", "/drives/a"), "unplugging drives is not supported yet");
+        assert_eq!(text("DELETE", "/vm"), "Invalid request method and/or path: DELETE vm.");
         assert_eq!(text("POST", "/"), "Invalid request method and/or path: POST .");
         assert_eq!(text("PUT", "/actions/x"), "Invalid request method and/or path: PUT actions/x.");
         assert_eq!(text("GET", "/version?x"), "Invalid request method and/or path: GET version?x.");

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::backend::file::is_shortage;
+use devices::virtio::model::{ID_LEN_MAX, is_id};
 
 use crate::api::{self, Server, StalePolicy};
 use crate::bell::Bell;
@@ -51,17 +52,16 @@ pub(super) struct Launch {
 
 /// A VM's id: what Firecracker allows, and the underscore.
 pub(super) fn id(s: &str) -> Result<String, String> {
-    let is_good = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
-    if (1..=64).contains(&s.len()) && s.chars().all(is_good) {
-        Ok(s.into())
-    } else {
-        Err("want 1 to 64 letters, digits, '-' or '_'".into())
+    match is_id(s) {
+        true => Ok(s.into()),
+        false => Err(format!("want 1 to {ID_LEN_MAX} letters, digits, '-' or '_'")),
     }
 }
 
 impl Launch {
     /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
     pub(super) fn carry_out(self, started: Instant) -> Result<ExitCode, Refusal> {
+        self.config.start_log()?;
         let mut signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();

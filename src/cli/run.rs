@@ -8,7 +8,7 @@ use clap::Args;
 use super::launch::{Launch, Style};
 use super::{fail, launch};
 use crate::config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, OnReboot, SerialTo, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, OnReboot, SerialTo, VCPUS_MAX, VmConfig,
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
@@ -32,7 +32,8 @@ struct GuestArgs {
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
     cmdline: String,
     /// vCPUs, 1-32
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 1,
+          value_parser = clap::value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
     cpus: u8,
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]

@@ -14,7 +14,7 @@ use linux_loader::loader::elf::start_info::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::error::{BootError, FileError};
-use super::kernel::{Entry, Protocol, copy_file};
+use super::kernel::{Entry, Kernel, Protocol, copy_file};
 use super::{acpi, layout, mptable, regs};
 use crate::GuestRam;
 
@@ -31,6 +31,38 @@ pub struct Initrd {
     pub path: PathBuf,
     /// Read from its start.
     pub file: File,
+}
+
+impl Initrd {
+    /// Checks that there is room for it in `ram_size` bytes of RAM, beside `kernel`.
+    pub fn check(&self, kernel: &Kernel, ram_size: u64) -> Result<(), BootError> {
+        self.place(&kernel.entry(), ram_size).map(|_| ())
+    }
+
+    /// As high as it may lie, so that the kernel below it can grow.
+    fn place(&self, kernel: &Entry, ram_size: u64) -> Result<Placed, BootError> {
+        let len = self.file.metadata().map_err(|e| self.failed(FileError::Read(e)))?.size();
+        if len == 0 {
+            return Err(self.failed(FileError::Empty));
+        }
+        let ram_end = ram_size.min(layout::HOLE);
+        let ceiling = kernel.initrd_ceiling().min(ram_end);
+        let floor = if kernel.start < layout::HIGH_RAM {
+            layout::HIGH_RAM
+        } else {
+            kernel.end.next_multiple_of(PAGE)
+        };
+        let floor = floor.max(kernel.end.next_multiple_of(PAGE));
+        let addr = ceiling.checked_sub(len).map(|a| a / PAGE * PAGE).filter(|&a| a >= floor);
+        match addr {
+            Some(addr) => Ok(Placed { addr, len }),
+            None => Err(self.failed(FileError::NoRoom { len, floor, ceiling })),
+        }
+    }
+
+    fn failed(&self, why: FileError) -> BootError {
+        BootError::File { what: "initrd", path: self.path.clone(), why }
+    }
 }
 
 /// Where a virtio-mmio device answers.
@@ -164,8 +196,8 @@ impl Platform<'_> {
     }
 }
 
-/// Refuses what the kernel would cut off or misread.
-fn check_cmdline(cmdline: &str, max: usize) -> Result<(), BootError> {
+/// Refuses what a kernel that takes `max` bytes, the NUL included, would cut off or misread.
+pub fn check_cmdline(cmdline: &str, max: usize) -> Result<(), BootError> {
     let max = max.saturating_sub(1);
     if cmdline.len() > max {
         return Err(BootError::CmdlineTooLong { len: cmdline.len(), max });
@@ -197,32 +229,11 @@ fn memory_map(mem: &GuestRam) -> Vec<Range> {
     ranges
 }
 
-/// Puts the initrd as high as it may lie, so that the kernel below it can grow.
+/// Puts the initrd in its place.
 fn place_initrd(mem: &GuestRam, kernel: &Entry, initrd: &Initrd) -> Result<Placed, BootError> {
-    let failed = |why| BootError::File { what: "initrd", path: initrd.path.clone(), why };
-    let len = initrd.file.metadata().map_err(|e| failed(FileError::Read(e)))?.size();
-    if len == 0 {
-        return Err(failed(FileError::Empty));
-    }
-    let ram_end = mem
-        .iter()
-        .filter(|r| r.start_addr().0 < layout::HOLE)
-        .map(|r| r.start_addr().0 + r.len())
-        .max()
-        .unwrap_or(0);
-    let ceiling = kernel.initrd_ceiling().min(ram_end);
-    let floor = if kernel.start < layout::HIGH_RAM {
-        layout::HIGH_RAM
-    } else {
-        kernel.end.next_multiple_of(PAGE)
-    };
-    let floor = floor.max(kernel.end.next_multiple_of(PAGE));
-    let addr = ceiling.checked_sub(len).map(|a| a / PAGE * PAGE).filter(|&a| a >= floor);
-    let Some(addr) = addr else {
-        return Err(failed(FileError::NoRoom { len, floor, ceiling }));
-    };
-    copy_file(mem, addr, &initrd.file, len).map_err(failed)?;
-    Ok(Placed { addr, len })
+    let placed = initrd.place(kernel, mem.iter().map(GuestMemoryRegion::len).sum())?;
+    copy_file(mem, placed.addr, &initrd.file, placed.len).map_err(|why| initrd.failed(why))?;
+    Ok(placed)
 }
 
 fn write(mem: &GuestRam, at: u64, bytes: &[u8], what: &'static str) -> Result<(), BootError> {

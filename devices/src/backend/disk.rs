@@ -174,6 +174,11 @@ pub enum Unmap {
 }
 
 /// Opens `path` and finds out what it is: the file, its identity and its size.
+/// What tells a file from others: device and inode.
+pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
+    (metadata.dev(), metadata.ino())
+}
+
 fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskError> {
     let failed = |what, source| DiskError::Host { what, path: path.into(), source };
     let file = file::open(path, access, Kind::Disk)?;
@@ -184,7 +189,7 @@ fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskErro
     if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
         return Err(DiskError::Size { path: path.into(), size });
     }
-    Ok((file, (metadata.dev(), metadata.ino()), size))
+    Ok((file, identity(&metadata), size))
 }
 
 fn take_lock(file: &File, path: &Path, access: Access) -> Result<Arc<File>, DiskError> {

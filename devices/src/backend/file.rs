@@ -84,6 +84,27 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     }
 }
 
+/// Refuses a path at which no file could be made, because of the directory that it is in.
+pub fn check_parent(path: &Path) -> std::io::Result<()> {
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
+    match std::fs::metadata(parent)?.is_dir() {
+        true => Ok(rustix::fs::access(parent, access)?),
+        false => Err(std::io::ErrorKind::NotADirectory.into()),
+    }
+}
+
+/// Refuses a path to which output could not be appended, without making a file there.
+pub fn check_writable(path: &Path) -> std::io::Result<()> {
+    match rustix::fs::access(path, rustix::fs::Access::WRITE_OK) {
+        Err(rustix::io::Errno::NOENT) => check_parent(path),
+        writable => Ok(writable?),
+    }
+}
+
 fn refuse(found: std::fs::FileType, kind: Kind) -> Option<(&'static str, &'static str)> {
     let name = if found.is_file() {
         return None;

@@ -65,25 +65,28 @@ impl Listener {
     /// a file of another kind, is an error and stays.
     pub fn bind(path: &Path) -> Result<Self, ListenError> {
         let host = |source: Errno| ListenError::Host { path: path.into(), source: source.into() };
-        let address = SocketAddrUnix::new(path).map_err(|e| match e {
-            Errno::NAMETOOLONG => ListenError::TooLong { path: path.into() },
-            e => host(e),
-        })?;
-        // 107 bytes and a NUL: one more would bind, and be out of reach for many a client.
-        if path.as_os_str().len() > 107 {
-            return Err(ListenError::TooLong { path: path.into() });
-        }
+        let address = address(path)?;
         let fd = socket(SocketType::STREAM).map_err(host)?;
         // Before bind, so that there is no moment when others may connect (unix(7), NOTES).
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(host)?;
         let _lock = lock_directory(path).map_err(host)?;
-        remove_stale(path, &address)?;
+        if is_stale(path, &address)? {
+            std::fs::remove_file(path)
+                .map_err(|source| ListenError::Host { path: path.into(), source })?;
+        }
         rustix::net::bind(&fd, &address).map_err(host)?;
         let found = std::fs::symlink_metadata(path)
             .map_err(|source| ListenError::Host { path: path.into(), source })?;
         let listener = Self { fd, path: path.into(), device_and_inode: (found.dev(), found.ino()) };
         rustix::net::listen(&listener.fd, Self::BACKLOG).map_err(host)?;
         Ok(listener)
+    }
+
+    /// Whether [`Self::bind`] would succeed now. Leaves no trace.
+    pub fn check(path: &Path) -> Result<(), ListenError> {
+        is_stale(path, &address(path)?)?;
+        super::file::check_parent(path)
+            .map_err(|source| ListenError::Host { path: path.into(), source })
     }
 
     /// Where it listens.
@@ -143,11 +146,23 @@ fn lock_directory(path: &Path) -> Result<OwnedFd, Errno> {
     Err(Errno::AGAIN)
 }
 
-/// Makes way for a new socket.
-fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError> {
+fn address(path: &Path) -> Result<SocketAddrUnix, ListenError> {
+    let too_long = || ListenError::TooLong { path: path.into() };
+    // 107 bytes and a NUL: one more would bind, and be out of reach for many a client.
+    if path.as_os_str().len() > 107 {
+        return Err(too_long());
+    }
+    SocketAddrUnix::new(path).map_err(|e| match e {
+        Errno::NAMETOOLONG => too_long(),
+        e => ListenError::Host { path: path.into(), source: e.into() },
+    })
+}
+
+/// Whether there is a socket to make way for a new one. What must stay is an error.
+fn is_stale(path: &Path, address: &SocketAddrUnix) -> Result<bool, ListenError> {
     let host = |source| ListenError::Host { path: path.into(), source };
     let found = match std::fs::symlink_metadata(path) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(false),
         found => found.map_err(host)?,
     };
     let kind = found.file_type();
@@ -169,7 +184,7 @@ fn remove_stale(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenError
     // of a live socket does not see a client that is none.
     let probe = socket(SocketType::DGRAM).map_err(|e| host(e.into()))?;
     match rustix::net::connect(&probe, address) {
-        Err(Errno::CONNREFUSED) => std::fs::remove_file(path).map_err(host),
+        Err(Errno::CONNREFUSED) => Ok(true),
         Err(Errno::PROTOTYPE | Errno::AGAIN) | Ok(()) => {
             Err(ListenError::InUse { path: path.into() })
         }

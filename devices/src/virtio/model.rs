@@ -7,11 +7,12 @@
 use std::fmt::Debug;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
-use serde::{Serialize, de::DeserializeOwned};
+use serde::{Deserialize as _, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::queue::VirtQueue;
 use crate::io::Worker;
+use crate::limiter::RateLimiter;
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
 /// transport; called from vCPU exits and from the VMM thread, never from an I/O thread.
@@ -87,10 +88,33 @@ pub trait Model: VirtioDevice + Sized + 'static {
     fn kernel_args(_config: &Self::Config) -> Option<String> {
         None
     }
+    /// What no other device of the VM may have.
+    fn claims(_config: &Self::Config) -> Vec<Claim> {
+        Vec::new()
+    }
     /// Refuses a configuration that cannot work, host side included, and leaves no trace.
     fn check(config: &Self::Config) -> Result<(), DeviceError>;
     /// Opens the host side.
     fn open(config: &Self::Config) -> Result<Self, DeviceError>;
+}
+
+/// Something that two devices of a VM cannot both have: a disk, a tap, an address.
+#[derive(Debug)]
+pub struct Claim {
+    /// What it is, to be compared.
+    pub key: String,
+    /// Whether others may have it who say so too.
+    pub is_shared: bool,
+    /// What to answer if another device has it.
+    pub refusal: DeviceError,
+}
+
+impl Claim {
+    /// Why this cannot be had, if one of `others` has it.
+    pub fn against(self, others: &[Self]) -> Option<DeviceError> {
+        let collides = |o: &Self| o.key == self.key && !(o.is_shared && self.is_shared);
+        others.iter().any(collides).then_some(self.refusal)
+    }
 }
 
 /// Why a device was refused or could not be made.
@@ -107,6 +131,9 @@ pub enum DeviceError {
         /// What is wrong with its value, value included.
         why: String,
     },
+    /// Another interface has the address. Firecracker's words.
+    #[error("The guest MAC address {0} is already in use.")]
+    MacInUse(String),
     /// The host does not give what the device needs.
     #[error("{what}: {source}")]
     Host {
@@ -143,20 +170,48 @@ impl DeviceError {
 
     /// Whether the user's words are at fault, rather than the host.
     pub fn is_config(&self) -> bool {
-        matches!(self, Self::Json(_) | Self::Field { .. } | Self::Fixed)
+        matches!(self, Self::Json(_) | Self::Field { .. } | Self::MacInUse(_) | Self::Fixed)
     }
 }
 
 /// Refuses an id that would not do as a path component of the API: 1 to 64 of `[A-Za-z0-9_-]`.
 pub fn check_id(field: &'static str, id: &str) -> Result<(), DeviceError> {
-    let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-    if (1..=64).contains(&id.len()) && id.chars().all(is_allowed) {
+    if is_id(id) {
         return Ok(());
     }
     Err(DeviceError::field(
         field,
-        format!("{id:?} is not 1 to 64 letters, digits, underscores or hyphens"),
+        format!("{id:?} is not 1 to {ID_LEN_MAX} letters, digits, underscores or hyphens"),
     ))
+}
+
+/// Most bytes of an id.
+pub const ID_LEN_MAX: usize = 64;
+
+/// What [`is_id`] says, as a regular expression.
+pub const ID_PATTERN: &str = "^[A-Za-z0-9_-]{1,64}$";
+
+/// Whether `id` can name a VM or a device: a path component of the API that needs no escaping.
+pub fn is_id(id: &str) -> bool {
+    let is_allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    (1..=ID_LEN_MAX).contains(&id.len()) && id.chars().all(is_allowed)
+}
+
+/// Reads `null` as the default, as Firecracker does.
+pub(crate) fn null_is_default<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: serde::Deserialize<'de> + Default,
+{
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
+}
+
+/// Refuses a limit, because none is applied yet. A limiter without limits is none.
+pub fn refuse_limits(
+    field: &'static str,
+    limiter: Option<&RateLimiter>,
+) -> Result<(), DeviceError> {
+    refuse_unsupported(field, limiter.filter(|limiter| !limiter.is_unlimited()))
 }
 
 /// Refuses a setting that is understood but not implemented, so that nobody relies on it.
@@ -182,6 +237,8 @@ pub trait Recipe: Debug + Send + Sync {
     fn is_first(&self) -> bool;
     /// See [`Model::kernel_args`].
     fn kernel_args(&self) -> Option<String>;
+    /// See [`Model::claims`].
+    fn claims(&self) -> Vec<Claim>;
     /// See [`Model::check`].
     fn check(&self) -> Result<(), DeviceError>;
     /// Opens the host side.
@@ -213,6 +270,9 @@ impl<M: Model> Recipe for Configured<M> {
     }
     fn kernel_args(&self) -> Option<String> {
         M::kernel_args(&self.0)
+    }
+    fn claims(&self) -> Vec<Claim> {
+        M::claims(&self.0)
     }
     fn check(&self) -> Result<(), DeviceError> {
         M::check(&self.0)

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::chain::Chain;
-use super::model::{DeviceError, Model, NoPatch, VirtioDevice, refuse_unsupported};
+use super::model::{DeviceError, Model, NoPatch, VirtioDevice, refuse_limits};
 use super::queue::{Served, VirtQueue, split};
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
@@ -49,7 +49,7 @@ impl Model for Rng {
     type Patch = NoPatch;
 
     fn check(config: &Config) -> Result<(), DeviceError> {
-        refuse_unsupported("rate_limiter", config.rate_limiter.as_ref())
+        refuse_limits("rate_limiter", config.rate_limiter.as_ref())
     }
 
     fn open(config: &Config) -> Result<Self, DeviceError> {

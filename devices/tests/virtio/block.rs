@@ -413,7 +413,10 @@ fn refuses_configurations_that_cannot_work() {
         (json!({"path_on_host": "/dev/zero"}), "path_on_host: /dev/zero is a character device"),
         (json!({"io_engine": "Async"}), "io_engine: Async is not supported yet"),
         (json!({"socket": "/x"}), "socket: is not supported yet"),
-        (json!({"rate_limiter": {}}), "rate_limiter: is not supported yet"),
+        (
+            json!({"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}),
+            "rate_limiter: is not supported yet",
+        ),
         (json!({"partuuid": "a b"}), "partuuid: "),
         (json!({"partuuid": "x init=/bin/sh"}), "partuuid: "),
     ];

@@ -379,6 +379,11 @@ fn a_patch_can_only_leave_things_as_they_are() {
     };
     update(json!({"iface_id": "eth0", "rx_rate_limiter": null})).unwrap();
     assert!(update(json!({"iface_id": "eth1"})).is_err());
-    assert!(update(json!({"iface_id": "eth0", "tx_rate_limiter": {}})).is_err());
+    assert!(
+        update(
+            json!({"iface_id": "eth0", "tx_rate_limiter": {"ops": {"size": 1, "refill_time": 1}}})
+        )
+        .is_err()
+    );
     assert_eq!((wire.machine.status(), wire.machine.irq.counts().1), (15, 0));
 }

@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use super::boot::check_cmdline;
 use super::error::{BootError, FileError};
 use super::layout;
 use crate::GuestRam;
@@ -147,13 +148,22 @@ impl Kernel {
         let ram_size = mem.iter().map(GuestMemoryRegion::len).sum();
         self.check(ram_size)?;
         self.copy(mem).map_err(|why| self.failed(why))?;
-        Ok(Entry {
+        Ok(self.entry())
+    }
+
+    /// Checks that the kernel takes `cmdline` whole.
+    pub fn check_cmdline(&self, cmdline: &str) -> Result<(), BootError> {
+        check_cmdline(cmdline, self.entry().cmdline_max())
+    }
+
+    pub(crate) fn entry(&self) -> Entry {
+        Entry {
             protocol: self.protocol,
             addr: self.entry,
             start: self.segments.iter().map(|s| s.addr).min().unwrap_or(0),
             end: self.segments.iter().map(Segment::end).max().unwrap_or(0),
             setup_header: self.setup_header,
-        })
+        }
     }
 
     fn copy(&self, mem: &GuestRam) -> Result<(), FileError> {

@@ -175,6 +175,21 @@ impl Console {
         Ok(console)
     }
 
+    /// Whether [`Self::file`] would succeed now. Makes no file.
+    pub fn check_file(path: &Path) -> Result<(), ConsoleError> {
+        let stat = rustix::fs::stat(path).ok();
+        match stat.and_then(|stat| unfit(FileType::from_raw_mode(stat.st_mode))) {
+            Some(found) => Err(ConsoleError::Kind { path: path.into(), found }),
+            None => super::file::check_writable(path)
+                .map_err(|source| ConsoleError::Open { path: path.into(), source }),
+        }
+    }
+
+    /// Whether [`Self::socket`] would succeed now. Leaves no trace.
+    pub fn check_socket(path: &Path) -> Result<(), ConsoleError> {
+        Ok(Listener::check(path)?)
+    }
+
     /// What the user opens or connects to: `/dev/pts/N`, or the socket.
     pub fn path(&self) -> Option<&Path> {
         match &self.kind {

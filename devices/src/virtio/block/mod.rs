@@ -12,9 +12,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::request::Executor;
-use super::model::{Change, DeviceError, Model, VirtioDevice, check_id, refuse_unsupported};
+use super::model::{
+    Change, Claim, DeviceError, Model, VirtioDevice, check_id, null_is_default, refuse_limits,
+    refuse_unsupported,
+};
 use super::queue::{Served, VirtQueue, split};
-use crate::backend::disk::{Disk, DiskError, SECTOR_SIZE};
+use crate::backend::disk::{self, Disk, DiskError, SECTOR_SIZE};
 use crate::backend::file::{self, Access};
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
@@ -78,16 +81,19 @@ pub struct Config {
     /// Whether the guest boots from it. It then comes first: `/dev/vda`.
     pub is_root_device: bool,
     /// Whether the guest may only read it.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schemars(with = "Option<bool>")]
     pub is_read_only: bool,
     /// The root partition, by its id, if it is not the whole drive.
     #[serde(default)]
     pub partuuid: Option<String>,
     /// What a flush means.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schemars(with = "Option<CacheType>")]
     pub cache_type: CacheType,
     /// How the file is read and written.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "null_is_default")]
+    #[schemars(with = "Option<IoEngine>")]
     pub io_engine: IoEngine,
     /// Limits on the drive's use of the host. Not supported yet.
     #[serde(default)]
@@ -121,7 +127,7 @@ impl Config {
     fn check_words(&self) -> Result<&Path, DeviceError> {
         check_id("drive_id", &self.drive_id)?;
         refuse_unsupported("socket", self.socket.as_ref())?;
-        refuse_unsupported("rate_limiter", self.rate_limiter.as_ref())?;
+        refuse_limits("rate_limiter", self.rate_limiter.as_ref())?;
         if self.io_engine == IoEngine::Async {
             return Err(DeviceError::field("io_engine", "Async is not supported yet"));
         }
@@ -196,6 +202,18 @@ impl Model for Block {
             Some(id) => format!("root=PARTUUID={id} {mode}"),
             None => format!("root=/dev/vda {mode}"),
         })
+    }
+
+    fn claims(config: &Config) -> Vec<Claim> {
+        let Some(path) = config.path_on_host.clone() else { return Vec::new() };
+        let Ok(identity) = std::fs::metadata(&path).map(|found| disk::identity(&found)) else {
+            return Vec::new();
+        };
+        vec![Claim {
+            key: format!("file {identity:?}"),
+            is_shared: config.is_read_only,
+            refusal: refused(DiskError::InUse(path)),
+        }]
     }
 
     fn check(config: &Config) -> Result<(), DeviceError> {
@@ -304,7 +322,7 @@ impl Block {
             let why = format!("{:?} is not this drive", patch.drive_id);
             return Err(DeviceError::field("drive_id", why));
         }
-        refuse_unsupported("rate_limiter", patch.rate_limiter.as_ref())?;
+        refuse_limits("rate_limiter", patch.rate_limiter.as_ref())?;
         let Some(path) = patch.path_on_host else { return Ok(Change::Silent) };
         self.disk = Arc::new(self.disk.reopen(&path).map_err(refused)?);
         self.space = config_space(self.disk.size(), self.disk.is_writable());

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::worker::NetWorker;
-use super::model::{Change, DeviceError, Model, VirtioDevice, check_id, refuse_unsupported};
+use super::model::{Change, Claim, DeviceError, Model, VirtioDevice, check_id, refuse_limits};
 use super::queue::{VirtQueue, split};
 use crate::backend::tap::{self, Tap, TapError, offload};
 use crate::io::Worker;
@@ -86,8 +86,8 @@ impl Config {
     fn check_words(&self) -> Result<(Option<[u8; 6]>, Option<u16>), DeviceError> {
         check_id("iface_id", &self.iface_id)?;
         tap::check_name(&self.host_dev_name).map_err(refused)?;
-        refuse_unsupported("rx_rate_limiter", self.rx_rate_limiter.as_ref())?;
-        refuse_unsupported("tx_rate_limiter", self.tx_rate_limiter.as_ref())?;
+        refuse_limits("rx_rate_limiter", self.rx_rate_limiter.as_ref())?;
+        refuse_limits("tx_rate_limiter", self.tx_rate_limiter.as_ref())?;
         if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
             return Err(DeviceError::field("mtu", format!("{mtu} is not in 68 to 65535")));
         }
@@ -176,6 +176,21 @@ impl Model for Net {
         &config.iface_id
     }
 
+    fn claims(config: &Config) -> Vec<Claim> {
+        let tap = &config.host_dev_name;
+        let mut claims = vec![Claim {
+            key: format!("tap {tap}"),
+            is_shared: false,
+            refusal: refused(TapError::InUse(tap.clone())),
+        }];
+        claims.extend(config.guest_mac.as_ref().map(|mac| Claim {
+            key: format!("mac {}", mac.to_ascii_lowercase()),
+            is_shared: false,
+            refusal: DeviceError::MacInUse(mac.clone()),
+        }));
+        claims
+    }
+
     fn check(config: &Config) -> Result<(), DeviceError> {
         config.check_words()?;
         Tap::open(&config.host_dev_name).map(|_tap| ()).map_err(refused)
@@ -240,8 +255,8 @@ impl VirtioDevice for Net {
             let why = format!("{:?} is not this interface", patch.iface_id);
             return Err(DeviceError::field("iface_id", why));
         }
-        refuse_unsupported("rx_rate_limiter", patch.rx_rate_limiter.as_ref())?;
-        refuse_unsupported("tx_rate_limiter", patch.tx_rate_limiter.as_ref())?;
+        refuse_limits("rx_rate_limiter", patch.rx_rate_limiter.as_ref())?;
+        refuse_limits("tx_rate_limiter", patch.tx_rate_limiter.as_ref())?;
         Ok(Change::Silent)
     }
 

@@ -1,0 +1,41 @@
+//! What boots: kernel, initrd, command line.
+use std::path::PathBuf;
+
+use arch::layout;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Refusal;
+
+/// The kernel image path that means the guest built into husk.
+pub const DEMO_GUEST: &str = "builtin:demo";
+
+/// The command line of a kernel for which none was given: Firecracker's.
+pub(crate) const DEFAULT_BOOT_ARGS: &str = "reboot=k panic=1 nomodule 8250.nr_uarts=0 \
+     i8042.noaux i8042.nomux i8042.dumbkbd swiotlb=noforce";
+
+/// What boots: `PUT /boot-source`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// An ELF or bzImage kernel; `builtin:demo` is the guest built into husk.
+    pub kernel_image_path: PathBuf,
+    /// An initial RAM disk.
+    #[serde(default)]
+    pub initrd_path: Option<PathBuf>,
+    /// The kernel command line. Devices are appended to it.
+    #[serde(default)]
+    pub boot_args: Option<String>,
+}
+
+impl BootSource {
+    /// Opens and reads what can be judged of it before the machine is known.
+    pub(super) fn check(&self) -> Result<(), Refusal> {
+        if let Some(text) = &self.boot_args {
+            arch::check_cmdline(text, layout::CMDLINE_MAX)?;
+        }
+        crate::parts::open_kernel(&self.kernel_image_path)?;
+        self.initrd_path.as_deref().map(crate::parts::open_initrd).transpose()?;
+        Ok(())
+    }
+}

@@ -1,0 +1,212 @@
+//! Configuration files, and the body of `PUT /vm`: an object whose keys are sections, whose values
+//! are what `PUT` takes, or arrays of it.
+//!
+//! A section's JSON is a part of the document's, so what is wrong in it is reported by its place in
+//! the document.
+use std::path::Path;
+
+use devices::backend::file::{self, Access, Kind};
+use devices::virtio;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+
+use super::VmConfig;
+use super::sections::{is_known, parse};
+use crate::api::NOT_YET;
+use crate::error::Refusal;
+
+/// More than any configuration has.
+const SIZE_MAX: u64 = 1 << 20;
+
+impl VmConfig {
+    /// Reads a configuration file, in Firecracker's format.
+    pub fn from_file(path: &Path) -> Result<Self, Refusal> {
+        let failed = |why| Refusal::ConfigFile { path: path.into(), why: Box::new(why) };
+        let what = "configuration file";
+        let file = file::open(path, Access::Read, Kind::Regular)
+            .map_err(|source| Refusal::Open { what, source })?;
+        let mut text = Vec::new();
+        std::io::Read::read_to_end(&mut std::io::Read::take(file, SIZE_MAX + 1), &mut text)
+            .map_err(Refusal::host("cannot read it"))
+            .map_err(failed)?;
+        if text.len() as u64 > SIZE_MAX {
+            let why = format!("larger than {SIZE_MAX} bytes");
+            return Err(failed(Refusal::Body(serde::de::Error::custom(why))));
+        }
+        let mut config = Self::default();
+        config.put_all(&text).map_err(failed)?;
+        Ok(config)
+    }
+
+    /// Replaces the whole configuration, but not its [`Self::defaults`], by what a configuration
+    /// file or `PUT /vm` holds. All or nothing.
+    pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
+        let mut config = Self { defaults: self.defaults.clone(), ..Self::default() };
+        for (name, value) in parse::<Document<'_>>(json)?.0 {
+            config.put_section(json, &name, value)?;
+        }
+        *self = config;
+        Ok(())
+    }
+
+    fn put_section(&mut self, json: &[u8], name: &str, value: &RawValue) -> Result<(), Refusal> {
+        let text = value.get();
+        if let Some(missing) = NOT_YET.iter().find(|missing| missing.key == Some(name)) {
+            // What `GET /vm/config` shows of a section that is not there.
+            let is_none = text == "null" || parse::<[(); 0]>(text.as_bytes()).is_ok();
+            return if is_none { Ok(()) } else { Err(Refusal::NotYet(missing.what)) };
+        }
+        if text == "null" {
+            return Ok(());
+        }
+        let place = |place: &str, part: &RawValue, why| within(json, place, part, why);
+        if !virtio::model(name).is_some_and(|row| row.is_many) {
+            return self.put(name, None, text.as_bytes()).map_err(|e| place(name, value, e));
+        }
+        let members: Vec<&RawValue> = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
+        for (i, member) in members.into_iter().enumerate() {
+            self.put(name, None, member.get().as_bytes())
+                .map_err(|e| place(&format!("{name}[{i}]"), member, e))?;
+        }
+        Ok(())
+    }
+}
+
+/// A refusal of `part` of a document: where, then why. Only what is wrong with the JSON lacks a
+/// place, and a name.
+fn within(json: &[u8], name: &str, part: &RawValue, why: Refusal) -> Refusal {
+    let Refusal::Body(e) = why else { return why };
+    let message = e.to_string();
+    let relative = format!(" at line {} column {}", e.line(), e.column());
+    let message = message.strip_suffix(&relative).unwrap_or(&message);
+    let before = part.get().as_ptr().addr().saturating_sub(json.as_ptr().addr());
+    let before = json.get(..before).unwrap_or_default();
+    let line = before.iter().filter(|&&byte| byte == b'\n').count() + e.line().max(1);
+    let column = match e.line() {
+        0 | 1 => before.iter().rev().take_while(|&&byte| byte != b'\n').count() + e.column(),
+        _ => e.column(),
+    };
+    let text = format!("{name}: {message} at line {line} column {column}");
+    Refusal::Body(serde::de::Error::custom(text))
+}
+
+/// An object whose keys are sections. A key given twice is an error, not a silent last word.
+struct Document<'a>(Vec<(String, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Document<'a> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> serde::de::Visitor<'de> for Visitor {
+            type Value = Document<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of configuration sections")
+            }
+
+            fn visit_map<A: serde::de::MapAccess<'de>>(
+                self,
+                mut map: A,
+            ) -> Result<Document<'de>, A::Error> {
+                let mut sections: Vec<(String, _)> = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if sections.iter().any(|(other, _)| *other == name) {
+                        let message = format!("duplicate field `{name}`");
+                        return Err(serde::de::Error::custom(message));
+                    }
+                    let is_missing = || NOT_YET.iter().any(|m| m.key == Some(name.as_str()));
+                    if !is_known(&name) && !is_missing() {
+                        return Err(serde::de::Error::custom(format!("unknown field `{name}`")));
+                    }
+                    sections.push((name, map.next_value()?));
+                }
+                Ok(Document(sections))
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn refusal(text: &str) -> String {
+        match VmConfig::default().put_all(text.as_bytes()).unwrap_err() {
+            Refusal::Body(e) => e.to_string(),
+            other => other.to_string(),
+        }
+    }
+
+    #[test]
+    fn places_are_those_of_the_document() {
+        let text = "{\n  \"entropy\": {\n    \"x\": 1\n  }\n}";
+        let start = "entropy: unknown field `x`, expected `rate_limiter` at line 3 column 7";
+        assert_eq!(refusal(text), start);
+        let text = "{\"entropy\": {\"x\": 1}}";
+        assert!(refusal(text).ends_with(" at line 1 column 16"), "{}", refusal(text));
+        let drives = "{\n \"drives\": [\n  {\"drive_id\": \"a\",\n   \"y\": 1}]}";
+        let said = refusal(drives);
+        assert!(said.starts_with("drives[0]: unknown field `y`, expected"), "{said}");
+        assert!(said.ends_with(" at line 4 column 6"), "{said}");
+        assert!(refusal("{\n\n\"drives\": {}}").ends_with(" at line 3 column 10"));
+    }
+
+    #[test]
+    fn sections_to_come_may_be_empty_and_nothing_else() {
+        let mut config = VmConfig::default();
+        for name in NOT_YET.iter().filter_map(|missing| missing.key) {
+            for none in ["null", "[]", "[ ]", "[\n]"] {
+                config.put_all(format!("{{\"{name}\": {none}}}").as_bytes()).unwrap();
+            }
+            let said = refusal(&format!("{{\"{name}\": {{\"x\": 1}}}}"));
+            assert!(said.ends_with(" not supported yet"), "{said}");
+        }
+        assert_eq!(refusal(r#"{"pmem": [{}]}"#), "pmem is not supported yet");
+    }
+
+    #[test]
+    fn what_is_shown_can_be_put_again() {
+        let everything = json!({
+            "boot-source": {"kernel_image_path": "builtin:demo", "boot_args": "a b"},
+            "machine-config": {"vcpu_count": 4, "mem_size_mib": 64, "smt": true, "pit": true,
+                               "huge_pages": "Transparent", "cpu_template": "None",
+                               "on_reboot": "Exit"},
+            "serial": {"to": "Pty", "rate_limiter": {"ops": null}},
+            "logger": {"level": "trace", "show_level": true, "show_log_origin": false,
+                       "module": "husk"},
+            "drives": [{"drive_id": "a", "path_on_host": "Cargo.toml", "is_root_device": false}],
+            "entropy": {"rate_limiter": {}},
+        });
+        // A file of a fitting size, whatever this one's is.
+        let disk = std::env::temp_dir().join(format!("husk-config-{}", std::process::id()));
+        std::fs::write(&disk, [0; 512]).unwrap();
+        let mut everything = everything;
+        everything["drives"][0]["path_on_host"] = json!(disk);
+        for given in [json!({}), everything] {
+            let mut config = VmConfig::default();
+            config.put_all(given.to_string().as_bytes()).unwrap();
+            let shown = config.to_json();
+            let mut again = VmConfig::default();
+            again.put_all(shown.to_string().as_bytes()).unwrap();
+            assert_eq!(again.to_json(), shown);
+        }
+        std::fs::remove_file(disk).unwrap();
+    }
+
+    #[test]
+    fn a_document_replaces_everything_or_nothing() {
+        let mut config = VmConfig::default();
+        config.defaults.serial = crate::SerialTo::None;
+        config.put("entropy", None, b"{}").unwrap();
+        let before = config.to_json();
+        config
+            .put_all(br#"{"machine-config": {"vcpu_count": 2, "mem_size_mib": 64}, "x": 1}"#)
+            .unwrap_err();
+        assert_eq!(config.to_json(), before);
+        config.put_all(b"{}").unwrap();
+        assert_eq!(config.to_json()["entropy"], serde_json::Value::Null);
+        assert_eq!(config.serial_to(), crate::SerialTo::None);
+    }
+}

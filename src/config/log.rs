@@ -1,0 +1,78 @@
+//! The log, as it is configured. `crate::logger` writes it.
+use std::path::PathBuf;
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Refusal;
+
+/// How much is logged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, JsonSchema)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// Failures.
+    Error,
+    /// What may become one.
+    Warning,
+    /// What happens.
+    #[default]
+    Info,
+    /// How.
+    Debug,
+    /// Every step.
+    Trace,
+}
+
+impl std::str::FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        match s.to_ascii_lowercase().as_str() {
+            "off" => Ok(Self::Off),
+            "error" => Ok(Self::Error),
+            "warn" | "warning" => Ok(Self::Warning),
+            "info" => Ok(Self::Info),
+            "debug" => Ok(Self::Debug),
+            "trace" => Ok(Self::Trace),
+            _ => Err(format!(
+                "unknown variant `{s}`, expected one of `Off`, `Trace`, `Debug`, `Info`, `Warning`, \
+                 `Error`"
+            )),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for LogLevel {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// The log: `PUT /logger`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct LoggerConfig {
+    /// How much; any case.
+    #[serde(default)]
+    pub level: Option<LogLevel>,
+    /// A file or FIFO; standard error (or output, as `firecracker`) if there is none.
+    #[serde(default)]
+    pub log_path: Option<PathBuf>,
+    /// Whether lines show their level.
+    #[serde(default)]
+    pub show_level: Option<bool>,
+    /// Whether lines show the place in the source.
+    #[serde(default)]
+    pub show_log_origin: Option<bool>,
+    /// Only lines of modules whose path starts so.
+    #[serde(default)]
+    pub module: Option<String>,
+}
+
+impl LoggerConfig {
+    /// Refuses a file that cannot be written to, and does not make it.
+    pub(super) fn check(&self) -> Result<(), Refusal> {
+        self.log_path.as_deref().map_or(Ok(()), crate::logger::check)
+    }
+}

@@ -1,0 +1,163 @@
+//! The machine: vCPUs, memory, what its reset does.
+use arch::layout;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Refusal;
+
+/// Most vCPUs a VM can have.
+pub const VCPUS_MAX: u8 = 32;
+
+/// Which pages back guest RAM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum HugePages {
+    /// As the host is set up.
+    #[default]
+    None,
+    /// Transparent huge pages are asked for.
+    Transparent,
+    /// Pages of 2 MiB from the host's pool (hugetlbfs).
+    #[serde(rename = "2M")]
+    Hugetlb2M,
+}
+
+/// What a guest's own reset does.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum,
+)]
+pub enum OnReboot {
+    /// The VM boots again, in the same process.
+    #[default]
+    Restart,
+    /// The VM ends.
+    Exit,
+}
+
+/// The machine: `PUT /machine-config`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// How many vCPUs, 1-32.
+    pub vcpu_count: u8,
+    /// RAM in MiB, from 1.
+    pub mem_size_mib: u64,
+    /// Whether two vCPUs share a core.
+    #[serde(default)]
+    pub smt: bool,
+    /// Whether the pages that the guest writes are remembered.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Which pages back guest RAM.
+    #[serde(default)]
+    pub huge_pages: HugePages,
+    /// A named set of CPU features. Not supported yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_template: Option<CpuTemplate>,
+    /// Whether there is a PIT (i8254), for kernels that do not know kvm-clock. husk only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub pit: bool,
+    /// What a guest's own reset does, if not what [`Defaults`] say. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub on_reboot: Option<OnReboot>,
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            smt: false,
+            track_dirty_pages: false,
+            huge_pages: HugePages::None,
+            cpu_template: None,
+            pit: false,
+            on_reboot: None,
+        }
+    }
+}
+
+/// Named sets of CPU features.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum CpuTemplate {
+    /// None of them.
+    None,
+    /// Not supported yet.
+    C3,
+    /// Not supported yet.
+    T2,
+    /// Not supported yet.
+    T2S,
+    /// Not supported yet.
+    T2CL,
+    /// Not supported yet.
+    T2A,
+    /// Not supported yet.
+    V1N1,
+}
+
+/// `PATCH /machine-config`: what is given replaces what was.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct MachinePatch {
+    vcpu_count: Option<u8>,
+    mem_size_mib: Option<u64>,
+    smt: Option<bool>,
+    track_dirty_pages: Option<bool>,
+    huge_pages: Option<HugePages>,
+    cpu_template: Option<CpuTemplate>,
+    pit: Option<bool>,
+    on_reboot: Option<OnReboot>,
+}
+
+impl MachineConfig {
+    /// RAM in bytes. The size has been checked.
+    pub fn mem_size_bytes(&self) -> u64 {
+        self.mem_size_mib << 20
+    }
+
+    pub(super) fn check(&self) -> Result<(), Refusal> {
+        let refuse = |field, why| Err(Refusal::Field { section: "machine-config", field, why });
+        let vcpus = self.vcpu_count;
+        if !(1..=VCPUS_MAX).contains(&vcpus) {
+            return refuse("vcpu_count", format!("{vcpus} is not between 1 and {VCPUS_MAX}"));
+        }
+        if self.smt && vcpus > 1 && vcpus % 2 == 1 {
+            return refuse("vcpu_count", format!("{vcpus} is odd, with smt it must be 1 or even"));
+        }
+        let (min, max) = (layout::RAM_MIN >> 20, layout::RAM_MAX >> 20);
+        if !(min..=max).contains(&self.mem_size_mib) {
+            let why = format!("{} is not between {min} and {max}", self.mem_size_mib);
+            return refuse("mem_size_mib", why);
+        }
+        if self.huge_pages == HugePages::Hugetlb2M && self.mem_size_mib % 2 == 1 {
+            let why = format!("{} is odd, with huge_pages 2M it must be even", self.mem_size_mib);
+            return refuse("mem_size_mib", why);
+        }
+        if self.track_dirty_pages {
+            let why = "dirty page tracking is not supported yet".into();
+            return refuse("track_dirty_pages", why);
+        }
+        match self.cpu_template {
+            None | Some(CpuTemplate::None) => crate::memory::check(self),
+            Some(other) => {
+                refuse("cpu_template", format!("{other:?}: CPU templates are not supported yet"))
+            }
+        }
+    }
+
+    pub(super) fn merge(&mut self, patch: MachinePatch) {
+        fn set<T>(to: &mut T, from: Option<T>) {
+            if let Some(value) = from {
+                *to = value;
+            }
+        }
+        set(&mut self.vcpu_count, patch.vcpu_count);
+        set(&mut self.mem_size_mib, patch.mem_size_mib);
+        set(&mut self.smt, patch.smt);
+        set(&mut self.track_dirty_pages, patch.track_dirty_pages);
+        set(&mut self.huge_pages, patch.huge_pages);
+        set(&mut self.pit, patch.pit);
+        self.on_reboot = patch.on_reboot.or(self.on_reboot);
+        self.cpu_template = patch.cpu_template.or(self.cpu_template);
+    }
+}

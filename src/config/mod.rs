@@ -1,0 +1,275 @@
+//! What the user asked for: plain data, no descriptors, nothing to drop. One schema for the
+//! command line, the configuration file, the API and the library.
+//!
+//! Sections are data: [`sections`] lists those that are not virtio devices, the device table
+//! (`devices::virtio::MODELS`) the others. Routes, the configuration file and the OpenAPI document
+//! all come from these two lists.
+mod boot_source;
+mod document;
+mod log;
+mod machine;
+mod sections;
+mod serial;
+
+use std::path::{Path, PathBuf};
+
+use arch::layout;
+use devices::virtio;
+use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
+use serde_json::{Value, json};
+
+pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
+pub use self::boot_source::{BootSource, DEMO_GUEST};
+pub use self::log::{LogLevel, LoggerConfig};
+pub use self::machine::{CpuTemplate, HugePages, MachineConfig, OnReboot, VCPUS_MAX};
+pub(crate) use self::sections::sections;
+use self::sections::{SECTIONS, fixed};
+pub use self::serial::{SerialConfig, SerialTo};
+use crate::api::NOT_YET;
+use crate::error::Refusal;
+use crate::parts;
+
+/// What holds where the user says nothing: the choice of whoever starts the VM, not of its
+/// configuration, so that a `PUT` that leaves a field out does not undo it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Defaults {
+    /// Where the serial port leads.
+    pub serial: SerialTo,
+    /// What a guest's own reset does.
+    pub on_reboot: OnReboot,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self { serial: SerialTo::Stdio, on_reboot: OnReboot::Restart }
+    }
+}
+
+/// Everything the user asked for.
+#[derive(Clone, Debug, Default)]
+pub struct VmConfig {
+    /// What holds where nothing is said.
+    pub defaults: Defaults,
+    /// What boots. Nothing can start without it.
+    pub boot_source: Option<BootSource>,
+    /// vCPUs and memory.
+    pub machine: MachineConfig,
+    /// Where the serial port leads.
+    pub serial: SerialConfig,
+    /// The log, if it was asked for here.
+    pub logger: Option<LoggerConfig>,
+    devices: Vec<Box<dyn Recipe>>,
+}
+
+impl VmConfig {
+    /// A configuration that boots `kernel` and is otherwise as it comes: 1 vCPU, 128 MiB, the
+    /// serial port leading nowhere.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            boot_source: Some(BootSource {
+                kernel_image_path: kernel.into(),
+                initrd_path: None,
+                boot_args: None,
+            }),
+            defaults: Defaults { serial: SerialTo::None, ..Defaults::default() },
+            ..Self::default()
+        }
+    }
+
+    /// Adds a device, or replaces the one with the same id.
+    pub fn add<M: Model>(&mut self, config: M::Config) -> Result<(), Refusal> {
+        self.insert(recipe::<M>(config))
+    }
+
+    /// Stores one section, as `PUT` by the API. Checked against the host as far as is possible
+    /// without keeping anything.
+    pub fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
+        if let Some(fixed) = fixed(section) {
+            return (fixed.put)(self, body);
+        }
+        let row = virtio::model(section).ok_or_else(|| no_section("PUT", section, id))?;
+        let recipe = (row.parse)(body).map_err(|e| device_refusal(row.name, id, e))?;
+        if id.is_some_and(|id| id != recipe.id()) {
+            return Err(Refusal::IdMismatch);
+        }
+        self.insert(recipe)
+    }
+
+    /// Changes part of a section before start.
+    pub fn patch(&mut self, section: &str, body: &[u8]) -> Result<(), Refusal> {
+        match fixed(section).and_then(|fixed| fixed.patch) {
+            Some(patch) => patch(self, body),
+            None if virtio::model(section).is_some() => Err(Refusal::NotStarted),
+            None => Err(no_section("PATCH", section, None)),
+        }
+    }
+
+    /// Whether `PATCH` of `section` belongs before start.
+    pub(crate) fn is_patched_before_start(section: &str) -> bool {
+        fixed(section).is_some()
+    }
+
+    /// One section as JSON.
+    pub fn show(&self, section: &str) -> Result<Value, Refusal> {
+        match fixed(section) {
+            Some(fixed) if fixed.section.get.is_some() => Ok((fixed.show)(self)),
+            _ => Err(no_section("GET", section, None)),
+        }
+    }
+
+    /// Everything as JSON, with explicit nulls, also for what husk does not have yet.
+    pub fn to_json(&self) -> Value {
+        let mut all = serde_json::Map::new();
+        for fixed in SECTIONS {
+            all.insert(fixed.section.name.into(), (fixed.show)(self));
+        }
+        for row in virtio::MODELS {
+            let members: Vec<Value> = self
+                .devices
+                .iter()
+                .filter(|recipe| recipe.model() == row.name)
+                .map(|recipe| recipe.to_json())
+                .collect();
+            let value = match row.is_many {
+                true => Value::Array(members),
+                false => members.into_iter().next().unwrap_or(Value::Null),
+            };
+            all.insert(row.name.into(), value);
+        }
+        for name in NOT_YET.iter().filter_map(|missing| missing.key) {
+            let value = if name == "pmem" { json!([]) } else { Value::Null };
+            all.insert(name.into(), value);
+        }
+        Value::Object(all)
+    }
+
+    /// Where the serial port leads.
+    pub fn serial_to(&self) -> SerialTo {
+        let file = self.serial.serial_out_path.clone().map(SerialTo::File);
+        self.serial.to.clone().or(file).unwrap_or_else(|| self.defaults.serial.clone())
+    }
+
+    /// What a guest's own reset does.
+    pub fn on_reboot(&self) -> OnReboot {
+        self.machine.on_reboot.unwrap_or(self.defaults.on_reboot)
+    }
+
+    /// Devices in the order in which they attach: those that must come first, then as they were
+    /// added.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = &dyn Recipe> {
+        let first = self.devices.iter().filter(|r| r.is_first());
+        first.chain(self.devices.iter().filter(|r| !r.is_first())).map(|r| &**r)
+    }
+
+    /// Refuses what can be seen to be wrong without starting anything, and leaves no trace.
+    pub fn check(&self) -> Result<(), Refusal> {
+        let source = self.boot_source()?;
+        self.check_values()?;
+        let kernel = parts::open_kernel(&source.kernel_image_path)?;
+        let initrd = source.initrd_path.as_deref().map(parts::open_initrd).transpose()?;
+        self.check_boot(&kernel, initrd.as_ref())?;
+        self.devices.iter().try_for_each(|recipe| check_device(&**recipe))?;
+        self.serial_to().check()?;
+        self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)
+    }
+
+    /// The part of [`Self::check`] that looks at no files: what is left to whoever opens them
+    /// anyway.
+    pub(crate) fn check_values(&self) -> Result<(), Refusal> {
+        self.machine.check()?;
+        self.serial.check_values()
+    }
+
+    /// Refuses a kernel, an initrd or a command line that has no room in this machine.
+    pub(crate) fn check_boot(
+        &self,
+        kernel: &arch::Kernel,
+        initrd: Option<&arch::Initrd>,
+    ) -> Result<(), Refusal> {
+        let ram_size = self.machine.mem_size_bytes();
+        kernel.check(ram_size)?;
+        kernel.check_cmdline(crate::machine::command_line(self).trim())?;
+        initrd.map_or(Ok(()), |initrd| initrd.check(kernel, ram_size))?;
+        Ok(())
+    }
+
+    /// Makes the log what the configuration says. Not for a check, and without effect in a library.
+    pub(crate) fn start_log(&self) -> Result<(), Refusal> {
+        self.logger.as_ref().map_or(Ok(()), crate::logger::configure)
+    }
+
+    /// Whether the guest is the one built into husk.
+    pub(crate) fn is_demo(&self) -> bool {
+        self.boot_source.as_ref().is_some_and(|s| s.kernel_image_path == Path::new(DEMO_GUEST))
+    }
+
+    /// Keeps what a run-time change of a device says, for `GET /vm/config`.
+    pub(crate) fn note_update(&mut self, model: &str, id: &str, patch: &Value) {
+        let Some(row) = virtio::model(model) else { return };
+        let Some(recipe) = self.devices.iter_mut().find(|r| r.model() == model && r.id() == id)
+        else {
+            return;
+        };
+        let (mut all, Some(changes)) = (recipe.to_json(), patch.as_object()) else { return };
+        for (field, value) in changes.iter().filter(|(_, value)| !value.is_null()) {
+            all[field] = value.clone();
+        }
+        if let Ok(changed) = (row.parse)(all.to_string().as_bytes()) {
+            *recipe = changed;
+        }
+    }
+
+    /// What boots, or what to do about it.
+    pub(crate) fn boot_source(&self) -> Result<&BootSource, Refusal> {
+        self.boot_source.as_ref().ok_or_else(|| Refusal::Field {
+            section: "boot-source",
+            field: "kernel_image_path",
+            why: "no kernel is configured: PUT /boot-source or give --kernel".into(),
+        })
+    }
+
+    fn insert(&mut self, recipe: Box<dyn Recipe>) -> Result<(), Refusal> {
+        check_device(&*recipe)?;
+        let is_same =
+            |other: &dyn Recipe| other.model() == recipe.model() && other.id() == recipe.id();
+        let has_other_first = self.devices.iter().any(|o| o.is_first() && !is_same(&**o));
+        if recipe.is_first() && has_other_first {
+            return Err(Refusal::SecondRoot);
+        }
+        let claimed: Vec<Claim> =
+            self.devices.iter().filter(|o| !is_same(&***o)).flat_map(|o| o.claims()).collect();
+        for claim in recipe.claims() {
+            if let Some(refusal) = claim.against(&claimed) {
+                return Err(device_refusal(recipe.model(), Some(recipe.id()), refusal));
+            }
+        }
+        let room = layout::VIRTIO_IRQS.len();
+        if self.devices.len() >= room && !self.devices.iter().any(|o| is_same(&**o)) {
+            return Err(Refusal::TooManyDevices(room));
+        }
+        match self.devices.iter_mut().find(|other| is_same(&***other)) {
+            Some(same) => *same = recipe,
+            None => self.devices.push(recipe),
+        }
+        Ok(())
+    }
+}
+
+fn check_device(recipe: &dyn Recipe) -> Result<(), Refusal> {
+    recipe.check().map_err(|e| device_refusal(recipe.model(), Some(recipe.id()), e))
+}
+
+fn device_refusal(section: &'static str, id: Option<&str>, source: DeviceError) -> Refusal {
+    match source {
+        DeviceError::Json(e) => Refusal::Body(e),
+        source => Refusal::Device { section, id: id.unwrap_or_default().into(), source },
+    }
+}
+
+fn no_section(method: &'static str, section: &str, id: Option<&str>) -> Refusal {
+    if let Some(missing) = NOT_YET.iter().find(|missing| missing.key == Some(section)) {
+        return Refusal::NotYet(missing.what);
+    }
+    let path = id.map_or_else(|| section.to_owned(), |id| format!("{section}/{id}"));
+    Refusal::Route { method, path }
+}

@@ -1,0 +1,134 @@
+//! The table of sections that are not virtio devices.
+use devices::virtio;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::machine::MachinePatch;
+use super::{BootSource, LoggerConfig, MachineConfig, SerialConfig, VmConfig};
+use crate::api::{Id, Section};
+use crate::error::Refusal;
+
+/// Applies JSON to a configuration.
+type Apply = fn(&mut VmConfig, &[u8]) -> Result<(), Refusal>;
+
+/// A section that is not a virtio device.
+pub(super) struct Fixed {
+    pub(super) section: Section,
+    pub(super) put: Apply,
+    /// Before start.
+    pub(super) patch: Option<Apply>,
+    pub(super) show: fn(&VmConfig) -> Value,
+}
+
+pub(super) const SECTIONS: &[Fixed] = &[
+    Fixed {
+        section: Section {
+            name: "boot-source",
+            about: "What boots: kernel, initrd, command line",
+            id: Id::None,
+            get: None,
+            put: Some(|g| g.subschema_for::<BootSource>()),
+            patch: None,
+        },
+        put: |config, body| {
+            let source: BootSource = parse(body)?;
+            source.check()?;
+            config.boot_source = Some(source);
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.boot_source),
+    },
+    Fixed {
+        section: Section {
+            name: "machine-config",
+            about: "vCPUs and memory",
+            id: Id::None,
+            get: Some(|g| g.subschema_for::<MachineConfig>()),
+            put: Some(|g| g.subschema_for::<MachineConfig>()),
+            patch: Some(|g| g.subschema_for::<MachinePatch>()),
+        },
+        put: |config, body| {
+            let machine: MachineConfig = parse(body)?;
+            machine.check()?;
+            config.machine = machine;
+            Ok(())
+        },
+        patch: Some(|config, body| {
+            let mut machine = config.machine.clone();
+            let patch: MachinePatch = parse(body)?;
+            if patch == MachinePatch::default() {
+                return Err(Refusal::EmptyPatch);
+            }
+            machine.merge(patch);
+            machine.check()?;
+            config.machine = machine;
+            Ok(())
+        }),
+        show: |config| json!(config.machine),
+    },
+    Fixed {
+        section: Section {
+            name: "serial",
+            about: "Where the serial port leads",
+            id: Id::None,
+            get: None,
+            put: Some(|g| g.subschema_for::<SerialConfig>()),
+            patch: None,
+        },
+        put: |config, body| {
+            let serial: SerialConfig = parse(body)?;
+            serial.check()?;
+            config.serial = serial;
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.serial),
+    },
+    Fixed {
+        section: Section {
+            name: "logger",
+            about: "What is logged, and where to",
+            id: Id::None,
+            get: None,
+            put: Some(|g| g.subschema_for::<LoggerConfig>()),
+            patch: None,
+        },
+        put: |config, body| {
+            let logger: LoggerConfig = parse(body)?;
+            logger.check()?;
+            config.logger = Some(logger);
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.logger),
+    },
+];
+
+/// Every section, in the order of the documentation.
+pub(crate) fn sections() -> impl Iterator<Item = Section> {
+    let devices = virtio::MODELS.iter().map(|row| Section {
+        name: row.name,
+        about: row.about,
+        id: if row.is_many { Id::Needed } else { Id::None },
+        get: None,
+        put: Some(row.schema),
+        patch: row.is_many.then_some(row.patch_schema),
+    });
+    SECTIONS.iter().map(|fixed| fixed.section).chain(devices)
+}
+
+/// The section called `name`, if it is no device.
+pub(super) fn fixed(name: &str) -> Option<&'static Fixed> {
+    SECTIONS.iter().find(|fixed| fixed.section.name == name)
+}
+
+/// Whether there is a section called `name`.
+pub(super) fn is_known(name: &str) -> bool {
+    fixed(name).is_some() || virtio::model(name).is_some()
+}
+
+/// Reads the body of a request, or a part of a document.
+pub(super) fn parse<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, Refusal> {
+    serde_json::from_slice(body).map_err(Refusal::Body)
+}
