@@ -93,7 +93,9 @@ impl std::fmt::Display for Ending {
                 write!(f, "KVM cannot run the guest on: vCPU {vcpu} at rip {rip:#x}: {detail}")
             }
             Self::Killed => write!(f, "killed on request"),
+            Self::Signalled { signal: 1 } => write!(f, "stopped by SIGHUP"),
             Self::Signalled { signal: 2 } => write!(f, "stopped by SIGINT"),
+            Self::Signalled { signal: 3 } => write!(f, "stopped by SIGQUIT"),
             Self::Signalled { signal: 15 } => write!(f, "stopped by SIGTERM"),
             Self::Signalled { signal } => write!(f, "stopped by signal {signal}"),
             Self::HostError { detail } => write!(f, "the host failed the VM: {detail}"),

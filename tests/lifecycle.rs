@@ -143,7 +143,7 @@ fn each_signal_has_its_exit_code() {
     for (signal, code, line) in [
         (Signal::INT, 130, "husk: stopped by SIGINT"),
         (Signal::TERM, 143, "husk: stopped by SIGTERM"),
-        (Signal::HUP, 143, "husk: stopped by signal 1"),
+        (Signal::HUP, 143, "husk: stopped by SIGHUP"),
     ] {
         let vm = Husk::guest("hello", "how=hlt").start();
         vm.expect("how=hlt");

@@ -6,7 +6,7 @@ fn quit_stops_as_a_hang_up_does() {
     let vm = Husk::guest("hello", "how=hlt").start();
     vm.expect("how=hlt");
     vm.signal(Signal::QUIT);
-    assert_eq!(vm.wait().code(143).errors.lines().last(), Some("husk: stopped by signal 3"));
+    assert_eq!(vm.wait().code(143).errors.lines().last(), Some("husk: stopped by SIGQUIT"));
 }
 
 #[test]
