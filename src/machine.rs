@@ -274,3 +274,21 @@ fn create_vcpus(
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use arch::power_ports as told;
+    use devices::legacy::acpi;
+
+    /// The tables and the device are in crates that do not know each other.
+    #[test]
+    fn acpi_device_is_what_the_tables_tell() {
+        assert_eq!(acpi::SLEEP_CONTROL, told::SLEEP_CONTROL);
+        assert_eq!(acpi::SLEEP_STATUS, told::SLEEP_STATUS);
+        assert_eq!(acpi::RESET, told::RESET);
+        assert_eq!(acpi::EVENTS, told::EVENTS);
+        assert_eq!(acpi::SLEEP_TYPE_S5, told::SLEEP_TYPE_S5);
+        assert_eq!(acpi::RESET_VALUE, told::RESET_VALUE);
+        assert_eq!(acpi::EVENT_POWER_BUTTON, told::EVENT_POWER_BUTTON);
+    }
+}

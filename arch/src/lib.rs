@@ -4,12 +4,14 @@
 //! One architecture is one folder. The VMM uses the names re-exported here and no others:
 //!
 //! * [`layout`] — addresses of RAM, devices and boot structures;
+//! * [`power_ports`] — what the ACPI tables say of the power and reset ports;
 //! * [`Kernel::read`], [`Kernel::load`] — check an image, put it into RAM;
 //! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
 //! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers.
 
 mod x86_64;
 
+pub use x86_64::acpi::power_ports;
 pub use x86_64::boot::{Initrd, Platform, VirtioMmio, check_cmdline};
 pub use x86_64::error::{BootError, FileError};
 pub use x86_64::kernel::{Entry, Kernel, Protocol};

@@ -19,14 +19,26 @@ use super::layout;
 const OEM_ID: [u8; 6] = *b"HUSK  ";
 const OEM_TABLE: [u8; 8] = *b"MICROVM ";
 const OEM_REVISION: u32 = 1;
-/// Sleep type of \_S5; what a guest writes to the sleep control port to power off.
-const S5_TYPE: u8 = 5;
-/// What a guest writes to the reset port.
-const RESET_VALUE: u8 = 1;
-/// Bit of the event port that says the power button was pressed.
-const EVENT_POWER_BUTTON: u8 = 1;
 /// FADT boot flags: a keyboard controller is there (bit 1), no VGA (bit 2).
 const BOOT_ARCH: u16 = 1 << 1 | 1 << 2;
+
+/// What the tables say of the ports at [`layout::ACPI_POWER`]; a device has to agree.
+pub mod power_ports {
+    /// Offset of the sleep control port.
+    pub const SLEEP_CONTROL: u64 = 0;
+    /// Offset of the sleep status port.
+    pub const SLEEP_STATUS: u64 = 1;
+    /// Offset of the reset port.
+    pub const RESET: u64 = 2;
+    /// Offset of the event port.
+    pub const EVENTS: u64 = 3;
+    /// Sleep type of \_S5; what a guest writes to the sleep control port to power off.
+    pub const SLEEP_TYPE_S5: u8 = 5;
+    /// What a guest writes to the reset port.
+    pub const RESET_VALUE: u8 = 1;
+    /// Bit of the event port that says the power button was pressed.
+    pub const EVENT_POWER_BUTTON: u8 = 1;
+}
 
 /// All tables as they lie in memory from [`layout::ACPI`], the RSDP first.
 pub(crate) fn build(apic_ids: &[u8], devices: &[VirtioMmio]) -> Vec<u8> {
@@ -68,10 +80,10 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
         .flag(Flags::PwrButton)
         .flag(Flags::SlpButton)
         .flag(Flags::Headless);
-    fadt.sleep_control_reg = port(0);
-    fadt.sleep_status_reg = port(1);
-    fadt.reset_reg = port(2);
-    fadt.reset_value = RESET_VALUE;
+    fadt.sleep_control_reg = port(power_ports::SLEEP_CONTROL);
+    fadt.sleep_status_reg = port(power_ports::SLEEP_STATUS);
+    fadt.reset_reg = port(power_ports::RESET);
+    fadt.reset_value = power_ports::RESET_VALUE;
     fadt.iapc_boot_arch = BOOT_ARCH.into();
     fadt.hypervisor_vendor_identity = u64::from_le_bytes(*b"HUSK    ").into();
     fadt.finalize()
@@ -100,7 +112,7 @@ impl Aml for Raw {
 
 fn dsdt(devices: &[VirtioMmio]) -> Vec<u8> {
     let mut body = Vec::new();
-    let s5 = aml::Package::new(vec![&S5_TYPE]);
+    let s5 = aml::Package::new(vec![&power_ports::SLEEP_TYPE_S5]);
     Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
     let mut scope = Raw(Vec::new());
     power(&mut scope.0);
@@ -129,7 +141,7 @@ fn power(out: &mut Vec<u8>) {
     let button = EISAName::new("PNP0C0C");
     aml::Device::new("PWRB".into(), vec![&Name::new("_HID".into(), &button)]).to_aml_bytes(out);
 
-    let event_port = u32::try_from(layout::ACPI_POWER + 3).unwrap_or(0);
+    let event_port = u32::try_from(layout::ACPI_POWER + power_ports::EVENTS).unwrap_or(0);
     let region =
         aml::OpRegion::new("EVTR".into(), aml::OpRegionSpace::SystemIO, &event_port, &aml::ONE);
     let field = aml::Field::new(
@@ -142,7 +154,7 @@ fn power(out: &mut Vec<u8>) {
     // Reading the port takes the events; each is told to the device it belongs to.
     let (local, status, pressed) = (aml::Local(0), Path::new("EVTS"), Path::new("PWRB"));
     let take = aml::Store::new(&local, &status);
-    let masked = aml::And::new(&aml::Local(1), &local, &EVENT_POWER_BUTTON);
+    let masked = aml::And::new(&aml::Local(1), &local, &power_ports::EVENT_POWER_BUTTON);
     let notify = aml::Notify::new(&pressed, &0x80u8);
     let is_pressed = aml::If::new(&aml::Local(1), vec![&notify]);
     let method = aml::Method::new("_EVT".into(), 1, true, vec![&take, &masked, &is_pressed]);
