@@ -3,6 +3,7 @@ use std::fs::{self, File};
 use std::io::{BufReader, Read, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
+use std::path::Path;
 use std::thread;
 
 use serde_json::{Value, json};
@@ -476,6 +477,41 @@ fn stale_socket_is_replaced() {
     vm.signal(Signal::TERM);
     vm.wait().code(143);
     assert!(!socket.exists());
+}
+
+#[test]
+fn descriptors_are_not_inherited() {
+    const O_CLOEXEC: u32 = 0o2000000;
+    let scratch = Scratch::new();
+    let disk = scratch.sparse("disk.img", 1 << 20);
+    let serial = format!("socket={}", scratch.path("serial").display());
+    let vm = Husk::guest("hello", "how=hang").disk(disk).serial(&serial).listening().start();
+    assert_eq!(vm.api().state(), "Running");
+    let process = format!("/proc/{}", vm.pid());
+    // What whoever runs the tests has left open.
+    let inherited: Vec<_> = fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .filter(|target| !target.starts_with("anon_inode:[eventfd]"))
+        .collect();
+    let mut kept = Vec::new();
+    for entry in fs::read_dir(format!("{process}/fdinfo")).unwrap() {
+        let number = entry.unwrap().file_name().into_string().unwrap();
+        // What is gone by now was a connection's end.
+        let Ok(info) = fs::read_to_string(format!("{process}/fdinfo/{number}")) else { continue };
+        let flags = info.lines().find_map(|line| line.strip_prefix("flags:")).unwrap().trim();
+        let is_kept = u32::from_str_radix(flags, 8).unwrap() & O_CLOEXEC == 0;
+        let Ok(target) = fs::read_link(format!("{process}/fd/{number}")) else { continue };
+        if is_kept && !["0", "1", "2"].contains(&&*number) && !inherited.contains(&target) {
+            kept.push(target);
+        }
+    }
+    // event-manager's, one for each of its `RemoteEndpoint`s: out of reach.
+    let threads = fs::read_dir(format!("{process}/task")).unwrap();
+    let names = threads.map(|t| fs::read_to_string(t.unwrap().path().join("comm")).unwrap());
+    let known =
+        vec![Path::new("anon_inode:[eventfd]"); names.filter(|n| n.starts_with("husk_io")).count()];
+    assert_eq!(kept, known);
 }
 
 #[test]

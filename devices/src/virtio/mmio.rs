@@ -20,7 +20,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::model::{Change, DeviceError, VirtioDevice};
 use super::notifier::{Interrupt, Notifier, status};
@@ -145,7 +145,7 @@ impl MmioTransport {
         let kicks = device
             .queue_sizes()
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK).map(Arc::new))
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(DeviceError::host("cannot make an eventfd for a queue"))?;
         let mut transport = Self {
