@@ -244,6 +244,12 @@ fn ctl_says_what_is_wrong() {
     let nobody = scratch.path("none.sock");
     let line = husk(nobody.clone(), "status").wait().quickly().refused(4);
     assert!(line.contains(nobody.to_str().unwrap()), "{line}");
+    let file = scratch.file("file", "");
+    for (path, what) in [(file, "a regular file"), (scratch.as_ref().to_owned(), "a directory")] {
+        let line = husk(path.clone(), "status").wait().quickly().refused(4);
+        assert!(line.contains(path.to_str().unwrap()), "{line}");
+        assert!(line.contains(&format!("is {what}, not a socket")), "{line}");
+    }
 }
 
 #[test]

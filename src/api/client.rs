@@ -6,6 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use devices::backend::file;
+use rustix::fs::FileType;
+
 use super::socket;
 
 /// Why there is no answer.
@@ -20,6 +23,9 @@ pub(crate) enum ClientError {
     /// Too slow.
     #[error("no answer on {path} within {patience:?}")]
     Timeout { path: PathBuf, patience: Duration },
+    /// The file is not a socket.
+    #[error("{path} is {found}, not a socket that husk listens on")]
+    NotSocket { path: PathBuf, found: &'static str },
     /// The connection failed.
     #[error("talking to {path}")]
     Io { path: PathBuf, source: io::Error },
@@ -144,9 +150,7 @@ impl Client {
             Failure::Connect(e) if e.kind() == io::ErrorKind::NotFound => {
                 ClientError::NoSocket { path }
             }
-            Failure::Connect(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
-                ClientError::Refused { path }
-            }
+            Failure::Connect(e) if e.kind() == io::ErrorKind::ConnectionRefused => refused(path),
             Failure::Connect(e) | Failure::Io(e)
                 if matches!(e.kind(), io::ErrorKind::TimedOut | io::ErrorKind::WouldBlock) =>
             {
@@ -155,6 +159,14 @@ impl Client {
             Failure::Connect(source) | Failure::Io(source) => ClientError::Io { path, source },
             Failure::Protocol(why) => ClientError::Protocol { path, why },
         }
+    }
+}
+
+/// Linux says the same of a socket without a listener and of what is no socket.
+fn refused(path: PathBuf) -> ClientError {
+    match rustix::fs::stat(&path).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
+        Ok(FileType::Socket) | Err(_) => ClientError::Refused { path },
+        Ok(other) => ClientError::NotSocket { path, found: file::name_of(other) },
     }
 }
 

@@ -4,10 +4,10 @@
 //! So everything is opened non-blocking, looked at through the open descriptor, and refused by
 //! type before it can block anybody.
 use std::fs::File;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags};
 
 /// What the file is to be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,14 +71,15 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     // What cannot be opened is best explained by what it is: a directory says EISDIR, a socket ENXIO.
     let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
-        let found = std::fs::metadata(path).ok().map(|m| m.file_type());
+        let found = std::fs::metadata(path).ok().map(|m| FileType::from_raw_mode(m.mode()));
         match found.and_then(|found| refuse(found, kind)) {
             Some((found, wanted)) => OpenError::Kind { path: path.into(), found, wanted },
             None => failed(e.into()),
         }
     })?;
     let file = File::from(file);
-    match refuse(file.metadata().map_err(failed)?.file_type(), kind) {
+    let found = FileType::from_raw_mode(file.metadata().map_err(failed)?.mode());
+    match refuse(found, kind) {
         Some((found, wanted)) => Err(OpenError::Kind { path: path.into(), found, wanted }),
         None => Ok(file),
     }
@@ -105,27 +106,26 @@ pub fn check_writable(path: &Path) -> std::io::Result<()> {
     }
 }
 
-fn refuse(found: std::fs::FileType, kind: Kind) -> Option<(&'static str, &'static str)> {
-    let name = if found.is_file() {
-        return None;
-    } else if found.is_block_device() {
-        if kind == Kind::Disk {
-            return None;
-        }
-        "a block device"
-    } else if found.is_dir() {
-        "a directory"
-    } else if found.is_fifo() {
-        "a FIFO"
-    } else if found.is_socket() {
-        "a socket"
-    } else {
-        "a character device"
-    };
-    Some(match kind {
-        Kind::Regular => (name, "a regular file"),
-        Kind::Disk => (name, "a regular file or a block device"),
-    })
+/// What a file of this type is called, with its article.
+pub fn name_of(found: FileType) -> &'static str {
+    match found {
+        FileType::RegularFile => "a regular file",
+        FileType::Directory => "a directory",
+        FileType::Symlink => "a symbolic link",
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        FileType::BlockDevice => "a block device",
+        FileType::CharacterDevice => "a character device",
+        _ => "something unknown",
+    }
+}
+
+fn refuse(found: FileType, kind: Kind) -> Option<(&'static str, &'static str)> {
+    match (found, kind) {
+        (FileType::RegularFile, _) | (FileType::BlockDevice, Kind::Disk) => None,
+        (_, Kind::Regular) => Some((name_of(found), "a regular file")),
+        (_, Kind::Disk) => Some((name_of(found), "a regular file or a block device")),
+    }
 }
 
 #[cfg(test)]
@@ -137,14 +137,8 @@ mod tests {
         let dir = std::env::temp_dir().join(format!("husk-open-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
         let fifo = dir.join("fifo");
-        rustix::fs::mknodat(
-            rustix::fs::CWD,
-            &fifo,
-            rustix::fs::FileType::Fifo,
-            Mode::RUSR | Mode::WUSR,
-            0,
-        )
-        .unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)
+            .unwrap();
         let socket = dir.join("socket");
         let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
         let file = dir.join("file");
