@@ -538,6 +538,7 @@ fn socket_paths_that_cannot_be() {
     for (path, word) in [
         (scratch.path(&"x".repeat(120)), "the limit is 107"),
         (scratch.path("no/directory"), "No such file"),
+        (scratch.fifo("fifo").join("s"), "Not a directory"),
     ] {
         let line = Husk::new(["api", "--api-sock"]).arg(&path).wait().quickly().refused(3);
         assert!(line.contains(path.to_str().unwrap()) && line.contains(word), "{line}");

@@ -1,7 +1,7 @@
 //! The REST API on a Unix socket: Firecracker's paths, fields and status codes, and more.
 //!
 //! ```text
-//!  socket.rs    the socket file: who may have it, and when it goes
+//!  socket.rs    the API's socket: listening on it, connecting to it
 //!  server.rs    the thread: accept, evict, shut down
 //!  stream.rs    one connection: what it is doing and until when it may
 //!  http.rs      bytes to a question, the reply to bytes
@@ -28,7 +28,7 @@ mod stream;
 pub(crate) use not_yet::NOT_YET;
 pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};
-pub(crate) use socket::{StalePolicy, bind};
+pub(crate) use socket::bind;
 
 #[cfg(test)]
 mod tests;

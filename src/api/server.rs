@@ -9,6 +9,7 @@ use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use devices::backend::unix::{Listener, SocketName};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -19,7 +20,6 @@ use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
 use super::http::{self, Api};
 use super::route::{Routes, Section};
-use super::socket::{Listener, SocketFile};
 use super::stream::{Deadlines, Phase, Progress, Stream};
 use crate::request::Handle;
 
@@ -119,24 +119,24 @@ fn run(
     let Options { sections, body_limit, deadlines, connections_max, .. } = options;
     let api = Rc::new(Api { handle, routes: Routes::new(sections), body_limit });
     let connections = Rc::new(Connections::new(connections_max));
-    let Listener { file, socket } = listener;
-    let accept = accept(socket, api, deadlines, connections.clone());
+    let (name, socket) = listener.into_parts();
+    let accept = accept(socket.into(), api, deadlines, connections.clone());
     LocalSet::new().block_on(runtime, async {
         let accepting = spawn_local(accept);
         log::info!("API server started.");
         let grace = stopped.await.unwrap_or_default();
-        finish(file, &accepting.abort_handle(), &connections, grace).await;
+        finish(name, &accepting.abort_handle(), &connections, grace).await;
     });
 }
 
 async fn finish(
-    file: SocketFile,
+    name: SocketName,
     accepting: &AbortHandle,
     connections: &Connections,
     grace: Duration,
 ) {
     // While the socket still listens: see `Listener`.
-    drop(file);
+    drop(name);
     accepting.abort();
     connections.close();
     if tokio::time::timeout(grace, connections.gone()).await.is_err() {

@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::backend::file::is_shortage;
+use devices::backend::unix::StalePolicy;
 use devices::virtio::model::{ID_LEN_MAX, is_id};
 
-use crate::api::{self, Server, StalePolicy};
+use crate::api::{self, Server};
 use crate::bell::Bell;
 use crate::config::{self, VmConfig};
 use crate::controller::{Controller, Identity};

@@ -27,7 +27,7 @@ use self::output::Output;
 pub use self::terminal::restore_terminal;
 use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
 use super::stream::{Direction, Stream};
-use super::unix::{ListenError, Listener};
+use super::unix::{ListenError, Listener, StalePolicy};
 
 /// Called when the user asks to quit, on the I/O thread with the serial port locked: may set a
 /// flag or an eventfd, and must not block.
@@ -53,8 +53,13 @@ pub enum ConsoleError {
         found: &'static str,
     },
     /// The socket cannot be listened on.
-    #[error("no socket for the serial port")]
-    Listen(#[from] ListenError),
+    #[error("no socket at {path} for the serial port")]
+    Listen {
+        /// The path.
+        path: PathBuf,
+        /// Why not.
+        source: ListenError,
+    },
     /// The host refused something else.
     #[error("cannot {doing} for the serial port")]
     Host {
@@ -168,7 +173,9 @@ impl Console {
     /// none goes to the next, the last [`KEPT`](Self::KEPT) bytes of it. The socket has mode 0600,
     /// takes the place of a dead one only, and is removed when the console is dropped.
     pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
-        let console = Self::new(Kind::Socket(Listener::bind(path)?))?;
+        let listener = Listener::bind(path, StalePolicy::Replace)
+            .map_err(|source| ConsoleError::Listen { path: path.into(), source })?;
+        let console = Self::new(Kind::Socket(listener))?;
         if let Kind::Socket(listener) = &console.kind {
             console.events.watch(listener.as_fd())?;
         }
@@ -187,7 +194,7 @@ impl Console {
 
     /// Whether [`Self::socket`] would succeed now. Leaves no trace.
     pub fn check_socket(path: &Path) -> Result<(), ConsoleError> {
-        Ok(Listener::check(path)?)
+        Listener::check(path).map_err(|source| ConsoleError::Listen { path: path.into(), source })
     }
 
     /// What the user opens or connects to: `/dev/pts/N`, or the socket.
