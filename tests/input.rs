@@ -701,7 +701,7 @@ fn serial_ports_that_lead_to_no_place() {
     let _listener = UnixListener::bind(&taken).unwrap();
     let to = format!("socket={}", taken.display());
     let line = Husk::guest("hello", "").serial(&to).wait().quickly().refused(3);
-    assert!(line.ends_with("is in use by another process"), "{line}");
+    assert!(line.ends_with("another process is listening on it"), "{line}");
     assert_eq!(fs::read_to_string(scratch.path("file")).unwrap(), "precious");
     for to in ["", "file", "file=", "socket=", "telephone"] {
         Husk::guest("hello", "").serial(to).wait().quickly().code(2);

@@ -125,11 +125,11 @@ impl Listener {
     pub fn check(path: &Path) -> Result<(), ListenError> {
         let address = address(path)?;
         match check_left_over(path, &address) {
-            Err(ListenError::Host { source, .. }) if source.kind() == ErrorKind::NotFound => {}
+            Err(ListenError::Host { source, .. })
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {}
             checked => checked?,
         }
-        file::check_parent(path)
-            .map_err(|source| ListenError::Host { doing: "use its directory", source })
+        file::check_parent(path).map_err(|source| ListenError::Host { doing: "bind", source })
     }
 
     /// Where it listens; absolute.
@@ -382,6 +382,21 @@ mod tests {
         for path in [PathBuf::new(), dir.path("none/s"), fifo.join("s"), dir.path("a\0b")] {
             let e = bind(&path).unwrap_err();
             assert!(matches!(e, ListenError::Host { .. }), "{path:?}: {e}");
+        }
+    }
+
+    #[test]
+    fn is_checked_without_a_trace() {
+        let dir = Scratch::new("check");
+        let (dead, new, file) = (dir.dead("dead"), dir.path("new"), dir.path("file"));
+        std::fs::write(&file, "").unwrap();
+        Listener::check(&dead).unwrap();
+        Listener::check(&new).unwrap();
+        assert!(dead.exists() && !new.exists());
+        let _live = bind(&new).unwrap();
+        for path in [&new, &file, &file.join("s"), &dir.path("none/s")] {
+            let (checked, bound) = (Listener::check(path).unwrap_err(), bind(path).unwrap_err());
+            assert_eq!(checked.to_string(), bound.to_string());
         }
     }
 
