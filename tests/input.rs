@@ -755,6 +755,8 @@ fn host_without_descriptors() {
         let end = vm.wait();
         match end.status.code() {
             Some(0) => started += 1,
+            // The dynamic loader was already at its wits' end.
+            Some(127) => assert!(limit < 10, "{limit} {end}"),
             Some(4) => {
                 let says_so = ["Too many open files", "Error(24)"].map(|s| end.errors.contains(s));
                 assert!(says_so.contains(&true), "{limit} {end}");
