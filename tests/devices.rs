@@ -133,10 +133,19 @@ struct LoopDevice(PathBuf);
 
 impl LoopDevice {
     fn new(file: &Path) -> Self {
-        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
-        let made = made.expect("losetup, of the package mount");
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        let path = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim());
+        let losetup = |args: &[&str], file: Option<&Path>| {
+            let made = Command::new("losetup").args(args).args(file).output();
+            let made = made.expect("losetup, of the package mount");
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            PathBuf::from(String::from_utf8(made.stdout).unwrap().trim())
+        };
+        // In a container, the kernel's next loop device may lack its file.
+        let next = losetup(&["--find"], None);
+        if let Some(number) = next.to_str().and_then(|path| path.strip_prefix("/dev/loop")) {
+            // It is there, as a rule.
+            let _ = Command::new("mknod").arg(&next).args(["b", "7", number]).output();
+        }
+        let path = losetup(&["--find", "--show"], Some(file));
         assert!(fs::metadata(&path).unwrap().file_type().is_block_device());
         Self(path)
     }
