@@ -10,6 +10,7 @@ mod driver;
 use std::net::UdpSocket;
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use devices::virtio::model::Model;
 use devices::virtio::net::Net;
@@ -63,10 +64,24 @@ struct Guest {
 fn guest(features: u64) -> Guest {
     let config = serde_json::from_value(config()).unwrap();
     let device = Net::open(&config).unwrap();
+    wait_for_link();
     let machine = Machine::new(Box::new(device));
     let mut rings = machine.start(machine.features() & !F_EVENT_IDX & features);
     let (tx, rx) = (rings.pop().unwrap(), rings.pop().unwrap());
     Guest { machine, rx, tx }
+}
+
+/// Waits until the host has noticed that the tap has a carrier. It does so on its own time, and drops
+/// what is sent before. `ip` asks under the lock that is held meanwhile.
+fn wait_for_link() {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    loop {
+        let shown = Command::new("ip").args(["-oneline", "link", "show", "tap0"]).output();
+        if String::from_utf8_lossy(&shown.unwrap().stdout).contains("state UP") {
+            return;
+        }
+        assert!(Instant::now() < deadline, "the tap has no carrier");
+    }
 }
 
 fn make_tap() {
