@@ -86,7 +86,7 @@ type Tickets = Arc<Mutex<BTreeMap<Ticket, SubscriberId>>>;
 #[derive(Debug, thiserror::Error)]
 pub enum IoError {
     /// The event loop refused.
-    #[error("I/O event loop: {0:?}")]
+    #[error("I/O event loop: {0}")]
     Events(event_manager::Error),
     /// No thread.
     #[error("cannot start the I/O thread: {0}")]

@@ -24,7 +24,7 @@ pub enum BootError {
     },
     /// The command line has a byte that it cannot have.
     #[error(
-        "the kernel command line has byte {byte:#04x} at {at}: only printable ASCII is possible"
+        "the kernel command line has byte {byte:#04x} at {at}: only printable ASCII and tabs are possible"
     )]
     CmdlineByte {
         /// The byte.
