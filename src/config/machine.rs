@@ -56,7 +56,7 @@ pub struct MachineConfig {
     /// Whether there is a PIT (i8254), for kernels that do not know kvm-clock. husk only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pit: bool,
-    /// What a guest's own reset does, if not what [`Defaults`] say. husk only.
+    /// What a guest's own reset does, if not what [`crate::Defaults`] say. husk only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_reboot: Option<OnReboot>,
 }
