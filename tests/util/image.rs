@@ -35,7 +35,6 @@ pub(crate) mod field {
     pub(crate) const PHNUM: usize = 56;
     pub(crate) const P_TYPE: usize = 64;
     pub(crate) const P_OFFSET: usize = 72;
-    pub(crate) const P_PADDR: usize = 88;
     pub(crate) const P_FILESZ: usize = 96;
     pub(crate) const P_MEMSZ: usize = 104;
 }

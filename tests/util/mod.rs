@@ -8,7 +8,6 @@
 //! ```
 //! Whoever waits here waits for an event with a deadline. A deadline that passes kills the process and fails the test
 //! with the process's whole output.
-#![allow(dead_code, unused_imports, reason = "a fixture is for tests to come, too")]
 
 mod files;
 mod guest;
@@ -25,7 +24,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use files::{Scratch, ext4, files_in};
 pub(crate) use guest::{guest, guest_at};
-pub(crate) use http::{Api, Lines, Reply};
+pub(crate) use http::{Api, Reply};
 pub(crate) use husk::{End, Husk, TestVm};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
 pub(crate) use network::Network;
