@@ -55,6 +55,42 @@ fn the_api_session_in_the_docs_runs() {
 }
 
 #[test]
+fn every_endpoint_has_an_example() {
+    let examples = examples(&shell("docs/api.md", |_| true));
+    let vm = Husk::api().start();
+    let document = vm.api().get("/openapi.json").json();
+    let mut missing: Vec<String> = operations(&document)
+        .filter(|(method, path)| !examples.iter().any(|(m, p)| m == method && fits(p, path)))
+        .map(|(method, path)| format!("{method} {path}"))
+        .collect();
+    missing.sort();
+    assert!(missing.is_empty(), "docs/api.md lacks a curl example of:\n{}", missing.join("\n"));
+}
+
+/// Method and path of each curl in a script.
+fn examples(script: &str) -> Vec<(String, String)> {
+    let commands = script.replace("\\\n", " ");
+    let commands = commands.lines().filter(|line| line.trim_start().starts_with("curl "));
+    commands
+        .map(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let method =
+                words.iter().position(|word| *word == "-X").map_or("GET", |i| words[i + 1]);
+            let path = words.iter().find_map(|word| word.strip_prefix("http://localhost"));
+            (method.to_owned(), path.unwrap_or_else(|| panic!("no path in {line}")).to_owned())
+        })
+        .collect()
+}
+
+/// Whether `path` is one that `pattern` stands for: `{id}` is any one segment.
+fn fits(path: &str, pattern: &str) -> bool {
+    let (path, pattern): (Vec<_>, Vec<_>) =
+        (path.split('/').collect(), pattern.split('/').collect());
+    let is_same = |(segment, place): (&&str, &&str)| segment == place || place.starts_with('{');
+    path.len() == pattern.len() && path.iter().zip(&pattern).all(is_same)
+}
+
+#[test]
 fn the_api_session_in_the_readme_runs() {
     run(&shell("README.md", |heading| heading == "The API"));
 }

@@ -125,6 +125,15 @@ impl Reply {
     }
 }
 
+/// Method and path of everything that an OpenAPI document describes.
+pub(crate) fn operations(document: &Value) -> impl Iterator<Item = (String, &str)> {
+    let paths = document["paths"].as_object().expect("an OpenAPI document").iter();
+    paths.flat_map(|(path, item)| {
+        let methods = item.as_object().expect("a path's operations").keys();
+        methods.map(move |method| (method.to_ascii_uppercase(), path.as_str()))
+    })
+}
+
 fn read_head(reader: &mut impl BufRead) -> String {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {

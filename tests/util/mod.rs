@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use files::{Scratch, ext4, files_in};
 pub(crate) use guest::{guest, guest_at};
-pub(crate) use http::{Api, Reply};
+pub(crate) use http::{Api, Reply, operations};
 pub(crate) use husk::{End, Husk, TestVm};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
 pub(crate) use network::Network;
