@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use devices::virtio;
+use devices::virtio::model::{DeviceError, Row, View};
 use serde_json::{Value, json};
 
 use crate::config::{OnReboot, VmConfig};
@@ -18,7 +19,7 @@ use crate::error::Refusal;
 use crate::events::{Hub, What};
 use crate::exit::Ending;
 use crate::instance::{InstanceInfo, State};
-use crate::machine::{Machine, ThreadNames};
+use crate::machine::{Machine, Name, ThreadNames};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
 
@@ -89,7 +90,8 @@ impl Controller {
                 done(self.configuring()?.patch(&section, &body))
             }
             Request::Patch { section, id, body } => done(self.live()?.update(&section, id, &body)),
-            Request::Get { section } => self.config()?.show(&section),
+            Request::Get { section } => self.show(&section),
+            Request::Delete { section, id } => done(self.live()?.remove(&section, id)),
             Request::Launch { body } => done(self.launch(&body)),
             Request::Start => done(self.start()),
             Request::Pause => done(self.pause()),
@@ -133,6 +135,13 @@ impl Controller {
             Phase::Configuring(config) => Ok(config),
             Phase::Live(live) => Ok(&live.config),
             Phase::Ended(ending) => Err(Refusal::Ended(ending.clone())),
+        }
+    }
+
+    fn show(&self, section: &str) -> Reply {
+        match &self.phase {
+            Phase::Live(live) => live.show(section),
+            Phase::Configuring(_) | Phase::Ended(_) => self.config()?.show(section),
         }
     }
 
@@ -299,20 +308,40 @@ impl Controller {
 }
 
 impl Live {
+    fn show(&self, section: &str) -> Reply {
+        match device(section) {
+            Some((row, view)) => {
+                let name = Name { model: row.name, id: row.name };
+                self.machine.show(name, view.map(|view| view.path))
+            }
+            None => self.config.show(section),
+        }
+    }
+
     fn update(&mut self, section: &str, id: Option<String>, body: &[u8]) -> Result<(), Refusal> {
-        let path = || match &id {
-            Some(id) => format!("{section}/{id}"),
-            None => section.to_owned(),
-        };
-        let row = virtio::model(section)
-            .ok_or_else(|| Refusal::Route { method: "PATCH", path: path() })?;
+        let found = device(section).and_then(|(row, view)| {
+            let patch = view.map_or(row.patch, |view| view.patch)?;
+            Some((row, view, patch))
+        });
+        let (row, view, patch) = found.ok_or_else(|| no_route("PATCH", section, id.as_deref()))?;
         let id = id.as_deref().unwrap_or(row.name);
-        let patch = (row.parse_patch)(body).map_err(|source| match source {
-            virtio::model::DeviceError::Json(e) => Refusal::Body(e),
+        let patch = (patch.parse)(body).map_err(|source| match source {
+            DeviceError::Json(e) => Refusal::Body(e),
             source => Refusal::Device { section: row.name, id: id.into(), source },
         })?;
-        self.machine.update(row.name, id, &patch)?;
+        let name = Name { model: row.name, id };
+        self.machine.update(name, view.map(|view| view.path), &patch)?;
         self.config.note_update(row.name, id, &patch);
+        Ok(())
+    }
+
+    fn remove(&mut self, section: &str, id: Option<String>) -> Result<(), Refusal> {
+        let row = virtio::model(section)
+            .filter(|row| row.is_removable)
+            .ok_or_else(|| no_route("DELETE", section, id.as_deref()))?;
+        let id = id.as_deref().unwrap_or(row.name);
+        self.machine.remove(Name { model: row.name, id })?;
+        self.config.remove(row.name, id);
         Ok(())
     }
 
@@ -322,6 +351,17 @@ impl Live {
         }
         Ok(())
     }
+}
+
+/// The device, or the view of one, that a section is.
+fn device(section: &str) -> Option<(&'static Row, Option<&'static View>)> {
+    let row = virtio::model(section).map(|row| (row, None));
+    row.or_else(|| virtio::view(section).map(|(row, view)| (row, Some(view))))
+}
+
+fn no_route(method: &'static str, section: &str, id: Option<&str>) -> Refusal {
+    let path = id.map_or_else(|| section.to_owned(), |id| format!("{section}/{id}"));
+    Refusal::Route { method, path }
 }
 
 fn done(result: Result<(), Refusal>) -> Reply {

@@ -13,6 +13,7 @@ use devices::legacy::acpi::Acpi;
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::virtio::mmio::MmioTransport;
+use devices::virtio::model::DeviceError;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
     kvm_pit_config,
@@ -26,6 +27,7 @@ use crate::error::Refusal;
 use crate::memory;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
+use crate::request::Reply;
 use crate::vcpu::{Unclaimed, Vcpus, World};
 
 /// Appended to the command line of the demo guest only: it prints the time since then.
@@ -49,6 +51,20 @@ pub(crate) struct Machine {
 /// The parts that are not built into the machine, kept to build it again.
 #[derive(Debug)]
 struct Rest(Parts);
+
+/// What names a device in its VM.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Name<'a> {
+    pub(crate) model: &'static str,
+    /// The model's name where there can be only one.
+    pub(crate) id: &'a str,
+}
+
+impl Name<'_> {
+    fn refused(self, source: DeviceError) -> Refusal {
+        Refusal::Device { section: self.model, id: self.id.into(), source }
+    }
+}
 
 /// Names of threads, which tools look for.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +170,7 @@ impl Machine {
 
     fn each_transport(
         &self,
-        act: fn(&mut MmioTransport) -> Result<(), devices::virtio::model::DeviceError>,
+        act: fn(&mut MmioTransport) -> Result<(), DeviceError>,
     ) -> Result<(), Refusal> {
         self.devices.iter().try_for_each(|d| {
             act(&mut lock(&d.transport)).map_err(|source| Refusal::Device {
@@ -165,23 +181,35 @@ impl Machine {
         })
     }
 
-    /// Applies a run-time change to a device.
+    /// Applies a run-time change to a device, or to a view of it.
     pub(crate) fn update(
         &self,
-        model: &'static str,
-        id: &str,
+        name: Name<'_>,
+        view: Option<&str>,
         patch: &Value,
     ) -> Result<(), Refusal> {
-        let device = self
-            .devices
-            .iter()
-            .find(|d| d.model == model && d.id == id)
-            .ok_or_else(|| Refusal::NoSuchDevice { section: model, id: id.into() })?;
-        lock(&device.transport).update(patch).map_err(|source| Refusal::Device {
-            section: device.model,
-            id: device.id.clone(),
-            source,
-        })
+        let device = &self.devices[self.position(name)?];
+        lock(&device.transport).update(view, patch).map_err(|e| name.refused(e))
+    }
+
+    /// What `GET` shows of a device, or of a view of it.
+    pub(crate) fn show(&self, name: Name<'_>, view: Option<&str>) -> Reply {
+        let device = &self.devices[self.position(name)?];
+        lock(&device.transport).show(view).map_err(|e| name.refused(e))
+    }
+
+    /// Takes a device out of the running machine, and closes what it has open.
+    pub(crate) fn remove(&mut self, name: Name<'_>) -> Result<(), Refusal> {
+        let position = self.position(name)?;
+        let removed = lock(&self.devices[position].transport).remove();
+        removed.map_err(|e| name.refused(e))?;
+        self.devices.remove(position);
+        Ok(())
+    }
+
+    fn position(&self, Name { model, id }: Name<'_>) -> Result<usize, Refusal> {
+        let position = self.devices.iter().position(|d| d.model == model && d.id == id);
+        position.ok_or_else(|| Refusal::NoSuchDevice { section: model, id: id.into() })
     }
 
     /// Presses the power button.

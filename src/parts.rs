@@ -12,7 +12,7 @@ use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
 use devices::io::IoThread;
 use devices::legacy::serial::Serial;
-use devices::virtio::model::VirtioDevice;
+use devices::virtio::model::{Env, VirtioDevice};
 use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -60,11 +60,12 @@ impl Parts {
         config.check_values()?;
         let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
         config.check_boot(&kernel, initrd.as_ref())?;
+        let env = Env::default();
         let devices = config
             .devices()
             .map(|recipe| {
                 let (model, id) = (recipe.model(), recipe.id().to_owned());
-                match recipe.open() {
+                match recipe.open(&env) {
                     Ok(device) => Ok(Part { model, id, device }),
                     Err(source) => Err(Refusal::Device { section: model, id, source }),
                 }

@@ -32,10 +32,17 @@ pub enum Request {
         /// JSON.
         body: Vec<u8>,
     },
-    /// Show one section.
+    /// Show one section, or a view of a running device.
     Get {
+        /// The section: "machine-config", "balloon/statistics".
+        section: String,
+    },
+    /// Take a device out of the running VM.
+    Delete {
         /// The section.
         section: String,
+        /// The device, where the section has several.
+        id: Option<String>,
     },
     /// Set the whole configuration (JSON, as in a configuration file) and start.
     Launch {

@@ -549,3 +549,32 @@ fn socket_paths_that_cannot_be() {
     vm.expect_error("API server started");
     assert_eq!(Api::new(&scratch.path("api.sock")).state(), "Not started");
 }
+
+#[test]
+fn a_drive_is_taken_out_of_a_running_vm() {
+    let (scratch, vm) = (Scratch::new(), Husk::api().start());
+    let api = vm.api();
+    let disk = scratch.sparse("disk.img", MIB);
+    let drive = json!({"drive_id": "a", "path_on_host": disk, "is_root_device": false});
+    let is_open = || {
+        let fds = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap();
+        fds.filter_map(|fd| fs::read_link(fd.unwrap().path()).ok()).any(|to| to == disk)
+    };
+    let before = "The requested operation is not supported before starting the microVM.";
+    assert_eq!(api.delete("/drives/a").fault(), before);
+    let boot = boot_source("hello", "how=hang");
+    api.put("/vm", json!({"boot-source": boot, "drives": [drive]})).done();
+    assert!(is_open());
+    assert!(api.delete("/drives/b").fault().contains("'b'"));
+    assert_eq!(
+        api.delete("/entropy").fault(),
+        "Invalid request method and/or path: DELETE entropy."
+    );
+    api.delete("/drives/a").done();
+    assert!(!is_open());
+    assert_eq!(api.get("/vm/config").json()["drives"], json!([]));
+    assert!(api.delete("/drives/a").fault().contains("'a'"));
+    api.patch("/vm", json!({"state": "Paused"})).done();
+    api.patch("/vm", json!({"state": "Resumed"})).done();
+    assert_eq!(api.state(), "Running");
+}

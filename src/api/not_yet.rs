@@ -23,8 +23,6 @@ pub(crate) const NOT_YET: &[Missing] = &[
     missing("pmem", Some("pmem"), "pmem", &["PUT", "PATCH", "DELETE"]),
     missing("vsock", Some("vsock"), "vsock", &["PUT"]),
     missing("snapshot", None, "snapshot", &["PUT"]),
-    missing("unplugging drives", None, "drives", &["DELETE"]),
-    missing("unplugging network interfaces", None, "network-interfaces", &["DELETE"]),
 ];
 
 const ALL: &[&str] = &["GET", "PUT", "PATCH"];

@@ -119,6 +119,7 @@ fn operation_id(route: &Route) -> String {
         Method::Get => "get",
         Method::Put => "put",
         Method::Patch => "patch",
+        Method::Delete => "delete",
     };
     let path = if route.path == "/" { "root" } else { &route.path };
     let words = path.split(|c: char| !c.is_ascii_alphanumeric()).filter(|word| !word.is_empty());

@@ -4,7 +4,7 @@
 //! To add an endpoint: a row in [`ROUTES`], or a [`Section`] where the configuration has a new one.
 use std::borrow::Cow;
 
-use devices::virtio::model::{ID_LEN_MAX, is_id};
+use devices::virtio::model::{ID_LEN_MAX, SchemaFn, is_id};
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::de::DeserializeOwned;
 
@@ -16,14 +16,13 @@ use crate::exit::Ending;
 use crate::instance::InstanceInfo;
 use crate::request::Request;
 
-/// Gives a type's JSON schema: `|generator| generator.subschema_for::<T>()`.
-pub(crate) type SchemaFn = fn(&mut SchemaGenerator) -> Schema;
-
 /// A section of the configuration, as the API offers it. A method without a schema is not offered.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Section {
-    /// Its key in the configuration and its path: "boot-source", "drives".
+    /// Its key in the configuration: "boot-source", "drives". A view of a device has its path here.
     pub(crate) name: &'static str,
+    /// Its path.
+    pub(crate) path: &'static str,
     /// What follows the name in the path.
     pub(crate) id: Id,
     /// One line for people: what it is.
@@ -34,6 +33,8 @@ pub(crate) struct Section {
     pub(crate) put: Option<SchemaFn>,
     /// What `PATCH` takes.
     pub(crate) patch: Option<SchemaFn>,
+    /// Whether `DELETE` takes it away.
+    pub(crate) is_removable: bool,
 }
 
 /// What follows a section's name in the path.
@@ -56,6 +57,8 @@ pub(crate) enum Method {
     Put,
     /// Change.
     Patch,
+    /// Take away.
+    Delete,
 }
 
 impl Method {
@@ -65,6 +68,7 @@ impl Method {
             Self::Get => "GET",
             Self::Put => "PUT",
             Self::Patch => "PATCH",
+            Self::Delete => "DELETE",
         }
     }
 }
@@ -262,9 +266,9 @@ fn split(path: &str) -> Vec<&str> {
 }
 
 fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
-    let Section { name, id, about, .. } = *section;
-    let plain = format!("/{name}");
-    let one = if id == Id::Needed { format!("/{name}/{ID_PLACE}") } else { plain.clone() };
+    let Section { name, path, id, about, .. } = *section;
+    let plain = format!("/{path}");
+    let one = if id == Id::Needed { format!("/{path}/{ID_PLACE}") } else { plain.clone() };
     let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
         method,
         path: Cow::Owned(path.to_owned()),
@@ -280,7 +284,9 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
     let put = section.put.map(|f| route(Method::Put, &one, "Set", Some(f), Content::Nothing));
     let patch =
         section.patch.map(|f| route(Method::Patch, &one, "Change", Some(f), Content::Nothing));
-    [get, put, patch].into_iter().flatten()
+    let delete =
+        section.is_removable.then(|| route(Method::Delete, &one, "Remove", None, Content::Nothing));
+    [get, put, patch, delete].into_iter().flatten()
 }
 
 const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act) -> Route {
@@ -383,11 +389,13 @@ pub(crate) mod tests {
         let schema: SchemaFn = |generator| generator.subschema_for::<InstanceInfo>();
         let section = |name, id| Section {
             name,
+            path: name,
             id,
             about: "something",
             get: (id == Id::None).then_some(schema),
             put: Some(schema),
             patch: (id != Id::Ignored).then_some(schema),
+            is_removable: id == Id::Needed,
         };
         vec![
             section("machine-config", Id::None),
@@ -430,7 +438,10 @@ pub(crate) mod tests {
         assert_eq!(text("GET", "/mmds/x"), "mmds-config is not supported yet");
         assert_eq!(text("PUT", "/pmem/p0"), "pmem is not supported yet");
         assert_eq!(text("PATCH", "/balloon/statistics"), "balloon is not supported yet");
-        assert_eq!(text("DELETE", "/drives/a"), "unplugging drives is not supported yet");
+        assert_eq!(
+            text("DELETE", "/machine-config"),
+            "Invalid request method and/or path: DELETE machine-config."
+        );
         assert_eq!(text("DELETE", "/vm"), "Invalid request method and/or path: DELETE vm.");
         assert_eq!(text("POST", "/"), "Invalid request method and/or path: POST .");
         assert_eq!(text("PUT", "/actions/x"), "Invalid request method and/or path: PUT actions/x.");

@@ -99,7 +99,9 @@ impl VmConfig {
     pub fn patch(&mut self, section: &str, body: &[u8]) -> Result<(), Refusal> {
         match fixed(section).and_then(|fixed| fixed.patch) {
             Some(patch) => patch(self, body),
-            None if virtio::model(section).is_some() => Err(Refusal::NotStarted),
+            None if virtio::model(section).is_some() || virtio::view(section).is_some() => {
+                Err(Refusal::NotStarted)
+            }
             None => Err(no_section("PATCH", section, None)),
         }
     }
@@ -111,10 +113,23 @@ impl VmConfig {
 
     /// One section as JSON.
     pub fn show(&self, section: &str) -> Result<Value, Refusal> {
+        if virtio::view(section).is_some() {
+            return Err(Refusal::NotStarted);
+        }
+        if let Some(row) = virtio::model(section).filter(|row| row.shown.is_some()) {
+            let recipe = self.devices.iter().find(|recipe| recipe.model() == row.name);
+            let none = || Refusal::NoSuchDevice { section: row.name, id: row.name.into() };
+            return recipe.map(|recipe| recipe.to_json()).ok_or_else(none);
+        }
         match fixed(section) {
             Some(fixed) if fixed.section.get.is_some() => Ok((fixed.show)(self)),
             _ => Err(no_section("GET", section, None)),
         }
+    }
+
+    /// Forgets a device.
+    pub(crate) fn remove(&mut self, model: &str, id: &str) {
+        self.devices.retain(|recipe| recipe.model() != model || recipe.id() != id);
     }
 
     /// Everything as JSON, with explicit nulls, also for what husk does not have yet.

@@ -24,11 +24,13 @@ pub(super) const SECTIONS: &[Fixed] = &[
     Fixed {
         section: Section {
             name: "boot-source",
+            path: "boot-source",
             about: "What boots: kernel, initrd, command line",
             id: Id::None,
             get: None,
             put: Some(|g| g.subschema_for::<BootSource>()),
             patch: None,
+            is_removable: false,
         },
         put: |config, body| {
             let source: BootSource = parse(body)?;
@@ -42,11 +44,13 @@ pub(super) const SECTIONS: &[Fixed] = &[
     Fixed {
         section: Section {
             name: "machine-config",
+            path: "machine-config",
             about: "vCPUs and memory",
             id: Id::None,
             get: Some(|g| g.subschema_for::<MachineConfig>()),
             put: Some(|g| g.subschema_for::<MachineConfig>()),
             patch: Some(|g| g.subschema_for::<MachinePatch>()),
+            is_removable: false,
         },
         put: |config, body| {
             let machine: MachineConfig = parse(body)?;
@@ -70,11 +74,13 @@ pub(super) const SECTIONS: &[Fixed] = &[
     Fixed {
         section: Section {
             name: "serial",
+            path: "serial",
             about: "Where the serial port leads",
             id: Id::None,
             get: None,
             put: Some(|g| g.subschema_for::<SerialConfig>()),
             patch: None,
+            is_removable: false,
         },
         put: |config, body| {
             let serial: SerialConfig = parse(body)?;
@@ -88,11 +94,13 @@ pub(super) const SECTIONS: &[Fixed] = &[
     Fixed {
         section: Section {
             name: "logger",
+            path: "logger",
             about: "What is logged, and where to",
             id: Id::None,
             get: None,
             put: Some(|g| g.subschema_for::<LoggerConfig>()),
             patch: None,
+            is_removable: false,
         },
         put: |config, body| {
             let logger: LoggerConfig = parse(body)?;
@@ -107,13 +115,31 @@ pub(super) const SECTIONS: &[Fixed] = &[
 
 /// Every section, in the order of the documentation.
 pub(crate) fn sections() -> impl Iterator<Item = Section> {
-    let devices = virtio::MODELS.iter().map(|row| Section {
-        name: row.name,
-        about: row.about,
-        id: if row.is_many { Id::Needed } else { Id::None },
-        get: None,
-        put: Some(row.schema),
-        patch: row.is_many.then_some(row.patch_schema),
+    let devices = virtio::MODELS.iter().flat_map(|row| {
+        let section = Section {
+            name: row.name,
+            path: row.path,
+            about: row.about,
+            id: match row {
+                row if row.is_many => Id::Needed,
+                row if row.ignores_rest => Id::Ignored,
+                _ => Id::None,
+            },
+            get: row.shown,
+            put: Some(row.schema),
+            patch: row.patch.map(|patch| patch.schema),
+            is_removable: row.is_removable,
+        };
+        std::iter::once(section).chain(row.views.iter().map(|view| Section {
+            name: view.path,
+            path: view.path,
+            about: view.about,
+            id: Id::None,
+            get: view.shown,
+            put: None,
+            patch: view.patch.map(|patch| patch.schema),
+            is_removable: false,
+        }))
     });
     SECTIONS.iter().map(|fixed| fixed.section).chain(devices)
 }

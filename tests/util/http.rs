@@ -36,6 +36,10 @@ impl Api {
         self.request("PUT", path, &body.to_string())
     }
 
+    pub(crate) fn delete(&self, path: &str) -> Reply {
+        self.request("DELETE", path, "")
+    }
+
     pub(crate) fn patch(&self, path: &str, body: impl ToString) -> Reply {
         self.request("PATCH", path, &body.to_string())
     }

@@ -27,7 +27,7 @@ use super::notifier::{Interrupt, Notifier, status};
 use super::queue::{QueueConfig, RingFeatures, VirtQueue};
 use crate::GuestRam;
 use crate::bus::BusDevice;
-use crate::io::{IoError, IoThread, Retired, Ticket};
+use crate::io::{IoError, IoThread, Retired, Ticket, Worker};
 
 /// Bytes of address space per window: registers, then the configuration space.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -180,6 +180,22 @@ impl MmioTransport {
         Ok(self.device)
     }
 
+    /// Takes the device out of a machine that goes on: its driver, which is told that it needs a reset,
+    /// finds a placeholder. What was in progress is finished first.
+    pub fn remove(&mut self) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        self.pause()?;
+        self.stage = Stage::Idle;
+        self.notifier.needs_reset();
+        let device = std::mem::replace(&mut self.device, Box::new(Placeholder));
+        self.registers = Registers { owner: self.registers.owner, ..self.fresh_registers() };
+        Ok(device)
+    }
+
+    /// What `GET` shows of the device: [`VirtioDevice::show`].
+    pub fn show(&self, view: Option<&str>) -> Result<Value, DeviceError> {
+        self.device.show(view)
+    }
+
     /// Takes the worker off its thread. Requests in progress are finished first; a worker whose host
     /// side does not answer ([`IoError::Busy`]) goes on, and can be asked again.
     pub fn pause(&mut self) -> Result<(), DeviceError> {
@@ -208,10 +224,10 @@ impl MmioTransport {
 
     /// Applies a run-time change and tells the driver if it can see it. A change that is refused
     /// leaves the device as it was.
-    pub fn update(&mut self, patch: &Value) -> Result<(), DeviceError> {
+    pub fn update(&mut self, view: Option<&str>, patch: &Value) -> Result<(), DeviceError> {
         let was_running = matches!(self.stage, Stage::Running(_));
         self.pause()?;
-        let changed = self.device.update(patch);
+        let changed = self.device.update(view, patch);
         if was_running {
             self.resume()?;
         }
@@ -480,15 +496,42 @@ impl MmioTransport {
     }
 
     fn write(&mut self, window: Window, offset: u64, data: &[u8]) {
-        let (Ok(bytes), true) = (data.try_into(), offset.is_multiple_of(4)) else { return };
-        let value = u32::from_le_bytes(bytes);
-        if self.registers.owner.is_some_and(|owner| owner != window) || offset >= reg::CONFIG {
+        if self.registers.owner.is_some_and(|owner| owner != window) {
             return;
         }
+        if let Some(offset) = offset.checked_sub(reg::CONFIG) {
+            return self.device.write_config(offset, data);
+        }
+        let (Ok(bytes), true) = (data.try_into(), offset.is_multiple_of(4)) else { return };
+        let value = u32::from_le_bytes(bytes);
         if offset == reg::STATUS && value & status::ACKNOWLEDGE != 0 {
             self.registers.owner = Some(window);
         }
         self.write_register(offset, value);
+    }
+}
+
+/// What is left in the place of a device that was taken out: device ID 0, which drivers skip
+/// (virtio 1.2, 4.2.3.1.1).
+#[derive(Debug)]
+struct Placeholder;
+
+impl VirtioDevice for Placeholder {
+    fn device_id(&self) -> u32 {
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn activate(
+        &mut self,
+        _queues: Vec<VirtQueue>,
+        _features: u64,
+        _saved: Option<&Value>,
+    ) -> Result<Box<dyn Worker>, DeviceError> {
+        Err(DeviceError::Removed)
     }
 }
 

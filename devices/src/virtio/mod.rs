@@ -10,12 +10,17 @@ pub mod block;
 pub mod net;
 pub mod rng;
 
-use model::{Row, row};
+use model::{Row, View, row};
 
 /// Every device model husk knows.
 pub const MODELS: &[Row] = &[row::<block::Block>(), row::<net::Net>(), row::<rng::Rng>()];
 
-/// The row whose name (API route, config key) is `name`.
+/// The row whose name (config key) is `name`.
 pub fn model(name: &str) -> Option<&'static Row> {
     MODELS.iter().find(|m| m.name == name)
+}
+
+/// The row and the view whose path in the API is `path`.
+pub fn view(path: &str) -> Option<(&'static Row, &'static View)> {
+    MODELS.iter().find_map(|m| Some((m, m.views.iter().find(|v| v.path == path)?)))
 }

@@ -29,6 +29,9 @@ pub trait VirtioDevice: Send + Debug {
     fn config_space(&self) -> &[u8] {
         &[]
     }
+    /// The driver writes `data` at `offset` of the configuration space. Most devices have nothing there
+    /// that it may write.
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
     /// Turns configured queues into a worker that is ready to run. `saved` is what an earlier
     /// worker of this device left ([`crate::io::Retired`]). Called again after each reset, pause
     /// and change, so it keeps what it needs for that.
@@ -48,8 +51,13 @@ pub trait VirtioDevice: Send + Debug {
     fn counters(&self) -> Vec<(&'static str, u64)> {
         Vec::new()
     }
-    /// Applies a run-time change, as sent by `PATCH`. The worker is off the I/O thread meanwhile.
-    fn update(&mut self, _patch: &Value) -> Result<Change, DeviceError> {
+    /// Applies a run-time change, as sent by `PATCH` to the device or to the [`View`] of it that
+    /// `view` names. The worker is off the I/O thread meanwhile.
+    fn update(&mut self, _view: Option<&str>, _patch: &Value) -> Result<Change, DeviceError> {
+        Err(DeviceError::Fixed)
+    }
+    /// What `GET` shows of the running device, or of the [`View`] of it that `view` names.
+    fn show(&self, _view: Option<&str>) -> Result<Value, DeviceError> {
         Err(DeviceError::Fixed)
     }
 }
@@ -67,13 +75,28 @@ pub enum Change {
 pub trait Model: VirtioDevice + Sized + 'static {
     /// Name in the API, the configuration file, snapshots, metrics and logs.
     const NAME: &'static str;
+    /// Its path in the API, where that is not its name.
+    const PATH: &'static str = Self::NAME;
     /// Whether a VM may have several, told apart by id.
     const MANY: bool = false;
+    /// Whether more may follow the path in the API, and means nothing: `/vsock/vsock0`.
+    const IGNORES_REST: bool = false;
+    /// Whether `DELETE` takes it from a running VM.
+    const REMOVABLE: bool = false;
+    /// Whether `PATCH` changes it while the guest runs.
+    const PATCHABLE: bool = false;
+    /// Fields that are deprecated: the API says so to whoever uses them.
+    const DEPRECATED: &'static [&'static str] = &[];
+    /// What `GET` shows, if it is offered: the configuration before start, [`VirtioDevice::show`]
+    /// afterwards.
+    const SHOWN: Option<SchemaFn> = None;
+    /// Parts that have paths of their own.
+    const VIEWS: &'static [View] = &[];
     /// One line for people: what it is.
     const ABOUT: &'static str;
     /// What the user says about it.
     type Config: DeserializeOwned + Serialize + JsonSchema + Clone + Debug + Send + Sync + 'static;
-    /// What the user may change while the guest runs.
+    /// What the user may change while the guest runs, if [`Self::PATCHABLE`].
     type Patch: DeserializeOwned + Serialize + JsonSchema + 'static;
 
     /// The id that a configuration carries, of a model with [`Self::MANY`].
@@ -95,7 +118,55 @@ pub trait Model: VirtioDevice + Sized + 'static {
     /// Refuses a configuration that cannot work, host side included, and leaves no trace.
     fn check(config: &Self::Config) -> Result<(), DeviceError>;
     /// Opens the host side.
-    fn open(config: &Self::Config) -> Result<Self, DeviceError>;
+    fn open(config: &Self::Config, env: &Env) -> Result<Self, DeviceError>;
+}
+
+/// What the devices of one VM share: given to each as it is opened.
+#[derive(Debug, Default)]
+#[non_exhaustive]
+pub struct Env {}
+
+/// Gives a type's JSON schema: [`schema_of`].
+pub type SchemaFn = fn(&mut SchemaGenerator) -> Schema;
+
+/// The schema of `T`.
+pub fn schema_of<T: JsonSchema>(generator: &mut SchemaGenerator) -> Schema {
+    generator.subschema_for::<T>()
+}
+
+/// Part of a running device that has a path of its own in the API: `balloon/statistics`.
+#[derive(Clone, Copy, Debug)]
+pub struct View {
+    /// Its path, which begins with the device's.
+    pub path: &'static str,
+    /// One line for people: what it is.
+    pub about: &'static str,
+    /// What `GET` shows, if it is offered.
+    pub shown: Option<SchemaFn>,
+    /// What `PATCH` takes, if it is offered.
+    pub patch: Option<PatchType>,
+}
+
+/// A type of run-time change: its schema, and how its mistakes are found before it is applied.
+#[derive(Clone, Copy, Debug)]
+pub struct PatchType {
+    /// Its JSON schema.
+    pub schema: SchemaFn,
+    /// Reads one.
+    pub parse: fn(json: &[u8]) -> Result<Value, DeviceError>,
+}
+
+impl PatchType {
+    /// That of `T`.
+    pub const fn of<T: DeserializeOwned + Serialize + JsonSchema>() -> Self {
+        Self {
+            schema: schema_of::<T>,
+            parse: |json| {
+                let patch: T = serde_json::from_slice(json)?;
+                Ok(serde_json::to_value(patch)?)
+            },
+        }
+    }
 }
 
 /// Something that two devices of a VM cannot both have: a disk, a tap, an address.
@@ -145,6 +216,9 @@ pub enum DeviceError {
     /// Nothing about the device can change while the guest runs.
     #[error("this device has no run-time settings")]
     Fixed,
+    /// It was taken out of its VM.
+    #[error("the device was removed")]
+    Removed,
     /// A snapshot does not fit the device it is to be restored to.
     #[error("saved device: {0}")]
     Saved(&'static str),
@@ -242,7 +316,7 @@ pub trait Recipe: Debug + Send + Sync {
     /// See [`Model::check`].
     fn check(&self) -> Result<(), DeviceError>;
     /// Opens the host side.
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, DeviceError>;
+    fn open(&self, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError>;
     /// The configuration, as `GET /vm/config` shows it.
     fn to_json(&self) -> Value;
     /// A copy.
@@ -277,8 +351,8 @@ impl<M: Model> Recipe for Configured<M> {
     fn check(&self) -> Result<(), DeviceError> {
         M::check(&self.0)
     }
-    fn open(&self) -> Result<Box<dyn VirtioDevice>, DeviceError> {
-        Ok(Box::new(M::open(&self.0)?))
+    fn open(&self, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        Ok(Box::new(M::open(&self.0, env)?))
     }
     fn to_json(&self) -> Value {
         serde_json::to_value(&self.0).unwrap_or(Value::Null)
@@ -303,16 +377,26 @@ pub struct Row {
     pub name: &'static str,
     /// [`Model::MANY`].
     pub is_many: bool,
+    /// [`Model::PATH`].
+    pub path: &'static str,
+    /// [`Model::IGNORES_REST`].
+    pub ignores_rest: bool,
+    /// [`Model::REMOVABLE`].
+    pub is_removable: bool,
+    /// [`Model::DEPRECATED`].
+    pub deprecated: &'static [&'static str],
     /// [`Model::ABOUT`].
     pub about: &'static str,
     /// Reads a configuration. Does not look at the host: [`Recipe::check`].
     pub parse: fn(json: &[u8]) -> ParseResult,
-    /// Reads a run-time change, so that its mistakes are found before it is applied.
-    pub parse_patch: fn(json: &[u8]) -> Result<Value, DeviceError>,
     /// JSON schema of the configuration.
-    pub schema: fn(&mut SchemaGenerator) -> Schema,
-    /// JSON schema of a run-time change.
-    pub patch_schema: fn(&mut SchemaGenerator) -> Schema,
+    pub schema: SchemaFn,
+    /// [`Model::SHOWN`].
+    pub shown: Option<SchemaFn>,
+    /// [`Model::Patch`], if [`Model::PATCHABLE`].
+    pub patch: Option<PatchType>,
+    /// [`Model::VIEWS`].
+    pub views: &'static [View],
 }
 
 /// The table's line for `M`.
@@ -320,13 +404,15 @@ pub const fn row<M: Model>() -> Row {
     Row {
         name: M::NAME,
         is_many: M::MANY,
+        path: M::PATH,
+        ignores_rest: M::IGNORES_REST,
+        is_removable: M::REMOVABLE,
+        deprecated: M::DEPRECATED,
         about: M::ABOUT,
         parse: |json| Ok(Box::new(Configured::<M>(serde_json::from_slice(json)?))),
-        parse_patch: |json| {
-            let patch: M::Patch = serde_json::from_slice(json)?;
-            Ok(serde_json::to_value(patch)?)
-        },
-        schema: |generator| generator.subschema_for::<M::Config>(),
-        patch_schema: |generator| generator.subschema_for::<M::Patch>(),
+        schema: schema_of::<M::Config>,
+        shown: M::SHOWN,
+        patch: if M::PATCHABLE { Some(PatchType::of::<M::Patch>()) } else { None },
+        views: M::VIEWS,
     }
 }

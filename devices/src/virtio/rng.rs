@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::chain::Chain;
-use super::model::{DeviceError, Model, NoPatch, VirtioDevice, refuse_limits};
+use super::model::{DeviceError, Env, Model, NoPatch, VirtioDevice, refuse_limits};
 use super::queue::{Served, VirtQueue, split};
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
@@ -52,7 +52,7 @@ impl Model for Rng {
         refuse_limits("rate_limiter", config.rate_limiter.as_ref())
     }
 
-    fn open(config: &Config) -> Result<Self, DeviceError> {
+    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
         Self::check(config)?;
         Ok(Self { counters: Arc::default() })
     }

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use devices::virtio::model::Model;
+use devices::virtio::model::{Env, Model};
 use devices::virtio::net::Net;
 use devices::virtio::{model, net};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
@@ -63,7 +63,7 @@ struct Guest {
 /// A guest on tap0, whose host has 10.0.0.1 and believes that the guest has 10.0.0.2.
 fn guest(features: u64) -> Guest {
     let config = serde_json::from_value(config()).unwrap();
-    let device = Net::open(&config).unwrap();
+    let device = Net::open(&config, &Env::default()).unwrap();
     wait_for_link();
     let machine = Machine::new(Box::new(device));
     let mut rings = machine.start(machine.features() & !F_EVENT_IDX & features);

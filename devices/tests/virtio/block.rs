@@ -94,8 +94,8 @@ impl Drive {
 
     fn update(&self, patch: &Value) -> Result<(), String> {
         let row = model("drives").unwrap();
-        let patch = (row.parse_patch)(patch.to_string().as_bytes()).unwrap();
-        self.machine.transport.lock().unwrap().update(&patch).map_err(|e| e.to_string())
+        let patch = (row.patch.unwrap().parse)(patch.to_string().as_bytes()).unwrap();
+        self.machine.transport.lock().unwrap().update(None, &patch).map_err(|e| e.to_string())
     }
 
     fn capacity(&self) -> u64 {
@@ -467,7 +467,7 @@ fn a_file_that_is_written_is_used_once() {
     let check = |change: &Value| {
         let row = model("drives").unwrap();
         let recipe = (row.parse)(config(&file, change).to_string().as_bytes()).unwrap();
-        let (checked, opened) = (recipe.check(), recipe.open());
+        let (checked, opened) = (recipe.check(), recipe.open(&model::Env::default()));
         assert_eq!(checked.is_ok(), opened.is_ok());
         checked.map_err(|e| e.to_string())
     };
@@ -528,8 +528,10 @@ fn a_patch_that_is_refused_changes_nothing() {
         assert!(e.starts_with(expected), "{e}");
     }
     let row = model("drives").unwrap();
-    assert!((row.parse_patch)(br#"{"path_on_host": "/x"}"#).is_err());
-    assert!((row.parse_patch)(br#"{"drive_id": "rootfs", "is_read_only": true}"#).is_err());
+    assert!((row.patch.unwrap().parse)(br#"{"path_on_host": "/x"}"#).is_err());
+    assert!(
+        (row.patch.unwrap().parse)(br#"{"drive_id": "rootfs", "is_read_only": true}"#).is_err()
+    );
     assert_eq!((drive.capacity(), drive.machine.irq.counts().1), (SECTORS, 0));
     assert_eq!(drive.request(IN, 63, 512), (OK, 513));
     assert_eq!(drive.machine.counter("update_fails"), 4);

@@ -654,3 +654,33 @@ fn interrupts_only_when_the_driver_wants_one() {
         assert_eq!(m.irq.counts().0, before, "{name}");
     });
 }
+
+#[test]
+fn removal_leaves_a_placeholder() {
+    every_device(|name, m, _host| {
+        let mut rings = m.start(0);
+        let ring = served_queue(&mut rings);
+        add_some_chain(ring);
+        m.finish(ring, 1);
+        let before = m.irq.counts().1;
+        let device = m.transport.lock().unwrap().remove().unwrap();
+        assert_ne!(device.device_id(), 0, "{name}");
+        // Its driver is told.
+        assert_eq!(m.status() & NEEDS_RESET, NEEDS_RESET, "{name}");
+        assert_eq!(m.irq.counts().1, before + 1, "{name}");
+        assert_eq!((m.get(0), m.get(4), m.get(8)), (0x7472_6976, 2, 0), "{name}");
+        // Whatever a driver does now changes nothing.
+        add_some_chain(ring);
+        m.kick(ring);
+        m.set(0x70, 0);
+        assert_eq!(m.status(), 0, "{name}");
+        m.negotiate(0);
+        m.set(0x70, 15);
+        assert_eq!(m.status() & NEEDS_RESET, NEEDS_RESET, "{name}");
+        assert_eq!(ring.used_idx(), 1, "{name}");
+        let mut transport = m.transport.lock().unwrap();
+        transport.pause().unwrap();
+        transport.resume().unwrap();
+        assert_eq!(transport.counters().len(), 0, "{name}");
+    });
+}

@@ -335,7 +335,7 @@ fn refuses_configurations_that_cannot_work() {
         config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let json = config.to_string();
         let recipe = (model("network-interfaces").unwrap().parse)(json.as_bytes()).unwrap();
-        assert!(recipe.open().is_err());
+        assert!(recipe.open(&model::Env::default()).is_err());
         recipe.check().unwrap_err().to_string()
     };
     let bucket = json!({"ops": {"size": 1, "refill_time": 1}});
@@ -373,8 +373,8 @@ fn a_patch_can_only_leave_things_as_they_are() {
     let wire = Wire::new(0);
     let update = |patch: Value| {
         let row = model("network-interfaces").unwrap();
-        let patch = (row.parse_patch)(patch.to_string().as_bytes()).unwrap();
-        let result = wire.machine.transport.lock().unwrap().update(&patch);
+        let patch = (row.patch.unwrap().parse)(patch.to_string().as_bytes()).unwrap();
+        let result = wire.machine.transport.lock().unwrap().update(None, &patch);
         result.map_err(|e| e.to_string())
     };
     update(json!({"iface_id": "eth0", "rx_rate_limiter": null})).unwrap();

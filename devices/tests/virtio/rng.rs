@@ -67,6 +67,6 @@ fn refuses_limits_and_unknown_fields() {
 #[test]
 fn has_no_run_time_settings() {
     let m = Machine::new(sample("entropy").device);
-    let e = m.transport.lock().unwrap().update(&serde_json::json!({})).unwrap_err();
+    let e = m.transport.lock().unwrap().update(None, &serde_json::json!({})).unwrap_err();
     assert!(e.is_config(), "{e}");
 }

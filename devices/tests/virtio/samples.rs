@@ -3,7 +3,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use devices::virtio::model::VirtioDevice;
+use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::{model, net};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
@@ -45,14 +45,14 @@ pub(crate) fn sample(name: &str) -> Sample {
 pub(crate) fn open(name: &str, json: &serde_json::Value) -> Box<dyn VirtioDevice> {
     let recipe = (model(name).unwrap().parse)(json.to_string().as_bytes()).unwrap();
     recipe.check().unwrap();
-    recipe.open().unwrap()
+    recipe.open(&Env::default()).unwrap()
 }
 
 /// Why a configuration is refused by `check`.
 pub(crate) fn refusal(name: &str, json: &serde_json::Value) -> String {
     let recipe = (model(name).unwrap().parse)(json.to_string().as_bytes()).unwrap();
     let e = recipe.check().unwrap_err();
-    assert!(recipe.open().is_err());
+    assert!(recipe.open(&Env::default()).is_err());
     e.to_string()
 }
 

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use self::request::Executor;
 use super::model::{
-    Change, Claim, DeviceError, Model, VirtioDevice, check_id, null_is_default, refuse_limits,
+    Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default, refuse_limits,
     refuse_unsupported,
 };
 use super::queue::{Served, VirtQueue, split};
@@ -184,6 +184,8 @@ struct Counters {
 impl Model for Block {
     const NAME: &'static str = "drives";
     const MANY: bool = true;
+    const PATCHABLE: bool = true;
+    const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     type Config = Config;
     type Patch = Patch;
@@ -221,7 +223,7 @@ impl Model for Block {
         Disk::check(path, config.access()).map_err(refused)
     }
 
-    fn open(config: &Config) -> Result<Self, DeviceError> {
+    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
         let path = config.check_words()?;
         let disk = Disk::open(path, config.access()).map_err(refused)?;
         let space = config_space(disk.size(), disk.is_writable());
@@ -287,7 +289,7 @@ impl VirtioDevice for Block {
         Ok(Box::new(BlockWorker { requests, executor }))
     }
 
-    fn update(&mut self, patch: &Value) -> Result<Change, DeviceError> {
+    fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let change = self.try_update(patch);
         match &change {
             Ok(_) => self.counters.updates.inc(),

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::worker::NetWorker;
-use super::model::{Change, Claim, DeviceError, Model, VirtioDevice, check_id, refuse_limits};
+use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, refuse_limits};
 use super::queue::{VirtQueue, split};
 use crate::backend::tap::{self, Tap, TapError, offload};
 use crate::io::Worker;
@@ -168,6 +168,8 @@ impl Net {
 impl Model for Net {
     const NAME: &'static str = "network-interfaces";
     const MANY: bool = true;
+    const PATCHABLE: bool = true;
+    const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
     type Config = Config;
     type Patch = Patch;
@@ -196,7 +198,7 @@ impl Model for Net {
         Tap::open(&config.host_dev_name).map(|_tap| ()).map_err(refused)
     }
 
-    fn open(config: &Config) -> Result<Self, DeviceError> {
+    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
         config.check_words()?;
         Self::plug(config, Tap::open(&config.host_dev_name).map_err(refused)?)
     }
@@ -249,7 +251,7 @@ impl VirtioDevice for Net {
         Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, counters)))
     }
 
-    fn update(&mut self, patch: &Value) -> Result<Change, DeviceError> {
+    fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let patch = Patch::deserialize(patch)?;
         if patch.iface_id != self.id {
             let why = format!("{:?} is not this interface", patch.iface_id);
