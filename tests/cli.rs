@@ -101,7 +101,7 @@ fn manual_pages_are_made() {
     let scratch = Scratch::new();
     let directory = scratch.path("man/man1");
     Husk::new(["man"]).arg(&directory).wait().code(0);
-    for command in ["", "-run", "-api", "-ctl", "-check", "-ctl-status"] {
+    for command in ["", "-run", "-api", "-ctl", "-check", "-ctl-status", "-ctl-drive-set"] {
         let page = fs::read_to_string(directory.join(format!("husk{command}.1"))).unwrap();
         assert!(page.contains(".TH "), "{page}");
     }
@@ -219,19 +219,96 @@ fn ctl_is_the_api_from_a_shell() {
     status("Running");
     let json: Value = serde_json::from_str(&ctl(&vm, &["--json", "status"])).unwrap();
     assert_eq!(json["id"], "vm-1");
-    let config: Value = serde_json::from_str(&ctl(&vm, &["config"])).unwrap();
+    let config: Value = serde_json::from_str(&ctl(&vm, &["--json", "config"])).unwrap();
     assert_eq!(config["boot-source"]["boot_args"], "how=hang");
 
     let wait = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("wait").start();
     let events = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("events").start();
-    events.expect(r#""state":"Running""#);
+    events.expect("state=Running");
     ctl(&vm, &["kill"]);
     vm.wait().code(0);
     let end = events.wait().code(0);
-    assert!(end.output.contains(r#""reason":"killed""#), "{end}");
+    assert!(end.output.contains("ended  reason=killed"), "{end}");
     // It may have come just too late to ask.
     let end = wait.wait();
     assert!(end.output.contains("killed") || end.status.code() == Some(4), "{end}");
+}
+
+#[test]
+fn ctl_sets_what_can_be_set() {
+    let (scratch, vm) = (Scratch::new(), Husk::api().start());
+    let disk = scratch.sparse("disk.img", 1 << 20);
+    ctl(&vm, &["machine", "set", "vcpu_count=1", "mem_size_mib=64"]);
+    ctl(&vm, &["machine-config", "update", "vcpu_count=2"]);
+    let table = ctl(&vm, &["machine", "get"]);
+    assert!(table.contains("vcpu_count         2\n"), "{table}");
+    let path = format!("path_on_host={}", disk.display());
+    ctl(&vm, &["drive", "set", "root", &path, "is_root_device=true"]);
+    let other =
+        json!({"drive_id": "b", "path_on_host": scratch.sparse("b", 512), "is_root_device": false});
+    ctl(&vm, &["put", "drives/b", &other.to_string()]);
+    let source = scratch.file("boot", boot("how=hang").to_string());
+    ctl(&vm, &["boot", "set", &format!("@{}", source.display())]);
+    ctl(&vm, &["entropy", "set"]);
+    let table = ctl(&vm, &["config"]);
+    let rows: Vec<&str> = table.lines().skip_while(|line| *line != "drives").skip(2).collect();
+    assert!(rows[0].starts_with("  root  ") && rows[1].starts_with("  b     "), "{table}");
+    let config: Value = serde_json::from_str(&ctl(&vm, &["get", "/vm/config", "--json"])).unwrap();
+    assert_eq!(config["drives"][1], ctl_json(&vm, &["config"])["drives"][1]);
+    assert_eq!(config["machine-config"]["vcpu_count"], 2);
+    ctl(&vm, &["put", "/actions", "action_type=InstanceStart"]);
+    ctl(&vm, &["drive", "update", "root", &path]);
+    ctl(&vm, &["patch", "/vm", r#"{"state": "Paused"}"#]);
+    assert_eq!(vm.api().state(), "Paused");
+    let endpoints = ctl(&vm, &["openapi"]);
+    let mut rows =
+        endpoints.lines().map(|line| line.split_whitespace().take(2).collect::<Vec<_>>());
+    assert!(rows.any(|row| row == ["PATCH", "/drives/{id}"]), "{endpoints}");
+}
+
+fn boot(cmdline: &str) -> Value {
+    json!({"kernel_image_path": guest("hello"), "boot_args": cmdline})
+}
+
+fn ctl_json(vm: &TestVm, verb: &[&str]) -> Value {
+    serde_json::from_str(&ctl(vm, &[&["--json"], verb].concat())).unwrap()
+}
+
+#[test]
+fn ctl_takes_a_body_from_standard_input() {
+    let vm = Husk::api().start();
+    let mut launch =
+        Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("launch").arg("-").typing().start();
+    launch.type_in(json!({"boot-source": boot("how=hang")}).to_string());
+    launch.end_input();
+    launch.wait().code(0);
+    assert_eq!(vm.api().state(), "Running");
+}
+
+#[test]
+fn ctl_refuses_wrong_arguments() {
+    let vm = Husk::api().start();
+    for words in [
+        &["machine", "set", "vcpu_count"][..],
+        &["machine", "set", "@/nonexistent/body"],
+        &["machine", "set", "a=1", "a.b=2"],
+        &["drive", "set", "a/b"],
+        &["get", "/a b"],
+        &["drive", "set"],
+        &["drive"],
+        &["nonsense"],
+    ] {
+        let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket());
+        words.iter().fold(husk, |husk, word| husk.arg(word)).wait().quickly().code(2);
+    }
+    let husk = |words: &[&str]| {
+        let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket());
+        words.iter().fold(husk, |husk, word| husk.arg(word)).wait().refused(3)
+    };
+    assert!(
+        husk(&["delete", "/nope"]).contains("Invalid request method and/or path: DELETE nope.")
+    );
+    assert!(husk(&["machine", "set"]).contains("missing field `vcpu_count`"));
 }
 
 #[test]
