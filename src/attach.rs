@@ -6,7 +6,7 @@ use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE, Window, WindowDevice};
-use devices::virtio::notifier::Interrupt;
+use devices::virtio::notifier::{self, Interrupt, Notifier};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -20,6 +20,7 @@ pub(crate) struct Attached {
     pub(crate) id: String,
     pub(crate) place: VirtioMmio,
     pub(crate) transport: Arc<Mutex<MmioTransport>>,
+    pub(crate) counters: Arc<notifier::Counters>,
 }
 
 /// An irqfd: a write raises an edge in the guest, with no exit and no lock.
@@ -57,7 +58,7 @@ impl Slots<'_> {
     /// Gives the device with `index` its place: addresses and interrupt follow from the index, so a
     /// machine that is put together again looks the same.
     pub(crate) fn attach(&mut self, index: usize, part: Part) -> Result<Attached, Refusal> {
-        let Part { model, id, device } = part;
+        let Part { model, id, device, counters } = part;
         let full = Refusal::TooManyDevices(layout::VIRTIO_IRQS.len());
         let place = places().nth(index).ok_or(full)?;
         let line = register_irq(self.vm, place.irq)?;
@@ -68,8 +69,9 @@ impl Slots<'_> {
                 .map_err(|e| failed(e.into()))?,
             false => self.io.clone(),
         };
-        let transport = MmioTransport::new(device, self.ram.clone(), Arc::new(Irq(line)), io, None)
-            .map_err(failed)?;
+        let notifier = Notifier::new(Arc::new(Irq(line)), counters.clone());
+        let transport =
+            MmioTransport::new(device, self.ram.clone(), notifier, io, None).map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
             for window in [place.acpi_window, place.cmdline_window] {
                 let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
@@ -85,7 +87,7 @@ impl Slots<'_> {
             let device = WindowDevice::new(transport.clone(), window);
             insert(self.mmio, base, WINDOW_SIZE, Arc::new(device));
         }
-        Ok(Attached { model, id, place, transport })
+        Ok(Attached { model, id, place, transport, counters })
     }
 }
 

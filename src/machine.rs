@@ -138,11 +138,11 @@ impl Machine {
         let Self { vcpus, devices, rest: Rest(mut parts), .. } = self;
         // The vCPUs own the buses, and with them the other references to the transports.
         drop(vcpus);
-        for Attached { model, id, transport, .. } in devices {
+        for Attached { model, id, transport, counters, .. } in devices {
             let transport = Arc::into_inner(transport).ok_or(Refusal::Gone)?;
             let transport = transport.into_inner().unwrap_or_else(PoisonError::into_inner);
             match transport.into_device() {
-                Ok(device) => parts.devices.push(Part { model, id, device }),
+                Ok(device) => parts.devices.push(Part { model, id, device, counters }),
                 Err(source) => return Err(Refusal::Device { section: model, id, source }),
             }
         }

@@ -13,6 +13,7 @@ use devices::backend::file::{self, Access};
 use devices::io::IoThread;
 use devices::legacy::serial::Serial;
 use devices::virtio::model::{Env, VirtioDevice};
+use devices::virtio::notifier;
 use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -31,6 +32,8 @@ pub(crate) struct Part {
     pub(crate) model: &'static str,
     pub(crate) id: String,
     pub(crate) device: Box<dyn VirtioDevice>,
+    /// What its transports count.
+    pub(crate) counters: Arc<notifier::Counters>,
 }
 
 /// Everything opened.
@@ -66,7 +69,7 @@ impl Parts {
             .map(|recipe| {
                 let (model, id) = (recipe.model(), recipe.id().to_owned());
                 match recipe.open(&env) {
-                    Ok(device) => Ok(Part { model, id, device }),
+                    Ok(device) => Ok(Part { model, id, device, counters: Arc::default() }),
                     Err(source) => Err(Refusal::Device { section: model, id, source }),
                 }
             })

@@ -23,11 +23,12 @@ use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::model::{Change, DeviceError, VirtioDevice};
-use super::notifier::{Interrupt, Notifier, status};
+use super::notifier::{Notifier, status};
 use super::queue::{QueueConfig, RingFeatures, VirtQueue};
 use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::io::{IoError, IoThread, Retired, Ticket, Worker};
+use crate::metrics::CounterSet;
 
 /// Bytes of address space per window: registers, then the configuration space.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -133,12 +134,12 @@ pub struct MmioTransport {
 }
 
 impl MmioTransport {
-    /// Connects `device` to its interrupt, memory and I/O thread. Boot and restore are one path;
+    /// Connects `device` to its driver, memory and I/O thread. Boot and restore are one path;
     /// `saved` is the only difference. A restored device is paused.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         mem: GuestRam,
-        line: Arc<dyn Interrupt>,
+        notifier: Notifier,
         io: Arc<IoThread>,
         saved: Option<&Saved>,
     ) -> Result<Self, DeviceError> {
@@ -153,7 +154,7 @@ impl MmioTransport {
             registers: Registers::default(),
             kicks,
             mem,
-            notifier: Arc::new(Notifier::new(line)),
+            notifier: Arc::new(notifier),
             io,
             device,
         };
@@ -169,9 +170,10 @@ impl MmioTransport {
         &self.kicks
     }
 
-    /// What the device has counted: [`VirtioDevice::counters`].
-    pub fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.device.counters()
+    /// What is counted of the device: what is of every one, and what is of this
+    /// ([`VirtioDevice::counters`]).
+    pub fn counters(&self) -> [Arc<dyn CounterSet>; 2] {
+        [self.notifier.counters().clone(), self.device.counters()]
     }
 
     /// The device, when the VM around it is taken apart. Its worker is stopped first.
@@ -288,7 +290,9 @@ impl MmioTransport {
     fn activate(&mut self) -> Result<(), DeviceError> {
         self.stage = Stage::Broken;
         let queues = self.live_queues()?;
-        self.run(queues, None)
+        self.run(queues, None)?;
+        self.notifier.counters().activate_count().inc();
+        Ok(())
     }
 
     fn run(&mut self, queues: Vec<VirtQueue>, saved: Option<&Value>) -> Result<(), DeviceError> {
@@ -330,6 +334,7 @@ impl MmioTransport {
         self.stage = Stage::Idle;
         self.registers = self.fresh_registers();
         self.notifier.reset();
+        self.notifier.counters().reset_count().inc();
     }
 
     fn fresh_registers(&self) -> Registers {
@@ -426,6 +431,7 @@ impl MmioTransport {
         {
             // The guest cannot be told why; the operator can.
             log::error!("virtio device {}: cannot activate: {e}", self.device.device_id());
+            self.notifier.counters().activate_fails().inc();
             self.notifier.needs_reset();
         }
     }
@@ -488,7 +494,12 @@ impl MmioTransport {
                 copy(&self.read_register(offset).to_le_bytes(), 0, data);
             }
         } else if offset >= reg::CONFIG {
-            copy(self.device.config_space(), offset.wrapping_sub(reg::CONFIG), data);
+            let space = self.device.config_space();
+            let end = offset.wrapping_sub(reg::CONFIG).saturating_add(data.len() as u64);
+            if end > space.len() as u64 {
+                self.notifier.counters().cfg_fails().inc();
+            }
+            copy(space, offset.wrapping_sub(reg::CONFIG), data);
         } else if data.len() == 4 && offset.is_multiple_of(4) {
             // Registers are accessed as aligned 32-bit words only (4.2.2.2).
             copy(&self.read_register(offset).to_le_bytes(), 0, data);
@@ -532,6 +543,9 @@ impl VirtioDevice for Placeholder {
         _saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         Err(DeviceError::Removed)
+    }
+    fn counters(&self) -> Arc<dyn CounterSet> {
+        Arc::new(())
     }
 }
 

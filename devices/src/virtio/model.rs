@@ -5,6 +5,7 @@
 //!        (the table)    (checked)         (in the transport)                 (on an I/O thread)
 //! ```
 use std::fmt::Debug;
+use std::sync::Arc;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Deserialize as _, Serialize, de::DeserializeOwned};
@@ -13,6 +14,7 @@ use serde_json::Value;
 use super::queue::VirtQueue;
 use crate::io::Worker;
 use crate::limiter::RateLimiter;
+use crate::metrics::{CounterSet, Group};
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
 /// transport; called from vCPU exits and from the VMM thread, never from an I/O thread.
@@ -46,11 +48,9 @@ pub trait VirtioDevice: Send + Debug {
     fn may_block(&self) -> bool {
         false
     }
-    /// Names and values of what the device has counted since it was made. Names are Firecracker's
-    /// where it counts the same thing.
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        Vec::new()
-    }
+    /// What the device counts: an instance of [`Model::METRICS`], the same one as long as the device
+    /// lives, whatever workers come and go.
+    fn counters(&self) -> Arc<dyn CounterSet>;
     /// Applies a run-time change, as sent by `PATCH` to the device or to the [`View`] of it that
     /// `view` names. The worker is off the I/O thread meanwhile.
     fn update(&mut self, _view: Option<&str>, _patch: &Value) -> Result<Change, DeviceError> {
@@ -94,6 +94,9 @@ pub trait Model: VirtioDevice + Sized + 'static {
     const VIEWS: &'static [View] = &[];
     /// One line for people: what it is.
     const ABOUT: &'static str;
+    /// What it counts, under Firecracker's name of the kind of device: the `GROUP` of its
+    /// [`counters!`](crate::counters).
+    const METRICS: Group;
     /// What the user says about it.
     type Config: DeserializeOwned + Serialize + JsonSchema + Clone + Debug + Send + Sync + 'static;
     /// What the user may change while the guest runs, if [`Self::PATCHABLE`].
@@ -387,6 +390,8 @@ pub struct Row {
     pub deprecated: &'static [&'static str],
     /// [`Model::ABOUT`].
     pub about: &'static str,
+    /// [`Model::METRICS`].
+    pub metrics: Group,
     /// Reads a configuration. Does not look at the host: [`Recipe::check`].
     pub parse: fn(json: &[u8]) -> ParseResult,
     /// JSON schema of the configuration.
@@ -409,6 +414,7 @@ pub const fn row<M: Model>() -> Row {
         is_removable: M::REMOVABLE,
         deprecated: M::DEPRECATED,
         about: M::ABOUT,
+        metrics: M::METRICS,
         parse: |json| Ok(Box::new(Configured::<M>(serde_json::from_slice(json)?))),
         schema: schema_of::<M::Config>,
         shown: M::SHOWN,

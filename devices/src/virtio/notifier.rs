@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use crate::counters;
+
 /// Raises the device's interrupt in the guest. An irqfd in the VMM, a counter in tests.
 pub trait Interrupt: Send + Sync {
     /// Queue `queue` has used buffers.
@@ -30,9 +32,30 @@ pub mod status {
 const ISR_USED_BUFFER: u32 = 1;
 const ISR_CONFIG_CHANGE: u32 = 2;
 
+counters! {
+    /// What is counted of every device, whatever it is.
+    pub struct Counters as "virtio" {
+        /// Times a driver brought the device up.
+        activate_count: Counter,
+        /// Times the device could not be brought up: bad queues, or the host failed.
+        activate_fails: Counter,
+        /// Times a driver reset the device.
+        reset_count: Counter,
+        /// Times the device was lost until a reset: a ring that lies, or the host failed.
+        event_fails: Counter,
+        /// Reads of the configuration space beyond its end.
+        cfg_fails: Counter,
+        /// Interrupts for used buffers.
+        used_buffer_interrupt_count: Counter,
+        /// Interrupts for a changed configuration or status.
+        config_interrupt_count: Counter,
+    }
+}
+
 /// Device status, interrupt status and configuration generation, with the line to the driver.
 pub struct Notifier {
     line: Arc<dyn Interrupt>,
+    counters: Arc<Counters>,
     status: AtomicU32,
     isr: AtomicU32,
     generation: AtomicU32,
@@ -48,10 +71,12 @@ impl std::fmt::Debug for Notifier {
 }
 
 impl Notifier {
-    /// A notifier of a device that has just been reset.
-    pub fn new(line: Arc<dyn Interrupt>) -> Self {
+    /// A notifier of a device that has just been reset. `counters` outlive it, so that they go on
+    /// when the machine around a device is made anew.
+    pub fn new(line: Arc<dyn Interrupt>, counters: Arc<Counters>) -> Self {
         Self {
             line,
+            counters,
             status: AtomicU32::new(0),
             isr: AtomicU32::new(0),
             generation: AtomicU32::new(0),
@@ -61,6 +86,7 @@ impl Notifier {
     /// Tells the driver that `queue` has used buffers.
     pub fn used_buffer(&self, queue: u16) {
         self.isr.fetch_or(ISR_USED_BUFFER, Ordering::SeqCst);
+        self.counters.used_buffer_interrupt_count().inc();
         self.line.used_buffer(queue);
     }
 
@@ -69,15 +95,26 @@ impl Notifier {
     pub fn config_change(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.isr.fetch_or(ISR_CONFIG_CHANGE, Ordering::SeqCst);
+        self.interrupt_for_config();
+    }
+
+    fn interrupt_for_config(&self) {
+        self.counters.config_interrupt_count().inc();
         self.line.config_change();
+    }
+
+    /// What is counted of every device.
+    pub(super) fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Latches the device: it is of no use until the driver resets it (virtio 1.2, 2.1.2).
     pub fn needs_reset(&self) {
         let was = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
         if was & status::NEEDS_RESET == 0 && was & status::DRIVER_OK != 0 {
+            self.counters.event_fails().inc();
             self.isr.fetch_or(ISR_CONFIG_CHANGE, Ordering::SeqCst);
-            self.line.config_change();
+            self.interrupt_for_config();
         }
     }
 
@@ -118,7 +155,7 @@ impl Notifier {
         self.isr.store(isr, Ordering::SeqCst);
         self.generation.store(generation, Ordering::SeqCst);
         if isr != 0 {
-            self.line.config_change();
+            self.interrupt_for_config();
         }
     }
 }

@@ -12,9 +12,10 @@ use serde_json::Value;
 use super::chain::Chain;
 use super::model::{DeviceError, Env, Model, NoPatch, VirtioDevice, refuse_limits};
 use super::queue::{Served, VirtQueue, split};
+use crate::counters;
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
-use crate::metrics::Counter;
+use crate::metrics::{CounterSet, Group};
 
 /// Most bytes given to one request, however much room it has.
 const MAX_BYTES: u32 = 64 << 10;
@@ -35,16 +36,22 @@ pub struct Rng {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    queue_events: Counter,
-    bytes: Counter,
-    failed: Counter,
+counters! {
+    /// What is counted.
+    struct Counters as "entropy" {
+        /// Times the driver kicked the queue.
+        entropy_event_count: Counter,
+        /// Bytes given to the driver.
+        entropy_bytes: Counter,
+        /// Requests that got nothing.
+        entropy_event_fails: Counter,
+    }
 }
 
 impl Model for Rng {
     const NAME: &'static str = "entropy";
     const ABOUT: &'static str = "Random numbers from the host";
+    const METRICS: Group = Counters::GROUP;
     type Config = Config;
     type Patch = NoPatch;
 
@@ -77,12 +84,8 @@ impl VirtioDevice for Rng {
         Ok(Box::new(RngWorker { requests, counters: self.counters.clone() }))
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![
-            ("entropy_event_count", self.counters.queue_events.get()),
-            ("entropy_bytes", self.counters.bytes.get()),
-            ("entropy_event_fails", self.counters.failed.get()),
-        ]
+    fn counters(&self) -> Arc<dyn CounterSet> {
+        self.counters.clone()
     }
 }
 
@@ -99,12 +102,12 @@ impl Worker for RngWorker {
 
     fn ready(&mut self, _source: usize) -> Watch {
         let Self { requests, counters } = self;
-        counters.queue_events.inc();
+        counters.entropy_event_count().inc();
         requests.serve(|chain| {
             let written = fill(&chain);
-            counters.bytes.add(written.into());
+            counters.entropy_bytes().add(written.into());
             if written == 0 {
-                counters.failed.inc();
+                counters.entropy_event_fails().inc();
             }
             Served::Used(written)
         });

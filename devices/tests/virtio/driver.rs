@@ -7,7 +7,7 @@ use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::virtio::mmio::{MmioTransport, Saved, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::model::{DeviceError, VirtioDevice};
-use devices::virtio::notifier::Interrupt;
+use devices::virtio::notifier::{Counters, Interrupt, Notifier};
 use vm_memory::{Bytes, GuestAddress};
 
 /// RAM: two pieces with a hole between them.
@@ -92,7 +92,8 @@ impl Machine {
     ) -> Result<Self, DeviceError> {
         let io = Arc::new(IoThread::spawn("test-io").unwrap());
         let irq = Arc::new(Irq::default());
-        let transport = MmioTransport::new(device, mem.clone(), irq.clone(), io, saved)?;
+        let notifier = Notifier::new(irq.clone(), Arc::<Counters>::default());
+        let transport = MmioTransport::new(device, mem.clone(), notifier, io, saved)?;
         let transport = Arc::new(Mutex::new(transport));
         let mut bus = Bus::default();
         for (base, window) in [(ACPI, Window::Acpi), (COMMAND_LINE, Window::CommandLine)] {
@@ -200,8 +201,12 @@ impl Machine {
     }
 
     pub(crate) fn counter(&self, name: &str) -> u64 {
-        let counters = self.transport.lock().unwrap().counters();
-        counters.iter().find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no {name}")).1
+        let sets = self.transport.lock().unwrap().counters();
+        let mut counted = sets.iter().flat_map(|set| {
+            let names = set.group().declared.iter().map(|declared| declared.name);
+            names.zip(set.values())
+        });
+        counted.find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no {name}")).1.amount()
     }
 }
 

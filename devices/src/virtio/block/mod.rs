@@ -19,9 +19,10 @@ use super::model::{
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::disk::{self, Disk, DiskError, SECTOR_SIZE};
 use crate::backend::file::{self, Access};
+use crate::counters;
 use crate::io::{Retired, Watch, Worker};
 use crate::limiter::RateLimiter;
-use crate::metrics::Counter;
+use crate::metrics::{CounterSet, Group};
 
 const QUEUE_SIZE: u16 = 256;
 /// Data buffers in one request: the queue less header and status.
@@ -165,20 +166,38 @@ pub struct Block {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    queue_events: Counter,
-    reads: Counter,
-    writes: Counter,
-    read_bytes: Counter,
-    write_bytes: Counter,
-    flushes: Counter,
-    discards: Counter,
-    write_zeroes: Counter,
-    failed: Counter,
-    invalid: Counter,
-    updates: Counter,
-    failed_updates: Counter,
+counters! {
+    /// What is counted.
+    struct Counters as "block" {
+        /// Times the driver kicked the queue.
+        queue_event_count: Counter,
+        /// Reads that succeeded.
+        read_count: Counter,
+        /// Writes that succeeded.
+        write_count: Counter,
+        /// Bytes read.
+        read_bytes: Counter,
+        /// Bytes written.
+        write_bytes: Counter,
+        /// How long the host took to read, failures included.
+        read_agg: Latency,
+        /// How long the host took to write, failures included.
+        write_agg: Latency,
+        /// Flushes that succeeded.
+        flush_count: Counter,
+        /// Discards that succeeded.
+        discard_count: Counter,
+        /// Requests to write zeroes that succeeded.
+        write_zeroes_count: Counter,
+        /// Requests that the host failed.
+        execute_fails: Counter,
+        /// Requests that broke the rules or are not known.
+        invalid_reqs_count: Counter,
+        /// Changes by the user that were applied.
+        update_count: Counter,
+        /// Changes by the user that were refused.
+        update_fails: Counter,
+    }
 }
 
 impl Model for Block {
@@ -187,6 +206,7 @@ impl Model for Block {
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A disk: a file or block device of the host";
+    const METRICS: Group = Counters::GROUP;
     type Config = Config;
     type Patch = Patch;
 
@@ -292,28 +312,14 @@ impl VirtioDevice for Block {
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let change = self.try_update(patch);
         match &change {
-            Ok(_) => self.counters.updates.inc(),
-            Err(_) => self.counters.failed_updates.inc(),
+            Ok(_) => self.counters.update_count().inc(),
+            Err(_) => self.counters.update_fails().inc(),
         }
         change
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let c = &self.counters;
-        vec![
-            ("queue_event_count", c.queue_events.get()),
-            ("read_count", c.reads.get()),
-            ("write_count", c.writes.get()),
-            ("read_bytes", c.read_bytes.get()),
-            ("write_bytes", c.write_bytes.get()),
-            ("flush_count", c.flushes.get()),
-            ("discard_count", c.discards.get()),
-            ("write_zeroes_count", c.write_zeroes.get()),
-            ("execute_fails", c.failed.get()),
-            ("invalid_reqs_count", c.invalid.get()),
-            ("update_count", c.updates.get()),
-            ("update_fails", c.failed_updates.get()),
-        ]
+    fn counters(&self) -> Arc<dyn CounterSet> {
+        self.counters.clone()
     }
 }
 
@@ -366,7 +372,7 @@ impl Worker for BlockWorker {
 
     fn ready(&mut self, _source: usize) -> Watch {
         let Self { requests, executor } = self;
-        executor.counters.queue_events.inc();
+        executor.counters.queue_event_count().inc();
         let mut budget = MAX_REQUEST_BYTES;
         requests.serve(|chain| {
             if budget == 0 {

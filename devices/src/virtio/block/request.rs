@@ -41,7 +41,7 @@ impl Executor {
         let data = writable.len().checked_sub(1).and_then(|len| writable.take(len).ok());
         let Some(data) = data else {
             // Nowhere to put the status.
-            self.counters.invalid.inc();
+            self.counters.invalid_reqs_count().inc();
             return (0, 0);
         };
         let room = data.len();
@@ -54,11 +54,11 @@ impl Executor {
             Ok(Done { filled, cost }) => (0, filled, cost),
             // How far the host got before it failed is not known: count it as far.
             Err(Failure::Host) => {
-                self.counters.failed.inc();
+                self.counters.execute_fails().inc();
                 (Failure::Host.status(), 0, MAX_REQUEST_BYTES)
             }
             Err(failure) => {
-                self.counters.invalid.inc();
+                self.counters.invalid_reqs_count().inc();
                 (failure.status(), 0, 0)
             }
         };
@@ -91,9 +91,10 @@ impl Executor {
         let mut result = Ok(());
         to.for_each(|slice| result = result.and_then(|()| slices.push_writable(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
-        self.disk.read(&mut slices, offset).map_err(|e| failed("read", offset, &e))?;
-        self.counters.reads.inc();
-        self.counters.read_bytes.add(to.len());
+        let read = || self.disk.read(&mut slices, offset);
+        self.counters.read_agg().time(read).map_err(|e| failed("read", offset, &e))?;
+        self.counters.read_count().inc();
+        self.counters.read_bytes().add(to.len());
         Ok(Done { filled: to.len(), cost: to.len() })
     }
 
@@ -109,9 +110,10 @@ impl Executor {
         let mut result = Ok(());
         from.for_each(|slice| result = result.and_then(|()| slices.push(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
-        self.disk.write(&mut slices, offset).map_err(|e| failed("write", offset, &e))?;
-        self.counters.writes.inc();
-        self.counters.write_bytes.add(from.len());
+        let write = || self.disk.write(&mut slices, offset);
+        self.counters.write_agg().time(write).map_err(|e| failed("write", offset, &e))?;
+        self.counters.write_count().inc();
+        self.counters.write_bytes().add(from.len());
         Ok(Done { filled: 0, cost: from.len() })
     }
 
@@ -119,7 +121,7 @@ impl Executor {
         self.negotiated(feature::FLUSH)?;
         want(input.is_empty() && output.is_empty())?;
         self.disk.flush().map_err(|e| failed("flush", 0, &e))?;
-        self.counters.flushes.inc();
+        self.counters.flush_count().inc();
         Ok(Done { filled: 0, cost: MAX_REQUEST_BYTES })
     }
 
@@ -137,15 +139,9 @@ impl Executor {
         mut input: Readable<'_>,
         output: &Writable<'_>,
     ) -> Result<Done, Failure> {
-        let (feature, limits, counter) = match request {
-            kind::DISCARD => {
-                let limits = (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS);
-                (feature::DISCARD, limits, &self.counters.discards)
-            }
-            _ => {
-                let limits = (MAX_ZERO_SEGMENTS, MAX_ZERO_SECTORS);
-                (feature::WRITE_ZEROES, limits, &self.counters.write_zeroes)
-            }
+        let (feature, limits) = match request {
+            kind::DISCARD => (feature::DISCARD, (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS)),
+            _ => (feature::WRITE_ZEROES, (MAX_ZERO_SEGMENTS, MAX_ZERO_SECTORS)),
         };
         want(self.disk.is_writable())?;
         self.negotiated(feature)?;
@@ -167,7 +163,10 @@ impl Executor {
             };
             done.map_err(|e| failed("erase", range.offset, &e))?;
         }
-        counter.inc();
+        match request {
+            kind::DISCARD => self.counters.discard_count().inc(),
+            _ => self.counters.write_zeroes_count().inc(),
+        }
         Ok(Done { filled: 0, cost: MAX_REQUEST_BYTES })
     }
 

@@ -13,9 +13,10 @@ use self::worker::NetWorker;
 use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, refuse_limits};
 use super::queue::{VirtQueue, split};
 use crate::backend::tap::{self, Tap, TapError, offload};
+use crate::counters;
 use crate::io::Worker;
 use crate::limiter::RateLimiter;
-use crate::metrics::Counter;
+use crate::metrics::{CounterSet, Group};
 
 /// Feature bits (virtio 1.2, 5.1.3).
 mod feature {
@@ -120,21 +121,46 @@ pub struct Net {
     counters: Arc<Counters>,
 }
 
-#[derive(Debug, Default)]
-struct Counters {
-    rx_events: Counter,
-    rx_packets: Counter,
-    rx_bytes: Counter,
-    rx_dropped: Counter,
-    rx_bad_buffers: Counter,
-    rx_starved: Counter,
-    tap_read_failed: Counter,
-    tx_events: Counter,
-    tx_packets: Counter,
-    tx_bytes: Counter,
-    tx_malformed: Counter,
-    tap_write_failed: Counter,
-    tap_gone: Counter,
+counters! {
+    /// What is counted. Receive is to the guest, transmit from it.
+    struct Counters as "net" {
+        /// Times the driver kicked the receive queue.
+        rx_queue_event_count: Counter,
+        /// Times the tap had something.
+        rx_tap_event_count: Counter,
+        /// Frames given to the driver.
+        rx_packets_count: Counter,
+        /// Bytes of these frames.
+        rx_bytes_count: Counter,
+        /// Reads of the tap that gave a frame.
+        rx_count: Counter,
+        /// Frames dropped: they do not fit the driver's buffers, or are too short.
+        rx_fails: Counter,
+        /// Receive buffers given back unused: not RAM, too short or too many pieces.
+        rx_bad_buffers: Counter,
+        /// Times the driver had no receive buffer left.
+        no_rx_avail_buffer: Counter,
+        /// Reads of the tap that failed.
+        tap_read_fails: Counter,
+        /// Times the driver kicked the transmit queue.
+        tx_queue_event_count: Counter,
+        /// Frames taken from the driver and sent.
+        tx_packets_count: Counter,
+        /// Bytes of these frames.
+        tx_bytes_count: Counter,
+        /// Writes to the tap that succeeded.
+        tx_count: Counter,
+        /// Frames dropped, whatever the cause.
+        tx_fails: Counter,
+        /// Frames dropped because they are too short or too long, or not in RAM.
+        tx_malformed_frames: Counter,
+        /// Frames dropped because the tap did not take them.
+        tap_write_fails: Counter,
+        /// How long the tap took to take a frame, failures included.
+        tap_write_agg: Latency,
+        /// Times the tap was found to be gone.
+        tap_gone: Counter,
+    }
 }
 
 impl Net {
@@ -171,6 +197,7 @@ impl Model for Net {
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
+    const METRICS: Group = Counters::GROUP;
     type Config = Config;
     type Patch = Patch;
 
@@ -262,23 +289,8 @@ impl VirtioDevice for Net {
         Ok(Change::Silent)
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        let c = &self.counters;
-        vec![
-            ("rx_queue_event_count", c.rx_events.get()),
-            ("rx_packets_count", c.rx_packets.get()),
-            ("rx_bytes_count", c.rx_bytes.get()),
-            ("rx_fails", c.rx_dropped.get()),
-            ("rx_bad_buffers", c.rx_bad_buffers.get()),
-            ("no_rx_avail_buffer", c.rx_starved.get()),
-            ("tap_read_fails", c.tap_read_failed.get()),
-            ("tx_queue_event_count", c.tx_events.get()),
-            ("tx_packets_count", c.tx_packets.get()),
-            ("tx_bytes_count", c.tx_bytes.get()),
-            ("tx_malformed_frames", c.tx_malformed.get()),
-            ("tap_write_fails", c.tap_write_failed.get()),
-            ("tap_gone", c.tap_gone.get()),
-        ]
+    fn counters(&self) -> Arc<dyn CounterSet> {
+        self.counters.clone()
     }
 }
 

@@ -63,7 +63,7 @@ impl NetWorker {
 
     fn transmit(&mut self) {
         let Self { tx, tap, counters, is_gone, .. } = self;
-        counters.tx_events.inc();
+        counters.tx_queue_event_count().inc();
         tx.serve(|chain| {
             *is_gone |= send(&chain, tap, counters, *is_gone);
             Served::Used(0)
@@ -72,7 +72,7 @@ impl NetWorker {
 
     fn note_gone(&mut self) {
         self.is_gone = true;
-        self.counters.tap_gone.inc();
+        self.counters.tap_gone().inc();
         log::warn!("network interface: the tap is gone; the guest's link is dead");
     }
 }
@@ -92,10 +92,13 @@ impl Worker for NetWorker {
             TX_KICK => self.transmit(),
             RX_KICK => {
                 self.receiver.queue.consume_kick();
-                self.counters.rx_events.inc();
+                self.counters.rx_queue_event_count().inc();
                 self.is_gone = was_gone || self.receiver.receive(&self.tap);
             }
-            _ => self.is_gone = was_gone || self.receiver.receive(&self.tap),
+            _ => {
+                self.counters.rx_tap_event_count().inc();
+                self.is_gone = was_gone || self.receiver.receive(&self.tap);
+            }
         }
         if self.is_gone && !was_gone {
             self.note_gone();
@@ -117,23 +120,27 @@ fn send(chain: &Chain<'_>, to: &Tap, counters: &Counters, is_gone: bool) -> bool
     let mut is_valid = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len());
     let walked = frame.for_each(|slice| is_valid = is_valid && slices.push(&slice).is_ok());
     if !is_valid || walked.is_err() {
-        counters.tx_malformed.inc();
+        counters.tx_malformed_frames().inc();
+        counters.tx_fails().inc();
         return false;
     }
     if is_gone {
-        counters.tap_write_failed.inc();
+        counters.tap_write_fails().inc();
+        counters.tx_fails().inc();
         return false;
     }
-    match to.write(&mut slices) {
+    match counters.tap_write_agg().time(|| to.write(&mut slices)) {
         Ok(_) => {
-            counters.tx_packets.inc();
-            counters.tx_bytes.add(frame.len().saturating_sub(HEADER_BYTES.into()));
+            counters.tx_count().inc();
+            counters.tx_packets_count().inc();
+            counters.tx_bytes_count().add(frame.len().saturating_sub(HEADER_BYTES.into()));
             false
         }
         // A header with impossible offsets is EINVAL, a full queue EAGAIN, an interface that is
         // down EIO. A network may lose frames, and a device must not wait.
         Err(e) => {
-            counters.tap_write_failed.inc();
+            counters.tap_write_fails().inc();
+            counters.tx_fails().inc();
             tap::is_gone(&e)
         }
     }
@@ -183,7 +190,7 @@ impl Receiver {
                 Received::Progress => {}
                 Received::Starved => {
                     if !self.queue.enable_kicks() {
-                        self.counters.rx_starved.inc();
+                        self.counters.no_rx_avail_buffer().inc();
                         break;
                     }
                 }
@@ -216,12 +223,13 @@ impl Receiver {
         match tap.read(&mut slices) {
             Ok(0) => Received::Gone,
             Ok(read) => {
+                self.counters.rx_count().inc();
                 self.deliver(read as u64, room);
                 Received::Progress
             }
             Err(e) if e.kind() == ErrorKind::WouldBlock => Received::Empty,
             Err(e) => {
-                self.counters.tap_read_failed.inc();
+                self.counters.tap_read_fails().inc();
                 if tap::is_gone(&e) { Received::Gone } else { Received::Empty }
             }
         }
@@ -268,7 +276,7 @@ impl Receiver {
 
     /// Gives the first chain back unused: it is not RAM, too short for a header or too fragmented.
     fn return_bad_chain(&mut self) -> Received {
-        self.counters.rx_bad_buffers.inc();
+        self.counters.rx_bad_buffers().inc();
         self.use_first_chain(0);
         self.queue.publish();
         Received::Progress
@@ -277,7 +285,7 @@ impl Receiver {
     /// Gives the driver a frame of `read` bytes, header included, that lies in the chains held.
     fn deliver(&mut self, read: u64, room: u64) {
         if read > room || read < MIN_FRAME_BYTES || !self.write_num_buffers(read) {
-            self.counters.rx_dropped.inc();
+            self.counters.rx_fails().inc();
             return;
         }
         let mut left = read;
@@ -285,8 +293,8 @@ impl Receiver {
             left = left.saturating_sub(self.use_first_chain(left));
         }
         self.queue.publish();
-        self.counters.rx_packets.inc();
-        self.counters.rx_bytes.add(read.saturating_sub(HEADER_BYTES.into()));
+        self.counters.rx_packets_count().inc();
+        self.counters.rx_bytes_count().add(read.saturating_sub(HEADER_BYTES.into()));
     }
 
     /// Says in the header how many chains the frame fills (virtio 1.2, 5.1.6.4).
