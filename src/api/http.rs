@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use super::message::{FaultMessage, StateLine, StateTag, Version};
 use super::openapi;
-use super::route::{Act, Content, Method, Route, RouteError, Routes};
+use super::route::{Act, Content, Logged, Method, Route, RouteError, Routes};
 use super::stream::{Phase, Progress};
 use crate::error::Refusal;
 use crate::events::{Sink, What};
@@ -70,17 +70,25 @@ async fn handle(
     progress: &Progress,
     parts: &Parts,
     body: Incoming,
-) -> Result<Answer, Fault> {
+) -> Result<Reply, Fault> {
     let body = read_body(body, parts, api, progress).await;
-    log::info!("The API server received a {}.", Described(parts, body.as_deref().ok()));
+    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let found = api.routes.find(parts.method.as_str(), path);
+    let logged = found.as_ref().map_or(Logged::Whole, |(route, _)| route.logged);
+    let shown = Described { parts, body: body.as_deref().unwrap_or_default(), logged };
+    log::info!("The API server received a {shown}.");
     progress.enter(Phase::Serving);
-    let outcome = match body {
-        Ok(body) => answer(api, progress, parts, &body).await,
-        Err(fault) => Err(fault),
+    let outcome = match (body, found) {
+        (Ok(body), Ok((route, id))) => answer(api, progress, route, id, &body).await,
+        (Err(fault), _) => Err(fault),
+        (_, Err(unknown)) => Err(unknown.into()),
     };
     match &outcome {
-        Ok(answer) => {
-            log::info!("The request was executed successfully. Status code: {}.", answer.status())
+        Ok(Reply { answer, deprecated }) => {
+            log::info!("The request was executed successfully. Status code: {}.", answer.status());
+            if let Some(what) = deprecated {
+                log::warn!("{what}");
+            }
         }
         Err(fault) => {
             log::info!("Received Error. Status code: {}. Message: {fault}", StatusCode::BAD_REQUEST)
@@ -120,7 +128,13 @@ impl Fault {
     }
 }
 
-/// What goes back when all went well.
+/// What goes back when all went well, and what is to be told of the request.
+struct Reply {
+    answer: Answer,
+    /// What was deprecated in it.
+    deprecated: Option<String>,
+}
+
 enum Answer {
     Nothing,
     Json(Bytes),
@@ -177,29 +191,31 @@ async fn read_body(
 async fn answer(
     api: &Api,
     progress: &Progress,
-    parts: &Parts,
+    route: &Route,
+    id: Option<String>,
     body: &[u8],
-) -> Result<Answer, Fault> {
-    let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
-    let (route, id) = api.routes.find(parts.method.as_str(), path)?;
+) -> Result<Reply, Fault> {
     match (&route.body, body.is_empty()) {
         (None, false) => return Err(Fault::NeedlessBody),
         (Some(_), true) => return Err(Fault::NoBody(route.method)),
         _ => (),
     }
-    match route.act {
-        Act::Ask(make) => Ok(of_route(route, ask(api, make(body)?).await?)),
+    let answer = match route.act {
+        Act::Ask(make) => of_route(route, ask(api, make(body)?).await?),
         Act::Section(name) => {
-            Ok(of_route(route, ask(api, about_section(route.method, name, id, body)).await?))
+            of_route(route, ask(api, about_section(route.method, name, id, body)).await?)
         }
         Act::Wait => {
             progress.enter(Phase::Waiting);
-            Ok(of_route(route, ask(api, Request::Wait).await?))
+            of_route(route, ask(api, Request::Wait).await?)
         }
-        Act::Events => follow(api, progress).await,
-        Act::Version => Ok(Answer::json(&Version { firecracker_version: FIRECRACKER_VERSION })),
-        Act::Document => Ok(Answer::json(&openapi::document(&api.routes))),
-    }
+        Act::Events => follow(api, progress).await?,
+        Act::Version => Answer::json(&Version { firecracker_version: FIRECRACKER_VERSION }),
+        Act::Document => Answer::json(&openapi::document(&api.routes)),
+    };
+    let found = route.deprecated.find(body);
+    let deprecated = found.map(|what| format!("{} {}: {what}", route.method.name(), route.path));
+    Ok(Reply { answer, deprecated })
 }
 
 fn about_section(method: Method, name: &str, id: Option<String>, body: &[u8]) -> Request {
@@ -243,11 +259,12 @@ async fn follow(api: &Api, progress: &Progress) -> Result<Answer, Fault> {
 }
 
 fn respond(
-    outcome: Result<Answer, Fault>,
+    outcome: Result<Reply, Fault>,
     is_last: bool,
     in_progress: InProgress,
 ) -> Response<ReplyBody> {
-    let (status, frames, mime) = match outcome {
+    let is_deprecated = outcome.as_ref().is_ok_and(|reply| reply.deprecated.is_some());
+    let (status, frames, mime) = match outcome.map(|reply| reply.answer) {
         Ok(Answer::Nothing) => (StatusCode::NO_CONTENT, Frames::Done, None),
         Ok(Answer::Json(bytes)) => (StatusCode::OK, Frames::One(bytes), Some("application/json")),
         Ok(Answer::Lines { first, rest }) => {
@@ -265,6 +282,9 @@ fn respond(
     headers.insert(SERVER, HeaderValue::from_static("Firecracker API"));
     let connection = if is_last { "close" } else { "keep-alive" };
     headers.insert(CONNECTION, HeaderValue::from_static(connection));
+    if is_deprecated {
+        headers.insert("deprecation", HeaderValue::from_static("true"));
+    }
     if let Some(mime) = mime {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(mime));
     }
@@ -353,20 +373,71 @@ impl Body for ReplyBody {
 }
 
 /// A request in the words of Firecracker's log.
-struct Described<'a>(&'a Parts, Option<&'a [u8]>);
+struct Described<'a> {
+    parts: &'a Parts,
+    body: &'a [u8],
+    logged: Logged,
+}
+
+/// As much of a body as a line of the log may have room for, and more.
+const SHOWN_BODY_LEN: usize = 4096;
 
 impl fmt::Display for Described<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(parts, body) = self;
+        let Self { parts, body, logged } = self;
         let method = parts.method.as_str();
         let (initial, rest) = method.split_at_checked(1).unwrap_or((method, ""));
         write!(f, "{initial}{} request on {:?}", rest.to_ascii_lowercase(), parts.uri.path())?;
-        match body {
-            None | Some([]) => Ok(()),
-            Some(body) => {
+        match logged {
+            _ if body.is_empty() => Ok(()),
+            Logged::Never => Ok(()),
+            Logged::AtDebug(what) if !log::log_enabled!(log::Level::Debug) => {
+                write!(f, ". To view {what} received by the API, configure log-level to DEBUG")
+            }
+            Logged::Whole | Logged::AtDebug(_) => {
                 let text = std::str::from_utf8(body).unwrap_or("inconvertible to UTF-8");
-                write!(f, " with body {text:?}")
+                match text.len() {
+                    0..=SHOWN_BODY_LEN => write!(f, " with body {text:?}"),
+                    len => {
+                        let shown = &text[..text.floor_char_boundary(SHOWN_BODY_LEN)];
+                        write!(f, " with body {shown:?}… of {len} bytes")
+                    }
+                }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn described(body: &[u8], logged: Logged) -> String {
+        let request = hyper::Request::builder().method("PUT").uri("/a/b?c").body(()).unwrap();
+        let (parts, ()) = request.into_parts();
+        Described { parts: &parts, body, logged }.to_string()
+    }
+
+    #[test]
+    fn logs_as_much_of_a_body_as_is_fit_to_be_seen() {
+        assert_eq!(described(b"", Logged::Whole), r#"Put request on "/a/b""#);
+        let whole = described(b"{\"x\": 1}\n", Logged::Whole);
+        assert_eq!(whole, r#"Put request on "/a/b" with body "{\"x\": 1}\n""#);
+        assert_eq!(described(b"{}", Logged::Never), r#"Put request on "/a/b""#);
+        // No logger, no level: Debug is not on.
+        assert_eq!(
+            described(b"{}", Logged::AtDebug("the thing")),
+            "Put request on \"/a/b\". To view the thing received by the API, configure log-level to DEBUG"
+        );
+        let said = described(b"\xff", Logged::Whole);
+        assert!(said.ends_with(r#"with body "inconvertible to UTF-8""#), "{said}");
+    }
+
+    #[test]
+    fn logs_the_start_of_a_long_body() {
+        let long = "é".repeat(30_000);
+        let said = described(long.as_bytes(), Logged::Whole);
+        assert!(said.len() < SHOWN_BODY_LEN + 100, "{}", said.len());
+        assert!(said.ends_with("é\"… of 60000 bytes"), "{said}");
     }
 }

@@ -1,14 +1,15 @@
 //! The REST API on a Unix socket: Firecracker's paths, fields and status codes, and more.
 //!
 //! ```text
-//!  socket.rs    the API's socket: listening on it, connecting to it
-//!  server.rs    the thread: accept, evict, shut down
-//!  stream.rs    one connection: what it is doing and until when it may
-//!  http.rs      bytes to a question, the reply to bytes
-//!  route.rs     THE TABLE: method and path to Request
-//!  openapi.rs   the table as an OpenAPI document
-//!  message.rs   the JSON of the fixed routes
-//!  client.rs    the other end, for `husk ctl`
+//!  socket.rs      the API's socket: listening on it, connecting to it
+//!  server.rs      the thread: accept, evict, shut down
+//!  stream.rs      one connection: what it is doing and until when it may
+//!  http.rs        bytes to a question, the reply to bytes
+//!  route.rs       THE TABLE: method and path to Request
+//!  openapi.rs     the table as an OpenAPI document
+//!  deprecated.rs  what clients should no longer send
+//!  message.rs     the JSON of the fixed routes
+//!  client.rs      the other end, for `husk ctl`
 //! ```
 //!
 //! Nothing here knows the VM: a request goes to the VMM thread through a [`crate::request::Handle`]
@@ -16,6 +17,7 @@
 //! there is a socket.
 
 pub(crate) mod client;
+mod deprecated;
 mod http;
 pub(crate) mod message;
 mod not_yet;
@@ -25,6 +27,7 @@ mod server;
 mod socket;
 mod stream;
 
+pub(crate) use deprecated::Deprecated;
 pub(crate) use not_yet::NOT_YET;
 pub(crate) use route::{Id, Section};
 pub(crate) use server::{Options, Server};

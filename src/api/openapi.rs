@@ -12,12 +12,7 @@ const SCHEMAS: &str = "/components/schemas";
 
 /// Describes `routes`.
 pub(super) fn document(routes: &Routes) -> Value {
-    // OpenAPI 3.1 schemas are JSON schemas of this draft.
-    let settings = SchemaSettings::draft2020_12().with(|settings| {
-        settings.definitions_path = SCHEMAS.into();
-        settings.meta_schema = None;
-    });
-    let mut generator = settings.into_generator();
+    let mut generator = settings().into_generator();
     let mut paths = Map::new();
     for route in routes.iter() {
         let operation = operation(route, &mut generator);
@@ -29,6 +24,9 @@ pub(super) fn document(routes: &Routes) -> Value {
     let fault = generator.subschema_for::<FaultMessage>();
     let configuration = configuration(routes, &mut generator);
     let mut schemas = generator.take_definitions(true);
+    for route in routes.iter() {
+        mark_deprecated(route, &mut schemas);
+    }
     schemas.insert("Configuration".to_owned(), configuration);
     json!({
         "openapi": "3.1.0",
@@ -49,6 +47,14 @@ pub(super) fn document(routes: &Routes) -> Value {
                 },
             },
         },
+    })
+}
+
+/// OpenAPI 3.1 schemas are JSON schemas of this draft.
+fn settings() -> SchemaSettings {
+    SchemaSettings::draft2020_12().with(|settings| {
+        settings.definitions_path = SCHEMAS.into();
+        settings.meta_schema = None;
     })
 }
 
@@ -79,6 +85,25 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
         }]);
     }
     operation
+}
+
+/// Says so where clients look: at the fields of what the request takes.
+fn mark_deprecated(route: &Route, schemas: &mut Map<String, Value>) {
+    let Some(Shape::Type(schema)) = route.body else { return };
+    if route.deprecated.fields.is_empty() {
+        return;
+    }
+    // Asked again for its name only: the definition is among `schemas`.
+    let reference = schema(&mut settings().into_generator()).to_value();
+    let name = reference["$ref"].as_str().and_then(|path| path.rsplit('/').next());
+    let Some(fields) = name.and_then(|name| schemas.get_mut(name)?.get_mut("properties")) else {
+        return;
+    };
+    for field in route.deprecated.fields {
+        if let Some(Value::Object(field)) = fields.get_mut(field) {
+            field.insert("deprecated".to_owned(), Value::Bool(true));
+        }
+    }
 }
 
 fn content(mime: &str, schema: Value) -> Value {
@@ -162,6 +187,14 @@ mod tests {
             .sum();
         assert_eq!(described, ids.len());
         assert!(ids.contains("putDrivesById") && ids.contains("getRoot"));
+    }
+
+    #[test]
+    fn marks_deprecated_fields() {
+        let document = document(&Routes::new(sections()));
+        let fields = &document["components"]["schemas"]["InstanceInfo"]["properties"];
+        assert_eq!(fields["vmm_version"]["deprecated"], true);
+        assert_eq!(fields["app_name"]["deprecated"], Value::Null);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use devices::virtio::model::{ID_LEN_MAX, SchemaFn, is_id};
 use schemars::{Schema, SchemaGenerator, json_schema};
 use serde::de::DeserializeOwned;
 
+use super::deprecated::Deprecated;
 use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
 use super::not_yet::Missing;
 use crate::error::Refusal;
@@ -35,6 +36,39 @@ pub(crate) struct Section {
     pub(crate) patch: Option<SchemaFn>,
     /// Whether `DELETE` takes it away.
     pub(crate) is_removable: bool,
+    /// What clients should no longer send.
+    pub(crate) deprecated: Deprecated,
+    /// How much of a request's body the log shows.
+    pub(crate) logged: Logged,
+}
+
+impl Section {
+    /// A section with nothing special about it, to be completed by `..Section::PLAIN`.
+    pub(crate) const PLAIN: Self = Self {
+        name: "",
+        path: "",
+        id: Id::None,
+        about: "",
+        get: None,
+        put: None,
+        patch: None,
+        is_removable: false,
+        deprecated: Deprecated::NOTHING,
+        logged: Logged::Whole,
+    };
+}
+
+/// How much of a request's body the log shows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Logged {
+    /// All that fits into a line.
+    Whole,
+    /// The same, at level Debug and below; else that there is this to be seen.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for CPU configurations, which are long"))]
+    AtDebug(&'static str),
+    /// Nothing, ever: it may hold secrets.
+    #[cfg_attr(not(test), expect(dead_code, reason = "for MMDS, whose data are the guest's"))]
+    Never,
 }
 
 /// What follows a section's name in the path.
@@ -86,6 +120,10 @@ pub(crate) struct Route {
     pub(crate) act: Act,
     /// Whether more path may follow, and is ignored.
     pub(crate) ignores_rest: bool,
+    /// What clients should no longer send.
+    pub(crate) deprecated: Deprecated,
+    /// How much of the request's body the log shows.
+    pub(crate) logged: Logged,
 }
 
 /// What a piece of JSON looks like.
@@ -266,7 +304,7 @@ fn split(path: &str) -> Vec<&str> {
 }
 
 fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
-    let Section { name, path, id, about, .. } = *section;
+    let Section { name, path, id, about, deprecated, logged, .. } = *section;
     let plain = format!("/{path}");
     let one = if id == Id::Needed { format!("/{path}/{ID_PLACE}") } else { plain.clone() };
     let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
@@ -277,6 +315,8 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
         reply,
         act: Act::Section(name),
         ignores_rest: id == Id::Ignored,
+        deprecated,
+        logged,
     };
     let get = section
         .get
@@ -298,6 +338,8 @@ const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act
         reply,
         act,
         ignores_rest: false,
+        deprecated: Deprecated::NOTHING,
+        logged: Logged::Whole,
     }
 }
 
@@ -316,6 +358,8 @@ const fn change(
         reply: Content::Nothing,
         act: Act::Ask(ask),
         ignores_rest: false,
+        deprecated: Deprecated::NOTHING,
+        logged: Logged::Whole,
     }
 }
 
@@ -396,6 +440,8 @@ pub(crate) mod tests {
             put: Some(schema),
             patch: (id != Id::Ignored).then_some(schema),
             is_removable: id == Id::Needed,
+            deprecated: Deprecated { fields: &["vmm_version"], ..Deprecated::NOTHING },
+            ..Section::PLAIN
         };
         vec![
             section("machine-config", Id::None),

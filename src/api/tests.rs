@@ -219,6 +219,24 @@ fn answers_in_firecrackers_words() {
 }
 
 #[test]
+fn tells_by_a_header_what_is_deprecated() {
+    let fixture = Fixture::new(options());
+    let mut client = fixture.connect();
+    let mut head = |target: &str, body: &str| {
+        let length = body.len();
+        client.send(&format!("PUT {target} HTTP/1.1\r\nContent-Length: {length}\r\n\r\n{body}"));
+        client.receive().0
+    };
+    assert_eq!(
+        head("/vsock", r#"{"vmm_version": "0"}"#),
+        "HTTP/1.1 204 No Content|Server: Firecracker API|Connection: keep-alive|Deprecation: true"
+    );
+    assert!(!head("/vsock", r#"{"vmm_version": null}"#).contains("Deprecation"));
+    assert!(head("/drives/a", r#"{"vmm_version": 1}"#).contains("|Deprecation: true|"));
+    assert!(!head("/actions", r#"{"action_type":"InstanceStart"}"#).contains("Deprecation"));
+}
+
+#[test]
 fn hands_sections_over_unread() {
     let fixture = Fixture::new(options());
     assert_eq!(

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
 use super::{BootSource, LoggerConfig, MachineConfig, SerialConfig, VmConfig};
-use crate::api::{Id, Section};
+use crate::api::{Deprecated, Id, Section};
 use crate::error::Refusal;
 
 /// Applies JSON to a configuration.
@@ -26,11 +26,8 @@ pub(super) const SECTIONS: &[Fixed] = &[
             name: "boot-source",
             path: "boot-source",
             about: "What boots: kernel, initrd, command line",
-            id: Id::None,
-            get: None,
             put: Some(|g| g.subschema_for::<BootSource>()),
-            patch: None,
-            is_removable: false,
+            ..Section::PLAIN
         },
         put: |config, body| {
             let source: BootSource = parse(body)?;
@@ -46,11 +43,11 @@ pub(super) const SECTIONS: &[Fixed] = &[
             name: "machine-config",
             path: "machine-config",
             about: "vCPUs and memory",
-            id: Id::None,
             get: Some(|g| g.subschema_for::<MachineConfig>()),
             put: Some(|g| g.subschema_for::<MachineConfig>()),
             patch: Some(|g| g.subschema_for::<MachinePatch>()),
-            is_removable: false,
+            deprecated: Deprecated { fields: &["cpu_template"], ..Deprecated::NOTHING },
+            ..Section::PLAIN
         },
         put: |config, body| {
             let machine: MachineConfig = parse(body)?;
@@ -76,11 +73,8 @@ pub(super) const SECTIONS: &[Fixed] = &[
             name: "serial",
             path: "serial",
             about: "Where the serial port leads",
-            id: Id::None,
-            get: None,
             put: Some(|g| g.subschema_for::<SerialConfig>()),
-            patch: None,
-            is_removable: false,
+            ..Section::PLAIN
         },
         put: |config, body| {
             let serial: SerialConfig = parse(body)?;
@@ -96,11 +90,8 @@ pub(super) const SECTIONS: &[Fixed] = &[
             name: "logger",
             path: "logger",
             about: "What is logged, and where to",
-            id: Id::None,
-            get: None,
             put: Some(|g| g.subschema_for::<LoggerConfig>()),
-            patch: None,
-            is_removable: false,
+            ..Section::PLAIN
         },
         put: |config, body| {
             let logger: LoggerConfig = parse(body)?;
@@ -129,16 +120,16 @@ pub(crate) fn sections() -> impl Iterator<Item = Section> {
             put: Some(row.schema),
             patch: row.patch.map(|patch| patch.schema),
             is_removable: row.is_removable,
+            deprecated: Deprecated { fields: row.deprecated, ..Deprecated::NOTHING },
+            ..Section::PLAIN
         };
         std::iter::once(section).chain(row.views.iter().map(|view| Section {
             name: view.path,
             path: view.path,
             about: view.about,
-            id: Id::None,
             get: view.shown,
-            put: None,
             patch: view.patch.map(|patch| patch.schema),
-            is_removable: false,
+            ..Section::PLAIN
         }))
     });
     SECTIONS.iter().map(|fixed| fixed.section).chain(devices)
