@@ -1,7 +1,7 @@
 //! The integration tests: the real binary, real guests, real KVM.
 //!
-//! They need root, /dev/kvm, iproute2 and ping; what is missing is a failure, never a skipped test. `tests/run` installs
-//! it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
+//! They need root, /dev/kvm, iproute2, ping and python3; what is missing is a failure, never a skipped test.
+//! `tests/run` installs it. Each test starts its own processes and files and leaves nothing behind, so all may run at once.
 #![expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
@@ -11,6 +11,7 @@
 mod api;
 mod boot;
 mod cli;
+mod contract;
 mod devices;
 mod docs;
 mod firecracker;

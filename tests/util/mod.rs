@@ -16,6 +16,7 @@ mod husk;
 mod image;
 mod network;
 mod output;
+mod python;
 mod terminal;
 
 use std::fs::OpenOptions;
@@ -29,6 +30,7 @@ pub(crate) use husk::{End, Husk, TestVm};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
 pub(crate) use network::Network;
 pub(crate) use output::Output;
+pub(crate) use python::{clients, python};
 pub(crate) use rustix::process::Signal;
 pub(crate) use terminal::Terminal;
 
