@@ -169,7 +169,7 @@ impl Controller {
         if let Some(path) = &serial_path {
             announce(path);
         }
-        machine.run()?;
+        machine.run();
         let live = Live { config, machine, serial_path, is_paused: false };
         self.phase = Phase::Live(Box::new(live));
         self.hub.publish(What::Started);
@@ -202,7 +202,7 @@ impl Controller {
     fn resume(&mut self) -> Result<(), Refusal> {
         let live = self.live()?;
         if live.is_paused {
-            live.machine.run()?;
+            live.machine.run();
             live.is_paused = false;
             self.hub.publish(What::Resumed);
         }
@@ -255,12 +255,13 @@ impl Controller {
         // Paused just as the guest reset itself: it then waits at its first instruction.
         let Live { config, machine, serial_path, is_paused } = *live;
         let Identity { names, started, .. } = self.identity;
-        let machine = machine
-            .dismantle()
-            .and_then(|parts| Machine::assemble(&config, parts, names, started))
-            .and_then(|machine| if is_paused { Ok(()) } else { machine.run() }.map(|()| machine));
+        let machine =
+            machine.dismantle().and_then(|parts| Machine::assemble(&config, parts, names, started));
         match machine {
             Ok(machine) => {
+                if !is_paused {
+                    machine.run();
+                }
                 self.phase =
                     Phase::Live(Box::new(Live { config, machine, serial_path, is_paused }));
                 self.hub.publish(What::Rebooted);

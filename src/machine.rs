@@ -12,7 +12,6 @@ use devices::bus::Bus;
 use devices::legacy::acpi::Acpi;
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
-use devices::virtio::mmio::MmioTransport;
 use devices::virtio::model::DeviceError;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
@@ -23,7 +22,7 @@ use serde_json::Value;
 
 use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::config::VmConfig;
-use crate::error::Refusal;
+use crate::error::{Refusal, chain};
 use crate::memory;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
@@ -91,7 +90,7 @@ impl Machine {
         vm.set_tss_address(usize_of(layout::KVM_TSS)).map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
-        let ram = memory::map(&config.machine)?;
+        let ram = memory::map(&config.machine, config.sharing())?;
         memory::register(&vm, &ram)?;
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
@@ -150,35 +149,25 @@ impl Machine {
         Ok(parts)
     }
 
-    /// Lets the guest run.
-    pub(crate) fn run(&self) -> Result<(), Refusal> {
-        self.each_transport(MmioTransport::resume)?;
+    /// Lets the guest run. A device whose host side is lost stays behind, and its driver is told.
+    pub(crate) fn run(&self) {
+        for Attached { model, id, transport, .. } in &self.devices {
+            if let Err(e) = lock(transport).resume() {
+                log::error!("{model} {id}: cannot go on: {}", chain(&e));
+            }
+        }
         self.vcpus.run();
-        Ok(())
     }
 
     /// Stops the guest where it is: vCPUs first, so that nothing new is asked of the devices. If a
     /// device does not stop, because its host side does not answer, the guest goes on.
     pub(crate) fn pause(&self) -> Result<(), Refusal> {
         self.vcpus.park();
-        self.each_transport(MmioTransport::pause).inspect_err(|_| {
-            if let Err(e) = self.run() {
-                log::error!("cannot go on after a pause that failed: {e}");
-            }
-        })
-    }
-
-    fn each_transport(
-        &self,
-        act: fn(&mut MmioTransport) -> Result<(), DeviceError>,
-    ) -> Result<(), Refusal> {
-        self.devices.iter().try_for_each(|d| {
-            act(&mut lock(&d.transport)).map_err(|source| Refusal::Device {
-                section: d.model,
-                id: d.id.clone(),
-                source,
-            })
-        })
+        let paused =
+            self.devices.iter().try_for_each(|Attached { model, id, transport, .. }| {
+                lock(transport).pause().map_err(|e| Name { model, id }.refused(e))
+            });
+        paused.inspect_err(|_| self.run())
     }
 
     /// Applies a run-time change to a device, or to a view of it.

@@ -1,31 +1,52 @@
 //! Guest RAM: mapped, and registered with KVM.
 #![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
 
+use std::fs::File;
+
 use arch::layout;
 use devices::GuestRam;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
+use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 
-/// Maps the RAM that `machine` asks for: private, anonymous, zero, not yet backed by anything.
-pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
+/// What may map guest RAM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Sharing {
+    /// This process only.
+    Private,
+    /// Whoever is given its file: a back end of a device in another process.
+    Shared,
+}
+
+/// Maps the RAM that `machine` asks for: zero, not yet backed by anything.
+pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<GuestRam, Refusal> {
     let size = machine.mem_size_bytes();
     let what = || cannot_map(machine);
     check(machine)?;
-    let mut flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    if machine.huge_pages == HugePages::Hugetlb2M {
-        // Reserved, in contrast: a pool that runs dry later would be a SIGBUS in the guest.
-        flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_HUGETLB | libc::MAP_HUGE_2MB;
-    }
+    let mut flags = match sharing {
+        Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        Sharing::Shared => libc::MAP_SHARED,
+    };
+    // Reserved in the one case: a pool that runs dry later would be a SIGBUS in the guest.
+    flags |= match machine.huge_pages {
+        HugePages::Hugetlb2M => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
+        HugePages::None | HugePages::Transparent => libc::MAP_NORESERVE,
+    };
     let mut regions = Vec::new();
     for (start, len) in layout::ram_ranges(size) {
+        let file = match sharing {
+            Sharing::Private => None,
+            Sharing::Shared => Some(file(machine, len).map_err(Refusal::host(what()))?),
+        };
+        let file = file.map(|file| FileOffset::new(file, 0));
         let len = usize::try_from(len).map_err(|_| too_big(what()))?;
-        let region = MmapRegion::build(None, len, libc::PROT_READ | libc::PROT_WRITE, flags)
+        let region = MmapRegion::build(file, len, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
         if machine.huge_pages == HugePages::Transparent {
             advise(&region, Advice::LinuxHugepage)
@@ -38,6 +59,17 @@ pub(crate) fn map(machine: &MachineConfig) -> Result<GuestRam, Refusal> {
     }
     GuestRam::from_regions(regions)
         .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })
+}
+
+/// A file in memory of `len` bytes, for RAM that others map too.
+fn file(machine: &MachineConfig, len: u64) -> std::io::Result<File> {
+    let pages = match machine.huge_pages {
+        HugePages::Hugetlb2M => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+        HugePages::None | HugePages::Transparent => MemfdFlags::empty(),
+    };
+    let fd = rustix::fs::memfd_create("husk-guest-ram", MemfdFlags::CLOEXEC | pages)?;
+    rustix::fs::ftruncate(&fd, len)?;
+    Ok(File::from(fd))
 }
 
 /// Refuses more RAM than the host has.

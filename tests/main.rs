@@ -23,3 +23,4 @@ mod signals;
 mod terminal;
 mod unheard;
 mod util;
+mod vhost_user;

@@ -38,7 +38,8 @@ struct GuestArgs {
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
-    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe]; the first is the root disk unless
+    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user]; with vhost-user, PATH is the
+    /// socket of a process that serves it; the first is the root disk unless
     /// another says so or the command line has root=
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
@@ -231,13 +232,14 @@ fn huge_pages(s: &str) -> Result<HugePages, String> {
     }
 }
 
-/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe]`
+/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user]`
 #[derive(Clone, Debug)]
 struct DiskArg {
     path: PathBuf,
     is_read_only: bool,
     is_root: bool,
     is_unsafe: bool,
+    is_vhost_user: bool,
     id: Option<String>,
 }
 
@@ -252,6 +254,7 @@ impl FromStr for DiskArg {
             is_read_only: false,
             is_root: false,
             is_unsafe: false,
+            is_vhost_user: false,
             id: None,
         };
         for word in words {
@@ -259,12 +262,13 @@ impl FromStr for DiskArg {
                 None if word == "ro" => disk.is_read_only = true,
                 None if word == "rw" => disk.is_read_only = false,
                 None if word == "root" => disk.is_root = true,
+                None if word == "vhost-user" => disk.is_vhost_user = true,
                 Some(("id", id)) => disk.id = Some(id.into()),
                 Some(("cache", "writeback")) => disk.is_unsafe = false,
                 Some(("cache", "unsafe")) => disk.is_unsafe = true,
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe"
+                        "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe, vhost-user"
                     ));
                 }
             }
@@ -281,12 +285,16 @@ impl DiskArg {
             false => block::CacheType::Writeback,
         };
         let is_read_only = self.is_read_only;
-        block::Config {
+        let mut config = block::Config {
             is_root_device,
             is_read_only,
             cache_type,
             ..block::Config::new(id, self.path)
+        };
+        if self.is_vhost_user {
+            config.socket = config.path_on_host.take();
         }
+        config
     }
 }
 

@@ -27,6 +27,7 @@ use self::sections::{SECTIONS, fixed};
 pub use self::serial::{SerialConfig, SerialTo};
 use crate::api::NOT_YET;
 use crate::error::Refusal;
+use crate::memory::Sharing;
 use crate::parts;
 
 /// What holds where the user says nothing: the choice of whoever starts the VM, not of its
@@ -174,6 +175,14 @@ impl VmConfig {
     pub(crate) fn devices(&self) -> impl Iterator<Item = &dyn Recipe> {
         let first = self.devices.iter().filter(|r| r.is_first());
         first.chain(self.devices.iter().filter(|r| !r.is_first())).map(|r| &**r)
+    }
+
+    /// Who has to map guest memory.
+    pub(crate) fn sharing(&self) -> Sharing {
+        match self.devices.iter().any(|recipe| recipe.needs_shared_memory()) {
+            true => Sharing::Shared,
+            false => Sharing::Private,
+        }
     }
 
     /// Refuses what can be seen to be wrong without starting anything, and leaves no trace.

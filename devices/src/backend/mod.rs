@@ -5,3 +5,4 @@ pub mod file;
 pub mod stream;
 pub mod tap;
 pub mod unix;
+pub mod vhost_user;

@@ -74,7 +74,8 @@ const VENDOR: u32 = 0x6b73_7568;
 const F_RING_INDIRECT_DESC: u64 = 1 << 28;
 const F_RING_EVENT_IDX: u64 = 1 << 29;
 const F_VERSION_1: u64 = 1 << 32;
-const TRANSPORT_FEATURES: u64 = F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
+/// Features that every device offers: what its queues can do.
+pub(super) const TRANSPORT_FEATURES: u64 = F_RING_INDIRECT_DESC | F_RING_EVENT_IDX | F_VERSION_1;
 
 /// Where the queues are now. Exactly one place, by construction.
 #[derive(Debug)]

@@ -120,8 +120,16 @@ pub trait Model: VirtioDevice + Sized + 'static {
     }
     /// Refuses a configuration that cannot work, host side included, and leaves no trace.
     fn check(config: &Self::Config) -> Result<(), DeviceError>;
+    /// Whether another process has to map guest memory for it.
+    fn needs_shared_memory(_config: &Self::Config) -> bool {
+        false
+    }
     /// Opens the host side.
     fn open(config: &Self::Config, env: &Env) -> Result<Self, DeviceError>;
+    /// The same, of a model whose devices are not all of one type.
+    fn open_any(config: &Self::Config, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        Ok(Box::new(Self::open(config, env)?))
+    }
 }
 
 /// What the devices of one VM share: given to each as it is opened.
@@ -316,6 +324,8 @@ pub trait Recipe: Debug + Send + Sync {
     fn kernel_args(&self) -> Option<String>;
     /// See [`Model::claims`].
     fn claims(&self) -> Vec<Claim>;
+    /// See [`Model::needs_shared_memory`].
+    fn needs_shared_memory(&self) -> bool;
     /// See [`Model::check`].
     fn check(&self) -> Result<(), DeviceError>;
     /// Opens the host side.
@@ -351,11 +361,14 @@ impl<M: Model> Recipe for Configured<M> {
     fn claims(&self) -> Vec<Claim> {
         M::claims(&self.0)
     }
+    fn needs_shared_memory(&self) -> bool {
+        M::needs_shared_memory(&self.0)
+    }
     fn check(&self) -> Result<(), DeviceError> {
         M::check(&self.0)
     }
     fn open(&self, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
-        Ok(Box::new(M::open(&self.0, env)?))
+        M::open_any(&self.0, env)
     }
     fn to_json(&self) -> Value {
         serde_json::to_value(&self.0).unwrap_or(Value::Null)

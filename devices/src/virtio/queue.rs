@@ -327,6 +327,22 @@ impl VirtQueue {
         Ok(word.map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)?)
     }
 
+    /// Interrupts the driver for somebody else who has completed chains: another process.
+    pub fn interrupt(&self) {
+        self.notifier.used_buffer(self.index);
+    }
+
+    /// Tells the driver that the device cannot go on until it is reset.
+    pub fn needs_reset(&self) {
+        self.notifier.needs_reset();
+    }
+
+    /// The used index, of a queue that somebody else serves.
+    pub(super) fn used_index(&self) -> u16 {
+        let address = GuestAddress(self.ring.used_ring().wrapping_add(2));
+        self.mem.load(address, Ordering::Acquire).map_or(0, u16::from_le)
+    }
+
     /// Asks the driver not to kick while its chains are being served anyway.
     pub fn disable_kicks(&mut self) {
         if !self.is_latched

@@ -1,6 +1,7 @@
 //! virtio-blk (virtio 1.2, 5.2) over a [`Disk`]. This file is what the driver and the user see;
 //! `request` executes what is in the queue.
 mod request;
+mod vhost_user;
 
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
@@ -12,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use self::request::Executor;
+use self::vhost_user::VhostUserBlock;
 use super::model::{
     Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default, refuse_limits,
-    refuse_unsupported,
 };
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::disk::{self, Disk, DiskError, SECTOR_SIZE};
@@ -40,10 +41,13 @@ const ID_BYTES: usize = 20;
 
 /// Feature bits (virtio 1.2, 5.2.3).
 mod feature {
+    pub(super) const SIZE_MAX: u64 = 1 << 1;
     pub(super) const SEG_MAX: u64 = 1 << 2;
+    pub(super) const GEOMETRY: u64 = 1 << 4;
     pub(super) const RO: u64 = 1 << 5;
     pub(super) const BLK_SIZE: u64 = 1 << 6;
     pub(super) const FLUSH: u64 = 1 << 9;
+    pub(super) const TOPOLOGY: u64 = 1 << 10;
     pub(super) const DISCARD: u64 = 1 << 13;
     pub(super) const WRITE_ZEROES: u64 = 1 << 14;
 }
@@ -99,7 +103,7 @@ pub struct Config {
     /// Limits on the drive's use of the host. Not supported yet.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
-    /// Socket of a vhost-user back end. Not supported yet.
+    /// Socket of a vhost-user back end, in place of a path: another process serves the drive.
     #[serde(default)]
     pub socket: Option<PathBuf>,
 }
@@ -126,19 +130,25 @@ impl Config {
 
     /// Refuses what is wrong whatever the host has; the path otherwise.
     fn check_words(&self) -> Result<&Path, DeviceError> {
-        check_id("drive_id", &self.drive_id)?;
-        refuse_unsupported("socket", self.socket.as_ref())?;
+        self.check_names()?;
         refuse_limits("rate_limiter", self.rate_limiter.as_ref())?;
         if self.io_engine == IoEngine::Async {
             return Err(DeviceError::field("io_engine", "Async is not supported yet"));
         }
+        let path = self.path_on_host.as_deref();
+        path.ok_or_else(|| DeviceError::field("path_on_host", "is missing"))
+    }
+
+    /// Refuses ids that cannot be.
+    fn check_names(&self) -> Result<(), DeviceError> {
+        check_id("drive_id", &self.drive_id)?;
         let is_part_of_id = |c: char| c.is_ascii_alphanumeric() || "-/=".contains(c);
         if let Some(id) = &self.partuuid
             && (id.is_empty() || !id.chars().all(is_part_of_id))
         {
             return Err(DeviceError::field("partuuid", format!("{id:?} is no partition id")));
         }
-        self.path_on_host.as_deref().ok_or_else(|| DeviceError::field("path_on_host", "is missing"))
+        Ok(())
     }
 }
 
@@ -238,9 +248,23 @@ impl Model for Block {
         }]
     }
 
+    fn needs_shared_memory(config: &Config) -> bool {
+        config.socket.is_some()
+    }
+
     fn check(config: &Config) -> Result<(), DeviceError> {
+        if let Some(socket) = &config.socket {
+            config.check_names()?;
+            return vhost_user::check(config, socket);
+        }
         let path = config.check_words()?;
         Disk::check(path, config.access()).map_err(refused)
+    }
+
+    fn open_any(config: &Config, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
+        let Some(socket) = &config.socket else { return Ok(Box::new(Self::open(config, env)?)) };
+        Self::check(config)?;
+        Ok(Box::new(VhostUserBlock::connect(config, socket)?))
     }
 
     fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
