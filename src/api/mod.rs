@@ -1,15 +1,16 @@
 //! The REST API on a Unix socket: Firecracker's paths, fields and status codes, and more.
 //!
 //! ```text
-//!  socket.rs      the API's socket: listening on it, connecting to it
-//!  server.rs      the thread: accept, evict, shut down
-//!  stream.rs      one connection: what it is doing and until when it may
-//!  http.rs        bytes to a question, the reply to bytes
-//!  route.rs       THE TABLE: method and path to Request
-//!  openapi.rs     the table as an OpenAPI document
-//!  deprecated.rs  what clients should no longer send
-//!  message.rs     the JSON of the fixed routes
-//!  client.rs      the other end, for `husk ctl`
+//!  socket.rs        the API's socket: listening on it, connecting to it
+//!  server.rs        the thread: accept, evict, shut down
+//!  stream.rs        one connection: what it is doing and until when it may
+//!  request_line.rs  HTTP/1.0 to HTTP/1.1
+//!  http.rs          bytes to a question, the reply to bytes
+//!  route.rs         THE TABLE: method and path to Request
+//!  openapi.rs       the table as an OpenAPI document
+//!  deprecated.rs    what clients should no longer send
+//!  message.rs       the JSON of the fixed routes
+//!  client.rs        the other end, for `husk ctl`
 //! ```
 //!
 //! Nothing here knows the VM: a request goes to the VMM thread through a [`crate::request::Handle`]
@@ -22,6 +23,7 @@ mod http;
 pub(crate) mod message;
 mod not_yet;
 mod openapi;
+mod request_line;
 pub(crate) mod route;
 mod server;
 mod socket;

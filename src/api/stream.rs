@@ -25,6 +25,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use super::request_line::RequestLine;
+
 /// How long a client may take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadlines {
@@ -180,13 +182,14 @@ impl Progress {
 pub(super) struct Stream {
     inner: UnixStream,
     progress: Rc<Progress>,
+    line: RequestLine,
     /// What is written in place of hyper's empty refusal, and how much of it has been.
     refusal: Option<(Vec<u8>, usize)>,
 }
 
 impl Stream {
     pub(super) fn new(inner: UnixStream, progress: Rc<Progress>) -> Self {
-        Self { inner, progress, refusal: None }
+        Self { inner, progress, line: RequestLine::Past, refusal: None }
     }
 
     fn poll_write_with(
@@ -237,7 +240,12 @@ impl AsyncRead for Stream {
             self.progress.is_flush_awaited.set(true);
             return Poll::Pending;
         }
+        if matches!(self.progress.phase(), Phase::Opening | Phase::Idle) {
+            self.line = RequestLine::Ahead;
+        }
         self.progress.note_read(bytes);
+        let bytes = buffer.filled_mut().get_mut(before..).unwrap_or_default();
+        self.line.pass(bytes);
         Poll::Ready(Ok(()))
     }
 }

@@ -302,10 +302,14 @@ fn answers_what_came_before_what_is_not_http() {
 }
 
 #[test]
-fn closes_after_replies_to_old_clients() {
+fn keeps_the_connection_of_old_clients_as_firecracker_does() {
     let fixture = Fixture::new(options());
     let mut client = fixture.connect();
-    client.send("GET /version HTTP/1.0\r\n\r\n");
+    for _ in 0..3 {
+        client.send("GET /version HTTP/1.0\r\n\r\n");
+        assert!(client.receive().0.contains("|Connection: keep-alive|"));
+    }
+    client.send("GET /version HTTP/1.0\r\nConnection: close\r\n\r\n");
     assert!(client.receive().0.contains("|Connection: close|"));
     assert!(client.is_closed());
 }
