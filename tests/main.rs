@@ -11,6 +11,7 @@
 mod api;
 mod boot;
 mod cli;
+mod clients;
 mod contract;
 mod devices;
 mod docs;
