@@ -24,9 +24,10 @@ mod vcpu;
 mod vm;
 mod vmm;
 
+pub use arch::{CpuConfig, CpuTemplate};
 pub use config::{
-    BootSource, CpuTemplate, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig,
-    MachineConfig, OnReboot, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig, OnReboot,
+    SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::virtio::{block, net, rng};
 pub use error::Refusal;

@@ -122,7 +122,7 @@ impl Machine {
         let initrd = parts.initrd.as_ref();
         Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
             .write(&ram, &kernel)?;
-        let fds = create_vcpus(&vm, &parts, topology, &kernel)?;
+        let fds = create_vcpus(&vm, &parts, config, topology, &kernel)?;
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed: Unclaimed::default() };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
         let protocol = kernel.protocol;
@@ -277,6 +277,7 @@ pub(crate) fn command_line(config: &VmConfig) -> String {
 fn create_vcpus(
     vm: &VmFd,
     parts: &Parts,
+    config: &VmConfig,
     topology: Topology,
     kernel: &Entry,
 ) -> Result<Vec<VcpuFd>, Refusal> {
@@ -286,7 +287,7 @@ fn create_vcpus(
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
             let entry = (id == 0).then_some(kernel);
-            parts.cpu.configure(&vcpu, id, topology, entry).map_err(setup)?;
+            parts.cpu.configure(&vcpu, id, topology, entry).map_err(|e| setup(e, config.cpu()))?;
             Ok(vcpu)
         })
         .collect()

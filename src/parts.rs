@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use arch::{BootError, FileError, HostCpu, Initrd, Kernel};
+use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError};
 use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
 use devices::io::IoThread;
@@ -75,7 +75,7 @@ impl Parts {
             })
             .collect::<Result<_, _>>()?;
         let kvm = open_kvm()?;
-        let cpu = HostCpu::new(&kvm).map_err(setup)?;
+        let cpu = HostCpu::new(&kvm, config.cpu()).map_err(|e| setup(e, config.cpu()))?;
         let console = open_console(&config.serial_to(), quit)?;
         let serial_path = console.path().map(Path::to_owned);
         let serial_irq = eventfd()?;
@@ -95,9 +95,16 @@ pub(crate) fn eventfd() -> Result<EventFd, Refusal> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Refusal::host("cannot make an eventfd"))
 }
 
-/// Makes a refusal of a vCPU that cannot be set up.
-pub(crate) fn setup(e: arch::SetupError) -> Refusal {
-    Refusal::Host { what: "KVM".into(), source: std::io::Error::other(e) }
+/// Makes a refusal of a vCPU that cannot be set up as was chosen.
+pub(crate) fn setup(e: SetupError, choice: CpuChoice<'_>) -> Refusal {
+    let SetupError::Cpu(e) = e else {
+        return Refusal::Host { what: "KVM".into(), source: std::io::Error::other(e) };
+    };
+    let why = e.to_string();
+    match (choice, e.field()) {
+        (CpuChoice::Config(_), Some(field)) => Refusal::Field { section: "cpu-config", field, why },
+        _ => Refusal::Field { section: "machine-config", field: "cpu_template", why },
+    }
 }
 
 fn io_failed(e: devices::io::IoError) -> Refusal {

@@ -549,7 +549,6 @@ fn firecrackers_features_to_come_are_named() {
         (api.get("/balloon/statistics").fault(), "balloon"),
         (api.put("/metrics", "{}").fault(), "metrics"),
         (api.put("/mmds/config", "{}").fault(), "mmds-config"),
-        (api.put("/cpu-config", "{}").fault(), "cpu-config"),
         (api.put("/hotplug/memory", "{}").fault(), "memory-hotplug"),
         (api.put("/snapshot/create", "{}").fault(), "snapshot"),
         (api.put("/vm", r#"{"pmem": [{}]}"#).fault(), "pmem"),

@@ -13,6 +13,7 @@ mod boot;
 mod cli;
 mod clients;
 mod contract;
+mod cpu;
 mod devices;
 mod docs;
 mod firecracker;

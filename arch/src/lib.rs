@@ -7,15 +7,21 @@
 //! * [`power_ports`] — what the ACPI tables say of the power and reset ports;
 //! * [`Kernel::read`], [`Kernel::load`] — check an image, put it into RAM;
 //! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
-//! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers.
+//! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers;
+//! * [`CpuConfig`], [`CpuTemplate`] — how a guest's CPU is to differ from the host's.
 
 mod x86_64;
 
 pub use x86_64::acpi::power_ports;
 pub use x86_64::boot::{Initrd, Platform, VirtioMmio, check_cmdline};
+pub use x86_64::cpu_config::{
+    Bitmap, Capability, CpuConfig, CpuError, CpuidModifier, MsrModifier, Number, Register,
+    RegisterModifier,
+};
 pub use x86_64::error::{BootError, FileError};
 pub use x86_64::kernel::{Entry, Kernel, Protocol};
 pub use x86_64::layout;
+pub use x86_64::template::{CpuChoice, CpuTemplate};
 pub use x86_64::vcpu::{HostCpu, SetupError, Topology};
 
 /// Guest RAM as this crate sees it.

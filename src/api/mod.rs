@@ -31,7 +31,7 @@ mod stream;
 
 pub(crate) use deprecated::Deprecated;
 pub(crate) use not_yet::NOT_YET;
-pub(crate) use route::{Id, Section};
+pub(crate) use route::{Id, Logged, Section};
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::bind;
 

@@ -16,7 +16,6 @@ pub(crate) struct Missing {
 /// All of it.
 pub(crate) const NOT_YET: &[Missing] = &[
     missing("balloon", Some("balloon"), "balloon", ALL),
-    missing("cpu-config", Some("cpu-config"), "cpu-config", &["PUT"]),
     missing("memory-hotplug", Some("memory-hotplug"), "hotplug", ALL),
     missing("metrics", Some("metrics"), "metrics", &["PUT"]),
     missing("mmds-config", Some("mmds-config"), "mmds", ALL),

@@ -64,7 +64,6 @@ pub(crate) enum Logged {
     /// All that fits into a line.
     Whole,
     /// The same, at level Debug and below; else that there is this to be seen.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for CPU configurations, which are long"))]
     AtDebug(&'static str),
     /// Nothing, ever: it may hold secrets.
     #[cfg_attr(not(test), expect(dead_code, reason = "for MMDS, whose data are the guest's"))]

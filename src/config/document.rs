@@ -3,7 +3,7 @@
 //!
 //! A section's JSON is a part of the document's, so what is wrong in it is reported by its place in
 //! the document.
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use devices::backend::file::{self, Access, Kind};
 use devices::virtio;
@@ -17,32 +17,27 @@ use crate::error::Refusal;
 
 /// More than any configuration has.
 const SIZE_MAX: u64 = 1 << 20;
+/// In a document it may also be the path of a file that holds it: Firecracker knows no other form.
+const CPU_CONFIG: &str = "cpu-config";
 
 impl VmConfig {
     /// Reads a configuration file, in Firecracker's format.
     pub fn from_file(path: &Path) -> Result<Self, Refusal> {
-        let failed = |why| Refusal::ConfigFile { path: path.into(), why: Box::new(why) };
-        let what = "configuration file";
-        let file = file::open(path, Access::Read, Kind::Regular)
-            .map_err(|source| Refusal::Open { what, source })?;
-        let mut text = Vec::new();
-        std::io::Read::read_to_end(&mut std::io::Read::take(file, SIZE_MAX + 1), &mut text)
-            .map_err(Refusal::host("cannot read it"))
-            .map_err(failed)?;
-        if text.len() as u64 > SIZE_MAX {
-            let why = format!("larger than {SIZE_MAX} bytes");
-            return Err(failed(Refusal::Body(serde::de::Error::custom(why))));
-        }
-        let mut config = Self::default();
-        config.put_all(&text).map_err(failed)?;
-        Ok(config)
+        read("configuration file", path, |text| {
+            let mut config = Self::default();
+            config.put_all(text)?;
+            Ok(config)
+        })
     }
 
     /// Replaces the whole configuration, but not its [`Self::defaults`], by what a configuration
     /// file or `PUT /vm` holds. All or nothing.
     pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
         let mut config = Self { defaults: self.defaults.clone(), ..Self::default() };
-        for (name, value) in parse::<Document<'_>>(json)?.0 {
+        let mut sections = parse::<Document<'_>>(json)?.0;
+        // Last, so that it holds whatever template the machine names, as in Firecracker.
+        sections.sort_by_key(|(name, _)| name == CPU_CONFIG);
+        for (name, value) in sections {
             config.put_section(json, &name, value)?;
         }
         *self = config;
@@ -60,6 +55,10 @@ impl VmConfig {
             return Ok(());
         }
         let place = |place: &str, part: &RawValue, why| within(json, place, part, why);
+        if name == CPU_CONFIG && text.starts_with('"') {
+            let path: PathBuf = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
+            return read("cpu-config", &path, |text| self.put(name, None, text));
+        }
         if !virtio::model(name).is_some_and(|row| row.is_many) {
             return self.put(name, None, text.as_bytes()).map_err(|e| place(name, value, e));
         }
@@ -70,6 +69,26 @@ impl VmConfig {
         }
         Ok(())
     }
+}
+
+/// Makes something of a file, of which it may not have more than is sensible.
+fn read<T>(
+    what: &'static str,
+    path: &Path,
+    make: impl FnOnce(&[u8]) -> Result<T, Refusal>,
+) -> Result<T, Refusal> {
+    let failed = |why| Refusal::ConfigFile { path: path.into(), why: Box::new(why) };
+    let file = file::open(path, Access::Read, Kind::Regular)
+        .map_err(|source| Refusal::Open { what, source })?;
+    let mut text = Vec::new();
+    std::io::Read::read_to_end(&mut std::io::Read::take(file, SIZE_MAX + 1), &mut text)
+        .map_err(Refusal::host("cannot read it"))
+        .map_err(failed)?;
+    if text.len() as u64 > SIZE_MAX {
+        let why = format!("larger than {SIZE_MAX} bytes");
+        return Err(failed(Refusal::Body(serde::de::Error::custom(why))));
+    }
+    make(&text).map_err(failed)
 }
 
 /// A refusal of `part` of a document: where, then why. Only what is wrong with the JSON lacks a

@@ -1,5 +1,5 @@
 //! The machine: vCPUs, memory, what its reset does.
-use arch::layout;
+use arch::{CpuTemplate, layout};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -50,7 +50,8 @@ pub struct MachineConfig {
     /// Which pages back guest RAM.
     #[serde(default)]
     pub huge_pages: HugePages,
-    /// A named set of CPU features. Not supported yet.
+    /// A named set of CPU features. Deprecated: `cpu-config` is its successor, and the later of the
+    /// two that is set holds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_template: Option<CpuTemplate>,
     /// Whether there is a PIT (i8254), for kernels that do not know kvm-clock. husk only.
@@ -76,25 +77,6 @@ impl Default for MachineConfig {
     }
 }
 
-/// Named sets of CPU features.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum CpuTemplate {
-    /// None of them.
-    None,
-    /// Not supported yet.
-    C3,
-    /// Not supported yet.
-    T2,
-    /// Not supported yet.
-    T2S,
-    /// Not supported yet.
-    T2CL,
-    /// Not supported yet.
-    T2A,
-    /// Not supported yet.
-    V1N1,
-}
-
 /// `PATCH /machine-config`: what is given replaces what was.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
@@ -104,7 +86,7 @@ pub(super) struct MachinePatch {
     smt: Option<bool>,
     track_dirty_pages: Option<bool>,
     huge_pages: Option<HugePages>,
-    cpu_template: Option<CpuTemplate>,
+    pub(super) cpu_template: Option<CpuTemplate>,
     pit: Option<bool>,
     on_reboot: Option<OnReboot>,
 }
@@ -137,11 +119,18 @@ impl MachineConfig {
             let why = "dirty page tracking is not supported yet".into();
             return refuse("track_dirty_pages", why);
         }
-        match self.cpu_template {
-            None | Some(CpuTemplate::None) => crate::memory::check(self),
-            Some(other) => {
-                refuse("cpu_template", format!("{other:?}: CPU templates are not supported yet"))
-            }
+        if self.cpu_template == Some(CpuTemplate::V1N1) {
+            return refuse("cpu_template", "V1N1 is for ARM processors".into());
+        }
+        crate::memory::check(self)
+    }
+
+    /// A template that is not given leaves what there is, also in a `PUT`, as in Firecracker.
+    pub(super) fn set_cpu_template(&mut self, given: Option<CpuTemplate>) {
+        match given {
+            None => {}
+            Some(CpuTemplate::None) => self.cpu_template = None,
+            Some(_) => self.cpu_template = given,
         }
     }
 
@@ -158,6 +147,6 @@ impl MachineConfig {
         set(&mut self.huge_pages, patch.huge_pages);
         set(&mut self.pit, patch.pit);
         self.on_reboot = patch.on_reboot.or(self.on_reboot);
-        self.cpu_template = patch.cpu_template.or(self.cpu_template);
+        self.set_cpu_template(patch.cpu_template);
     }
 }

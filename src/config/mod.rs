@@ -13,7 +13,7 @@ mod serial;
 
 use std::path::{Path, PathBuf};
 
-use arch::layout;
+use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
 use devices::virtio;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
 use serde_json::{Value, json};
@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
 pub use self::boot_source::{BootSource, DEMO_GUEST};
 pub use self::log::{LogLevel, LoggerConfig};
-pub use self::machine::{CpuTemplate, HugePages, MachineConfig, OnReboot, VCPUS_MAX};
+pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
 pub(crate) use self::sections::sections;
 use self::sections::{SECTIONS, fixed};
 pub use self::serial::{SerialConfig, SerialTo};
@@ -57,6 +57,9 @@ pub struct VmConfig {
     pub machine: MachineConfig,
     /// Where the serial port leads.
     pub serial: SerialConfig,
+    /// How the guest's CPU differs from the host's, bit by bit; then [`MachineConfig`]'s template
+    /// does not count.
+    pub cpu_config: Option<CpuConfig>,
     /// The log, if it was asked for here.
     pub logger: Option<LoggerConfig>,
     devices: Vec<Box<dyn Recipe>>,
@@ -252,6 +255,24 @@ impl VmConfig {
         })
     }
 
+    /// What CPU the guest gets.
+    pub(crate) fn cpu(&self) -> CpuChoice<'_> {
+        match (&self.cpu_config, self.machine.cpu_template) {
+            (Some(config), _) => CpuChoice::Config(config),
+            (None, Some(template)) => CpuChoice::Template(template),
+            (None, None) => CpuChoice::Host,
+        }
+    }
+
+    /// Of a template and a CPU configuration the one set later holds: a template that is `given`,
+    /// `None` too, ends the configuration.
+    fn set_machine(&mut self, machine: MachineConfig, given: Option<CpuTemplate>) {
+        self.machine = machine;
+        if given.is_some() {
+            self.cpu_config = None;
+        }
+    }
+
     fn insert(&mut self, recipe: Box<dyn Recipe>) -> Result<(), Refusal> {
         check_device(&*recipe)?;
         let is_same =
@@ -296,4 +317,43 @@ fn no_section(method: &'static str, section: &str, id: Option<&str>) -> Refusal 
     }
     let path = id.map_or_else(|| section.to_owned(), |id| format!("{section}/{id}"));
     Refusal::Route { method, path }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_cpu_template_and_a_cpu_config_the_later_holds() {
+        let mut config = VmConfig::default();
+        let put = |config: &mut VmConfig, section, body: Value| {
+            config.put(section, None, body.to_string().as_bytes()).unwrap();
+        };
+        let machine = |template: Option<&str>| {
+            let mut machine = json!({"vcpu_count": 1, "mem_size_mib": 64});
+            if let Some(template) = template {
+                machine["cpu_template"] = json!(template);
+            }
+            machine
+        };
+        put(&mut config, "machine-config", machine(Some("T2")));
+        assert!(matches!(config.cpu(), CpuChoice::Template(CpuTemplate::T2)));
+        put(&mut config, "machine-config", machine(None));
+        assert!(matches!(config.cpu(), CpuChoice::Template(CpuTemplate::T2)));
+
+        put(&mut config, "cpu-config", json!({}));
+        assert!(matches!(config.cpu(), CpuChoice::Config(_)));
+        assert_eq!(config.to_json()["machine-config"].get("cpu_template"), None);
+        put(&mut config, "machine-config", machine(None));
+        config.patch("machine-config", br#"{"vcpu_count": 2}"#).unwrap();
+        assert!(matches!(config.cpu(), CpuChoice::Config(_)));
+
+        config.patch("machine-config", br#"{"cpu_template": "C3"}"#).unwrap();
+        assert!(matches!(config.cpu(), CpuChoice::Template(CpuTemplate::C3)));
+        assert_eq!(config.to_json()["cpu-config"], Value::Null);
+        put(&mut config, "cpu-config", json!({}));
+        put(&mut config, "machine-config", machine(Some("None")));
+        assert!(matches!(config.cpu(), CpuChoice::Host));
+        assert_eq!(config.to_json()["cpu-config"], Value::Null);
+    }
 }

@@ -1,11 +1,12 @@
 //! The table of sections that are not virtio devices.
+use arch::CpuConfig;
 use devices::virtio;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
 use super::{BootSource, LoggerConfig, MachineConfig, SerialConfig, VmConfig};
-use crate::api::{Deprecated, Id, Section};
+use crate::api::{Deprecated, Id, Logged, Section};
 use crate::error::Refusal;
 
 /// Applies JSON to a configuration.
@@ -50,9 +51,11 @@ pub(super) const SECTIONS: &[Fixed] = &[
             ..Section::PLAIN
         },
         put: |config, body| {
-            let machine: MachineConfig = parse(body)?;
+            let mut machine: MachineConfig = parse(body)?;
             machine.check()?;
-            config.machine = machine;
+            let given = std::mem::replace(&mut machine.cpu_template, config.machine.cpu_template);
+            machine.set_cpu_template(given);
+            config.set_machine(machine, given);
             Ok(())
         },
         patch: Some(|config, body| {
@@ -61,12 +64,30 @@ pub(super) const SECTIONS: &[Fixed] = &[
             if patch == MachinePatch::default() {
                 return Err(Refusal::EmptyPatch);
             }
+            let given = patch.cpu_template;
             machine.merge(patch);
             machine.check()?;
-            config.machine = machine;
+            config.set_machine(machine, given);
             Ok(())
         }),
         show: |config| json!(config.machine),
+    },
+    Fixed {
+        section: Section {
+            name: "cpu-config",
+            path: "cpu-config",
+            about: "How the guest's CPU differs from the host's",
+            put: Some(|g| g.subschema_for::<CpuConfig>()),
+            logged: Logged::AtDebug("the CPU template"),
+            ..Section::PLAIN
+        },
+        put: |config, body| {
+            config.cpu_config = Some(parse(body)?);
+            config.machine.cpu_template = None;
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.cpu_config),
     },
     Fixed {
         section: Section {

@@ -54,13 +54,16 @@ fn print_cpuid() {
     println!("vendor={}", cpu::vendor().as_str());
     println!("brand={}", cpu::brand().as_str());
     println!("hypervisor={}", cpu::hypervisor().map_or(rt::console::Text::new(), |h| h).as_str());
-    for (leaf, subleaves) in [(1, 1), (4, 4), (7, 1), (0xb, 3)] {
+    for (leaf, subleaves) in
+        [(1, 1), (4, 4), (7, 1), (0xb, 3), (0xd, 2), (0x8000_0001, 1), (0x8000_0008, 1)]
+    {
         for subleaf in 0..subleaves {
             let [a, b, c, d] = ring0::cpuid(leaf, subleaf);
             println!("cpuid.{leaf:x}.{subleaf}={a:08x} {b:08x} {c:08x} {d:08x}");
         }
     }
     println!("cr0={:#x} cr4={:#x}", ring0::control_register(0), ring0::control_register(4));
+    println!("misc_enable={:#x}", ring0::rdmsr(0x1a0).unwrap_or(0));
     println!("apic_base={:#x}", ring0::rdmsr(0x1b).unwrap_or(0));
 }
 

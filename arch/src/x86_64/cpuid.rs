@@ -18,7 +18,10 @@ const EDX_HTT: u32 = 1 << 28;
 const EAX_ARAT: u32 = 1 << 2;
 /// Leaf 0x8000_0001, AMD: cores are counted by 0x8000_0008.
 const ECX_CMP_LEGACY: u32 = 1 << 1;
-const AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
+/// "AuthenticAMD", as EBX, EDX and ECX have it.
+pub(crate) const AMD: [u32; 3] = [0x6874_7541, 0x6974_6e65, 0x444d_4163];
+/// "GenuineIntel".
+pub(crate) const INTEL: [u32; 3] = [0x756e_6547, 0x4965_6e69, 0x6c65_746e];
 
 /// Makes `cpuid`, as KVM supports it, true for the vCPU with `apic_id`.
 pub(crate) fn adapt(
@@ -65,9 +68,15 @@ pub(crate) fn adapt(
     leaf_b(cpuid, topology, apic_id)
 }
 
-fn vendor(cpuid: &CpuId) -> Option<[u32; 3]> {
-    let leaf = cpuid.as_slice().iter().find(|e| e.function == 0)?;
+/// Who made the processor: [`AMD`] or [`INTEL`].
+pub(crate) fn vendor(cpuid: &CpuId) -> Option<[u32; 3]> {
+    let leaf = leaf(cpuid, 0)?;
     Some([leaf.ebx, leaf.edx, leaf.ecx])
+}
+
+/// The first entry of a leaf.
+pub(crate) fn leaf(cpuid: &CpuId, function: u32) -> Option<&kvm_cpuid_entry2> {
+    cpuid.as_slice().iter().find(|e| e.function == function)
 }
 
 fn leaf_1(entry: &mut kvm_cpuid_entry2, topology: Topology, apic_id: u8, has_deadline: bool) {

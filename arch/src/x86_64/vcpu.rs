@@ -1,8 +1,12 @@
 //! Giving a vCPU its identity and its first registers.
+use std::ffi::c_ulong;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
+use super::cpu_config::{Capability, CpuConfig, CpuError, MsrModifier};
 use super::kernel::Entry;
+use super::template::CpuChoice;
 use super::{cpuid, regs};
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -69,27 +73,62 @@ pub enum SetupError {
     /// KVM took only some of the MSRs.
     #[error("KVM refused MSR {0:#x}")]
     Msr(u32),
+    /// KVM cannot do what husk is built on.
+    #[error("KVM lacks {0}")]
+    Lacks(&'static str),
+    /// The CPU that was asked for cannot be had here.
+    #[error("{0}")]
+    Cpu(#[from] CpuError),
 }
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SetupError {
     move |source| SetupError::Kvm { what, source }
 }
 
-/// What the host's KVM offers to vCPUs: asked once, used for each.
+/// What KVM must be able to do, unless the user waives it.
+const CAPABILITIES: [(Cap, &str); 6] = [
+    (Cap::Irqchip, "KVM_CAP_IRQCHIP"),
+    (Cap::UserMemory, "KVM_CAP_USER_MEMORY"),
+    (Cap::SetTssAddr, "KVM_CAP_SET_TSS_ADDR"),
+    (Cap::ExtCpuid, "KVM_CAP_EXT_CPUID"),
+    (Cap::Irqfd, "KVM_CAP_IRQFD"),
+    (Cap::Ioeventfd, "KVM_CAP_IOEVENTFD"),
+];
+
+/// What the host's KVM offers to vCPUs, as the user wants it changed: asked once, used for each.
 #[derive(Clone, Debug)]
 pub struct HostCpu {
-    supported: CpuId,
+    cpuid: CpuId,
+    msrs: Vec<MsrModifier>,
     has_tsc_deadline: bool,
 }
 
 impl HostCpu {
-    /// Asks KVM.
-    pub fn new(kvm_fd: &Kvm) -> Result<Self, SetupError> {
+    /// Asks KVM, and judges `choice` by what it says.
+    pub fn new(kvm_fd: &Kvm, choice: CpuChoice<'_>) -> Result<Self, SetupError> {
         let supported = kvm_fd
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
-        let has_tsc_deadline = kvm_fd.check_extension(Cap::TscDeadlineTimer);
-        Ok(Self { supported, has_tsc_deadline })
+        let config = choice.resolve(&supported)?;
+        check_capabilities(&config.kvm_capabilities, |cap| kvm_fd.check_extension_raw(cap) > 0)?;
+        Ok(Self::of(supported, &config, kvm_fd.check_extension(Cap::TscDeadlineTimer))?)
+    }
+
+    /// What is `supported`, changed. What tells a vCPU its own place, and what husk itself hides, is
+    /// written over that, as in Firecracker.
+    fn of(
+        mut supported: CpuId,
+        config: &CpuConfig,
+        has_tsc_deadline: bool,
+    ) -> Result<Self, CpuError> {
+        config.apply_to(&mut supported)?;
+        Ok(Self { cpuid: supported, msrs: config.msr_modifiers.clone(), has_tsc_deadline })
+    }
+
+    fn cpuid_for(&self, apic_id: u8, topology: Topology) -> Result<CpuId, SetupError> {
+        let mut cpuid = self.cpuid.clone();
+        cpuid::adapt(&mut cpuid, topology, apic_id, self.has_tsc_deadline)?;
+        Ok(cpuid)
     }
 
     /// Sets up the vCPU with `apic_id`. The boot processor gets `entry`; the others wait for it.
@@ -100,10 +139,10 @@ impl HostCpu {
         topology: Topology,
         entry: Option<&Entry>,
     ) -> Result<(), SetupError> {
-        let mut cpuid = self.supported.clone();
-        cpuid::adapt(&mut cpuid, topology, apic_id, self.has_tsc_deadline)?;
+        let cpuid = self.cpuid_for(apic_id, topology)?;
         vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
         set_msrs(vcpu)?;
+        self.msrs.iter().try_for_each(|modifier| change_msr(vcpu, modifier))?;
         let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
         set_local_vector(&mut lapic, APIC_LVT0, DELIVER_EXTINT);
         set_local_vector(&mut lapic, APIC_LVT1, DELIVER_NMI);
@@ -139,6 +178,49 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), SetupError> {
     }
 }
 
+/// Finds what is missing of what husk needs and of what the user asks for.
+fn check_capabilities(
+    asked: &[Capability],
+    is_there: impl Fn(c_ulong) -> bool,
+) -> Result<(), SetupError> {
+    for (cap, name) in CAPABILITIES {
+        let is_waived = asked.iter().any(|asked| match asked {
+            Capability::Waived(number) => *number == cap as u32,
+            Capability::Needed(_) => false,
+        });
+        if !is_waived && !is_there(cap as c_ulong) {
+            return Err(SetupError::Lacks(name));
+        }
+    }
+    for capability in asked {
+        if let Capability::Needed(number) = capability
+            && !is_there((*number).into())
+        {
+            return Err(CpuError::NoCapability(*number).into());
+        }
+    }
+    Ok(())
+}
+
+/// Changes one MSR from what KVM, or husk, has given it.
+fn change_msr(vcpu: &VcpuFd, modifier: &MsrModifier) -> Result<(), SetupError> {
+    let index = modifier.addr.0;
+    let single = |data| {
+        Msrs::from_entries(&[kvm_msr_entry { index, data, ..kvm_msr_entry::default() }])
+            .map_err(|_| SetupError::Msr(index))
+    };
+    let mut msr = single(0)?;
+    if vcpu.get_msrs(&mut msr).map_err(kvm("KVM_GET_MSRS"))? == 0 {
+        return Err(CpuError::NoMsr(index).into());
+    }
+    let before = msr.as_slice().first().map_or(0, |entry| entry.data);
+    let after = modifier.bitmap.apply_to(before);
+    if vcpu.set_msrs(&single(after)?).map_err(kvm("KVM_SET_MSRS"))? == 0 {
+        return Err(CpuError::MsrRefused { index, before, after }.into());
+    }
+    Ok(())
+}
+
 /// Sets the delivery mode of a local vector, unmasked.
 fn set_local_vector(lapic: &mut kvm_lapic_state, register: usize, delivery: u32) {
     for (to, from) in lapic.regs[register..register + 4].iter_mut().zip(delivery.to_le_bytes()) {
@@ -148,7 +230,46 @@ fn set_local_vector(lapic: &mut kvm_lapic_state, register: usize, delivery: u32)
 
 #[cfg(test)]
 mod tests {
+    use kvm_bindings::kvm_cpuid_entry2;
+
     use super::*;
+
+    #[test]
+    fn capabilities_are_asked_for_unless_waived() {
+        let lacking = |asked: &[Capability], missing: c_ulong| {
+            check_capabilities(asked, |cap| cap != missing).map_err(|e| e.to_string())
+        };
+        let irqfd = Cap::Irqfd as u32;
+        assert_eq!(lacking(&[], 999), Ok(()));
+        assert_eq!(lacking(&[], irqfd.into()), Err("KVM lacks KVM_CAP_IRQFD".into()));
+        assert_eq!(lacking(&[Capability::Waived(irqfd)], irqfd.into()), Ok(()));
+        let asked = [Capability::Needed(1), Capability::Needed(171)];
+        assert_eq!(lacking(&asked, 999), Ok(()));
+        assert_eq!(lacking(&asked, 171), Err("Missing KVM capabilities: 171".into()));
+    }
+
+    #[test]
+    fn a_vcpu_gets_what_was_chosen_and_its_own_place() {
+        let leaf = |function, flags| kvm_cpuid_entry2 {
+            function,
+            flags,
+            ebx: 0xff,
+            ..kvm_cpuid_entry2::default()
+        };
+        let supported = CpuId::from_entries(&[leaf(1, 0), leaf(7, 1)]).unwrap();
+        let json = r#"{"cpuid_modifiers": [
+            {"leaf": "0x7", "subleaf": "0x0", "flags": 1, "modifiers": [
+                {"register": "ebx", "bitmap": "0b0xxxx0xx"}, {"register": "edx", "bitmap": "0b1"}]},
+            {"leaf": "0x1", "subleaf": "0x0", "flags": 0, "modifiers": [
+                {"register": "ebx", "bitmap": "0b1010_1010_xxxx_xxxx_xxxx_xxxx_0000_0000"}]}]}"#;
+        let config: CpuConfig = serde_json::from_str(json).unwrap();
+        let host = HostCpu::of(supported, &config, true).unwrap();
+        let cpuid = host.cpuid_for(3, Topology::new(4, false)).unwrap();
+        let ebx = |function| cpuid::leaf(&cpuid, function).unwrap().ebx;
+        assert_eq!(ebx(7), 0x7b);
+        assert_eq!(cpuid::leaf(&cpuid, 7).unwrap().edx, 1);
+        assert_eq!(ebx(1), 0x0304_0000);
+    }
 
     #[test]
     fn topology_counts_threads_cores_and_bits() {
