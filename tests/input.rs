@@ -621,9 +621,9 @@ fn settings_are_judged_where_they_are_made() {
         "cache_type": null, "io_engine": null, "rate_limiter": {"bandwidth": null, "ops": null},
     });
     api.put("/drives/a", drive).done();
-    let fault =
-        api.put("/entropy", json!({"rate_limiter": {"ops": {"size": 1, "refill_time": 1}}}));
-    assert!(fault.fault().contains("rate_limiter"), "a limit");
+    let limit = json!({"rate_limiter": {"ops": {"size": -1, "refill_time": 1}}});
+    let fault = api.put("/entropy", limit).fault();
+    assert!(fault.contains("invalid value: integer `-1`, expected u64"), "{fault}");
     let interface = |id: &str, tap: &str, mac: &str| {
         let path = format!("/network-interfaces/{id}");
         api.put(&path, json!({"iface_id": id, "host_dev_name": tap, "guest_mac": mac}))

@@ -30,11 +30,14 @@ pub enum Watch {
     Drop,
 }
 
+/// A descriptor to wait on, and what for.
+pub type Source<'a> = (&'a dyn AsRawFd, EventSet);
+
 /// Something that runs on an I/O thread: the data half of a device.
 pub trait Worker: Send {
     /// File descriptors to wait on; the position in the list is the `source` given to `ready`.
     /// Sets that change (sockets that come and go) hide behind one nested epoll descriptor.
-    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)>;
+    fn sources(&self) -> Vec<Source<'_>>;
     /// Handles one ready source. Must not block.
     fn ready(&mut self, source: usize) -> Watch;
     /// Ends the worker: what it was lent, and what it must remember to go on later.

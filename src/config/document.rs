@@ -161,7 +161,7 @@ mod tests {
     #[test]
     fn places_are_those_of_the_document() {
         let text = "{\n  \"entropy\": {\n    \"x\": 1\n  }\n}";
-        let start = "entropy: unknown field `x`, expected `rate_limiter` at line 3 column 7";
+        let start = "entropy: unknown field `x`, expected `rate_limiter` or `rate_limit_group` at line 3 column 7";
         assert_eq!(refusal(text), start);
         let text = "{\"entropy\": {\"x\": 1}}";
         assert!(refusal(text).ends_with(" at line 1 column 16"), "{}", refusal(text));

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use super::queue::VirtQueue;
 use crate::io::Worker;
-use crate::limiter::RateLimiter;
+use crate::limiter::{Groups, Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
@@ -118,6 +118,10 @@ pub trait Model: VirtioDevice + Sized + 'static {
     fn claims(_config: &Self::Config) -> Vec<Claim> {
         Vec::new()
     }
+    /// Groups whose limits it shares: the field, and the id that it holds.
+    fn rate_limit_groups(_config: &Self::Config) -> Vec<(&'static str, &str)> {
+        Vec::new()
+    }
     /// Refuses a configuration that cannot work, host side included, and leaves no trace.
     fn check(config: &Self::Config) -> Result<(), DeviceError>;
     /// Whether another process has to map guest memory for it.
@@ -135,7 +139,31 @@ pub trait Model: VirtioDevice + Sized + 'static {
 /// What the devices of one VM share: given to each as it is opened.
 #[derive(Debug, Default)]
 #[non_exhaustive]
-pub struct Env {}
+pub struct Env {
+    /// Limits that devices share, by the id of their group.
+    pub rate_limit_groups: Groups,
+}
+
+impl Env {
+    /// The limits of a device: `own`, and those of `group`, which the configuration has in `field`.
+    pub fn limits(
+        &self,
+        own: Option<&RateLimiter>,
+        field: &'static str,
+        group: Option<&str>,
+    ) -> Result<Limits, DeviceError> {
+        let found = |id: &str| {
+            let pool = self.rate_limit_groups.get(id).cloned();
+            pool.ok_or_else(|| DeviceError::field(field, no_group(id)))
+        };
+        Ok(Limits::new(own, group.map(found).transpose()?))
+    }
+}
+
+/// Why a device cannot be in the group `id`.
+pub fn no_group(id: &str) -> String {
+    format!("there is no rate limit group {id:?}: PUT /rate-limit-groups/{id} first")
+}
 
 /// Gives a type's JSON schema: [`schema_of`].
 pub type SchemaFn = fn(&mut SchemaGenerator) -> Schema;
@@ -291,14 +319,6 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Refuses a limit, because none is applied yet. A limiter without limits is none.
-pub fn refuse_limits(
-    field: &'static str,
-    limiter: Option<&RateLimiter>,
-) -> Result<(), DeviceError> {
-    refuse_unsupported(field, limiter.filter(|limiter| !limiter.is_unlimited()))
-}
-
 /// Refuses a setting that is understood but not implemented, so that nobody relies on it.
 pub fn refuse_unsupported<T>(field: &'static str, value: Option<&T>) -> Result<(), DeviceError> {
     match value {
@@ -326,6 +346,8 @@ pub trait Recipe: Debug + Send + Sync {
     fn claims(&self) -> Vec<Claim>;
     /// See [`Model::needs_shared_memory`].
     fn needs_shared_memory(&self) -> bool;
+    /// See [`Model::rate_limit_groups`].
+    fn rate_limit_groups(&self) -> Vec<(&'static str, &str)>;
     /// See [`Model::check`].
     fn check(&self) -> Result<(), DeviceError>;
     /// Opens the host side.
@@ -363,6 +385,9 @@ impl<M: Model> Recipe for Configured<M> {
     }
     fn needs_shared_memory(&self) -> bool {
         M::needs_shared_memory(&self.0)
+    }
+    fn rate_limit_groups(&self) -> Vec<(&'static str, &str)> {
+        M::rate_limit_groups(&self.0)
     }
     fn check(&self) -> Result<(), DeviceError> {
         M::check(&self.0)

@@ -1,5 +1,4 @@
 //! virtio-rng (virtio 1.2, 5.4): fills the driver's buffers with the host's entropy.
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::EventSet;
@@ -10,11 +9,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::chain::Chain;
-use super::model::{DeviceError, Env, Model, NoPatch, VirtioDevice, refuse_limits};
+use super::model::{DeviceError, Env, Model, NoPatch, VirtioDevice};
 use super::queue::{Served, VirtQueue, split};
 use crate::counters;
-use crate::io::{Retired, Watch, Worker};
-use crate::limiter::RateLimiter;
+use crate::io::{Retired, Source, Watch, Worker};
+use crate::limiter::{Limiter, Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
 
 /// Most bytes given to one request, however much room it has.
@@ -25,14 +24,18 @@ const MAX_BYTES: u32 = 64 << 10;
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "EntropyDevice")]
 pub struct Config {
-    /// Limits on the entropy handed out. Not supported yet.
+    /// Limits on the entropy handed out.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+    /// The group whose limits it shares. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
 }
 
 /// The control half.
 #[derive(Debug)]
 pub struct Rng {
+    limits: Limits,
     counters: Arc<Counters>,
 }
 
@@ -45,6 +48,10 @@ counters! {
         entropy_bytes: Counter,
         /// Requests that got nothing.
         entropy_event_fails: Counter,
+        /// Times a request had to wait because of a rate limit.
+        entropy_rate_limiter_throttled: Counter,
+        /// Times a rate limit let requests go on.
+        rate_limiter_event_count: Counter,
     }
 }
 
@@ -55,13 +62,19 @@ impl Model for Rng {
     type Config = Config;
     type Patch = NoPatch;
 
-    fn check(config: &Config) -> Result<(), DeviceError> {
-        refuse_limits("rate_limiter", config.rate_limiter.as_ref())
+    fn rate_limit_groups(config: &Config) -> Vec<(&'static str, &str)> {
+        let group = config.rate_limit_group.as_deref();
+        group.map(|id| ("rate_limit_group", id)).into_iter().collect()
     }
 
-    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
-        Self::check(config)?;
-        Ok(Self { counters: Arc::default() })
+    fn check(_config: &Config) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    fn open(config: &Config, env: &Env) -> Result<Self, DeviceError> {
+        let group = config.rate_limit_group.as_deref();
+        let limits = env.limits(config.rate_limiter.as_ref(), "rate_limit_group", group)?;
+        Ok(Self { limits, counters: Arc::default() })
     }
 }
 
@@ -81,7 +94,8 @@ impl VirtioDevice for Rng {
         _saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         let [requests] = split(queues)?;
-        Ok(Box::new(RngWorker { requests, counters: self.counters.clone() }))
+        let limiter = self.limits.limiter()?;
+        Ok(Box::new(RngWorker { requests, limiter, counters: self.counters.clone() }))
     }
 
     fn counters(&self) -> Arc<dyn CounterSet> {
@@ -92,18 +106,30 @@ impl VirtioDevice for Rng {
 #[derive(Debug)]
 struct RngWorker {
     requests: VirtQueue,
+    limiter: Limiter,
     counters: Arc<Counters>,
 }
 
+const KICK: usize = 0;
+
 impl Worker for RngWorker {
-    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
-        vec![(self.requests.kick_fd(), EventSet::IN)]
+    fn sources(&self) -> Vec<Source<'_>> {
+        let kick: Source<'_> = (self.requests.kick_fd(), EventSet::IN);
+        [Some(kick), self.limiter.source()].into_iter().flatten().collect()
     }
 
-    fn ready(&mut self, _source: usize) -> Watch {
-        let Self { requests, counters } = self;
-        counters.entropy_event_count().inc();
+    fn ready(&mut self, source: usize) -> Watch {
+        let Self { requests, limiter, counters } = self;
+        match source {
+            KICK => counters.entropy_event_count().inc(),
+            _ if limiter.has_fired() => counters.rate_limiter_event_count().inc(),
+            _ => return Watch::Keep,
+        }
         requests.serve(|chain| {
+            if !limiter.take(chain.writable().len().min(MAX_BYTES.into())) {
+                counters.entropy_rate_limiter_throttled().inc();
+                return Served::Later;
+            }
             let written = fill(&chain);
             counters.entropy_bytes().add(written.into());
             if written == 0 {
@@ -111,6 +137,7 @@ impl Worker for RngWorker {
             }
             Served::Used(written)
         });
+        limiter.settle();
         Watch::Keep
     }
 

@@ -213,5 +213,5 @@ fn refuses_a_descriptor_that_is_attached_to_nothing() {
     let _turn = enter_empty_network();
     let fd = std::fs::File::open("/dev/net/tun").unwrap();
     let config = net::Config::new("eth0", "tap0");
-    assert!(Net::from_fd(&config, fd.into()).is_err());
+    assert!(Net::from_fd(&config, &Env::default(), fd.into()).is_err());
 }

@@ -34,7 +34,7 @@ pub(crate) fn sample(name: &str) -> Sample {
         "network-interfaces" => {
             let (ours, peer) = packet_pair();
             let config = net::Config::new("eth0", "unused");
-            let device = Box::new(net::Net::from_fd(&config, ours).unwrap());
+            let device = Box::new(net::Net::from_fd(&config, &Env::default(), ours).unwrap());
             Sample { device, host: Host { peer: Some(peer), ..Host::default() } }
         }
         "entropy" => Sample { device: open(name, &serde_json::json!({})), host: Host::default() },

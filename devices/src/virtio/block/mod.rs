@@ -3,7 +3,6 @@
 mod request;
 mod vhost_user;
 
-use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -15,14 +14,14 @@ use serde_json::Value;
 use self::request::Executor;
 use self::vhost_user::VhostUserBlock;
 use super::model::{
-    Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default, refuse_limits,
+    Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default,
 };
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::disk::{self, Disk, DiskError, SECTOR_SIZE};
 use crate::backend::file::{self, Access};
 use crate::counters;
-use crate::io::{Retired, Watch, Worker};
-use crate::limiter::RateLimiter;
+use crate::io::{Retired, Source, Watch, Worker};
+use crate::limiter::{Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
 
 const QUEUE_SIZE: u16 = 256;
@@ -100,9 +99,12 @@ pub struct Config {
     #[serde(default, deserialize_with = "null_is_default")]
     #[schemars(with = "Option<IoEngine>")]
     pub io_engine: IoEngine,
-    /// Limits on the drive's use of the host. Not supported yet.
+    /// Limits on the drive's use of the host.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
+    /// The group whose limits it shares. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit_group: Option<String>,
     /// Socket of a vhost-user back end, in place of a path: another process serves the drive.
     #[serde(default)]
     pub socket: Option<PathBuf>,
@@ -120,6 +122,7 @@ impl Config {
             cache_type: CacheType::default(),
             io_engine: IoEngine::default(),
             rate_limiter: None,
+            rate_limit_group: None,
             socket: None,
         }
     }
@@ -131,7 +134,6 @@ impl Config {
     /// Refuses what is wrong whatever the host has; the path otherwise.
     fn check_words(&self) -> Result<&Path, DeviceError> {
         self.check_names()?;
-        refuse_limits("rate_limiter", self.rate_limiter.as_ref())?;
         if self.io_engine == IoEngine::Async {
             return Err(DeviceError::field("io_engine", "Async is not supported yet"));
         }
@@ -162,7 +164,7 @@ pub struct Patch {
     /// The file to go on with: another one, or the same with another size.
     #[serde(default)]
     pub path_on_host: Option<PathBuf>,
-    /// Limits on the drive's use of the host. Not supported yet.
+    /// Limits on the drive's use of the host: buckets to replace.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
 }
@@ -172,6 +174,7 @@ pub struct Patch {
 pub struct Block {
     config: Config,
     disk: Arc<Disk>,
+    limits: Limits,
     space: [u8; 60],
     counters: Arc<Counters>,
 }
@@ -203,6 +206,10 @@ counters! {
         execute_fails: Counter,
         /// Requests that broke the rules or are not known.
         invalid_reqs_count: Counter,
+        /// Times a request had to wait because of a rate limit.
+        rate_limiter_throttled_events: Counter,
+        /// Times a rate limit let requests go on.
+        rate_limiter_event_count: Counter,
         /// Changes by the user that were applied.
         update_count: Counter,
         /// Changes by the user that were refused.
@@ -252,6 +259,11 @@ impl Model for Block {
         config.socket.is_some()
     }
 
+    fn rate_limit_groups(config: &Config) -> Vec<(&'static str, &str)> {
+        let group = config.rate_limit_group.as_deref();
+        group.map(|id| ("rate_limit_group", id)).into_iter().collect()
+    }
+
     fn check(config: &Config) -> Result<(), DeviceError> {
         if let Some(socket) = &config.socket {
             config.check_names()?;
@@ -267,12 +279,14 @@ impl Model for Block {
         Ok(Box::new(VhostUserBlock::connect(config, socket)?))
     }
 
-    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
+    fn open(config: &Config, env: &Env) -> Result<Self, DeviceError> {
         let path = config.check_words()?;
+        let group = config.rate_limit_group.as_deref();
+        let limits = env.limits(config.rate_limiter.as_ref(), "rate_limit_group", group)?;
         let disk = Disk::open(path, config.access()).map_err(refused)?;
         let space = config_space(disk.size(), disk.is_writable());
         let (disk, config) = (Arc::new(disk), config.clone());
-        Ok(Self { config, disk, space, counters: Arc::default() })
+        Ok(Self { config, disk, limits, space, counters: Arc::default() })
     }
 }
 
@@ -329,7 +343,8 @@ impl VirtioDevice for Block {
         let mut id = [0; ID_BYTES];
         id.iter_mut().zip(self.config.drive_id.bytes()).for_each(|(to, from)| *to = from);
         let (disk, counters) = (self.disk.clone(), self.counters.clone());
-        let executor = Executor { disk, id, features, counters };
+        let limiter = self.limits.limiter()?;
+        let executor = Executor { disk, id, features, limiter, counters };
         Ok(Box::new(BlockWorker { requests, executor }))
     }
 
@@ -354,9 +369,12 @@ impl Block {
             let why = format!("{:?} is not this drive", patch.drive_id);
             return Err(DeviceError::field("drive_id", why));
         }
-        refuse_limits("rate_limiter", patch.rate_limiter.as_ref())?;
-        let Some(path) = patch.path_on_host else { return Ok(Change::Silent) };
+        let Some(path) = patch.path_on_host else {
+            self.limits.update(patch.rate_limiter.as_ref());
+            return Ok(Change::Silent);
+        };
         self.disk = Arc::new(self.disk.reopen(&path).map_err(refused)?);
+        self.limits.update(patch.rate_limiter.as_ref());
         self.space = config_space(self.disk.size(), self.disk.is_writable());
         self.config.path_on_host = Some(path);
         Ok(Change::Config)
@@ -389,26 +407,34 @@ struct BlockWorker {
     executor: Executor,
 }
 
+const KICK: usize = 0;
+
 impl Worker for BlockWorker {
-    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
-        vec![(self.requests.kick_fd(), EventSet::IN)]
+    fn sources(&self) -> Vec<Source<'_>> {
+        let kick: Source<'_> = (self.requests.kick_fd(), EventSet::IN);
+        [Some(kick), self.executor.limiter.source()].into_iter().flatten().collect()
     }
 
-    fn ready(&mut self, _source: usize) -> Watch {
+    fn ready(&mut self, source: usize) -> Watch {
         let Self { requests, executor } = self;
-        executor.counters.queue_event_count().inc();
+        match source {
+            KICK => executor.counters.queue_event_count().inc(),
+            _ if executor.limiter.has_fired() => executor.counters.rate_limiter_event_count().inc(),
+            _ => return Watch::Keep,
+        }
         let mut budget = MAX_REQUEST_BYTES;
         requests.serve(|chain| {
             if budget == 0 {
                 return Served::Later;
             }
-            let (used, cost) = executor.serve(&chain);
+            let Some((used, cost)) = executor.serve(&chain) else { return Served::Later };
             budget = budget.saturating_sub(cost);
             Served::Used(used)
         });
         if budget == 0 {
             requests.kick_again();
         }
+        executor.limiter.settle();
         Watch::Keep
     }
 

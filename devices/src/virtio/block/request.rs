@@ -12,6 +12,7 @@ use super::{
     MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS, feature,
 };
 use crate::backend::disk::{Disk, SECTOR_SIZE, Unmap};
+use crate::limiter::Limiter;
 use crate::sys::rw::IoSlices;
 use crate::virtio::chain::{Chain, Fault, Readable, Writable};
 
@@ -31,18 +32,27 @@ pub(super) struct Executor {
     pub(super) disk: Arc<Disk>,
     pub(super) id: [u8; ID_BYTES],
     pub(super) features: u64,
+    pub(super) limiter: Limiter,
     pub(super) counters: Arc<Counters>,
+}
+
+/// Status bytes of requests that failed (virtio 1.2, 5.2.6).
+mod status {
+    pub(super) const OK: u8 = 0;
+    pub(super) const IOERR: u8 = 1;
+    pub(super) const UNSUPP: u8 = 2;
 }
 
 impl Executor {
     /// Serves one request: the bytes written to the driver's buffers, and what it cost in bytes.
-    pub(super) fn serve(&self, chain: &Chain<'_>) -> (u32, u64) {
+    /// Nothing if a rate limit does not let it begin.
+    pub(super) fn serve(&self, chain: &Chain<'_>) -> Option<(u32, u64)> {
         let mut writable = chain.writable();
         let data = writable.len().checked_sub(1).and_then(|len| writable.take(len).ok());
         let Some(data) = data else {
             // Nowhere to put the status.
             self.counters.invalid_reqs_count().inc();
-            return (0, 0);
+            return Some((0, 0));
         };
         let room = data.len();
         let result = if chain.is_mixed() {
@@ -51,23 +61,28 @@ impl Executor {
             self.execute(chain.readable(), data)
         };
         let (status, filled, cost) = match result {
-            Ok(Done { filled, cost }) => (0, filled, cost),
+            Ok(Done { filled, cost }) => (status::OK, filled, cost),
+            Err(Failure::Throttled) => {
+                self.counters.rate_limiter_throttled_events().inc();
+                return None;
+            }
             // How far the host got before it failed is not known: count it as far.
             Err(Failure::Host) => {
                 self.counters.execute_fails().inc();
-                (Failure::Host.status(), 0, MAX_REQUEST_BYTES)
+                (status::IOERR, 0, MAX_REQUEST_BYTES)
             }
             Err(failure) => {
                 self.counters.invalid_reqs_count().inc();
-                (failure.status(), 0, 0)
+                let is_known = failure != Failure::Unsupported;
+                (if is_known { status::IOERR } else { status::UNSUPP }, 0, 0)
             }
         };
         if writable.write_obj(status).is_err() {
-            return (0, cost);
+            return Some((0, cost));
         }
         // The used length covers what was written from the start on without a gap.
         let used = if filled == room { filled.saturating_add(1) } else { filled };
-        (u32::try_from(used).unwrap_or(u32::MAX), cost)
+        Some((u32::try_from(used).unwrap_or(u32::MAX), cost))
     }
 
     fn execute(&self, mut input: Readable<'_>, output: Writable<'_>) -> Result<Done, Failure> {
@@ -91,6 +106,7 @@ impl Executor {
         let mut result = Ok(());
         to.for_each(|slice| result = result.and_then(|()| slices.push_writable(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
+        self.admit(to.len())?;
         let read = || self.disk.read(&mut slices, offset);
         self.counters.read_agg().time(read).map_err(|e| failed("read", offset, &e))?;
         self.counters.read_count().inc();
@@ -110,6 +126,7 @@ impl Executor {
         let mut result = Ok(());
         from.for_each(|slice| result = result.and_then(|()| slices.push(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
+        self.admit(from.len())?;
         let write = || self.disk.write(&mut slices, offset);
         self.counters.write_agg().time(write).map_err(|e| failed("write", offset, &e))?;
         self.counters.write_count().inc();
@@ -120,6 +137,7 @@ impl Executor {
     fn flush(&self, input: &Readable<'_>, output: &Writable<'_>) -> Result<Done, Failure> {
         self.negotiated(feature::FLUSH)?;
         want(input.is_empty() && output.is_empty())?;
+        self.admit(0)?;
         self.disk.flush().map_err(|e| failed("flush", 0, &e))?;
         self.counters.flush_count().inc();
         Ok(Done { filled: 0, cost: MAX_REQUEST_BYTES })
@@ -127,6 +145,7 @@ impl Executor {
 
     fn get_id(&self, input: &Readable<'_>, mut to: Writable<'_>) -> Result<Done, Failure> {
         want(input.is_empty())?;
+        self.admit(0)?;
         to.write(&self.id)?;
         Ok(Done { filled: ID_BYTES as u64, cost: 0 })
     }
@@ -156,6 +175,9 @@ impl Executor {
                 return Err(Failure::Unsupported);
             }
         }
+        // Zeroes may have to be written; what is discarded costs no bandwidth.
+        let zeroed = ranges.iter().map(|range| range.len).fold(0, u64::saturating_add);
+        self.admit(if request == kind::WRITE_ZEROES { zeroed } else { 0 })?;
         for (range, _) in ranges.iter().zip(0..count) {
             let done = match request {
                 kind::DISCARD => self.disk.discard(range.offset, range.len),
@@ -183,6 +205,11 @@ impl Executor {
         want(count <= max_sectors)?;
         let len = u64::from(count).saturating_mul(SECTOR_SIZE);
         Ok(Range { offset: self.within(sector, len)?, len, unmap })
+    }
+
+    /// Takes from the rate limits what a request on `bytes` costs, before it has effect.
+    fn admit(&self, bytes: u64) -> Result<(), Failure> {
+        if self.limiter.take(bytes) { Ok(()) } else { Err(Failure::Throttled) }
     }
 
     /// The byte offset of `len` bytes at `sector`, if they can be read or written in one request.
@@ -231,7 +258,7 @@ impl Default for Range {
     }
 }
 
-/// Why a request failed: the status byte that the driver gets.
+/// Why a request is not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Failure {
     /// It breaks the rules of the device.
@@ -240,15 +267,8 @@ enum Failure {
     Host,
     /// The device does not know it.
     Unsupported,
-}
-
-impl Failure {
-    fn status(self) -> u8 {
-        match self {
-            Self::Invalid | Self::Host => 1,
-            Self::Unsupported => 2,
-        }
-    }
+    /// A rate limit does not let it begin yet: the driver hears nothing.
+    Throttled,
 }
 
 impl From<Fault> for Failure {

@@ -192,6 +192,7 @@ pub(super) fn check(config: &Config, path: &Path) -> Result<(), DeviceError> {
         ("is_read_only", config.is_read_only),
         ("io_engine", config.io_engine != super::IoEngine::Sync),
         ("rate_limiter", config.rate_limiter.is_some()),
+        ("rate_limit_group", config.rate_limit_group.is_some()),
     ];
     if let Some((field, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
         return Err(DeviceError::field(field, theirs));

@@ -9,13 +9,13 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use self::worker::NetWorker;
-use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, refuse_limits};
+use self::worker::{Limiters, NetWorker};
+use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id};
 use super::queue::{VirtQueue, split};
 use crate::backend::tap::{self, Tap, TapError, offload};
 use crate::counters;
 use crate::io::Worker;
-use crate::limiter::RateLimiter;
+use crate::limiter::{Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
 
 /// Feature bits (virtio 1.2, 5.1.3).
@@ -62,12 +62,18 @@ pub struct Config {
     #[serde(default)]
     #[schemars(range(min = 68, max = 65535))]
     pub mtu: Option<u16>,
-    /// Limits on what the guest receives. Not supported yet.
+    /// Limits on what the guest receives.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits on what the guest sends. Not supported yet.
+    /// Limits on what the guest sends.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
+    /// The group whose limits it shares in receiving. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limit_group: Option<String>,
+    /// The group whose limits it shares in sending. husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limit_group: Option<String>,
 }
 
 impl Config {
@@ -80,6 +86,8 @@ impl Config {
             mtu: None,
             rx_rate_limiter: None,
             tx_rate_limiter: None,
+            rx_rate_limit_group: None,
+            tx_rate_limit_group: None,
         }
     }
 
@@ -87,8 +95,6 @@ impl Config {
     fn check_words(&self) -> Result<(Option<[u8; 6]>, Option<u16>), DeviceError> {
         check_id("iface_id", &self.iface_id)?;
         tap::check_name(&self.host_dev_name).map_err(refused)?;
-        refuse_limits("rx_rate_limiter", self.rx_rate_limiter.as_ref())?;
-        refuse_limits("tx_rate_limiter", self.tx_rate_limiter.as_ref())?;
         if let Some(mtu) = self.mtu.filter(|mtu| *mtu < 68) {
             return Err(DeviceError::field("mtu", format!("{mtu} is not in 68 to 65535")));
         }
@@ -96,17 +102,17 @@ impl Config {
     }
 }
 
-/// What the user may change while the guest runs: nothing yet.
+/// What the user may change while the guest runs.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "PartialNetworkInterface")]
 pub struct Patch {
     /// The interface.
     pub iface_id: String,
-    /// Limits on what the guest receives. Not supported yet.
+    /// Limits on what the guest receives: buckets to replace.
     #[serde(default)]
     pub rx_rate_limiter: Option<RateLimiter>,
-    /// Limits on what the guest sends. Not supported yet.
+    /// Limits on what the guest sends: buckets to replace.
     #[serde(default)]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
@@ -116,6 +122,8 @@ pub struct Patch {
 pub struct Net {
     id: String,
     tap: Arc<Tap>,
+    rx_limits: Limits,
+    tx_limits: Limits,
     features: u64,
     space: [u8; 12],
     counters: Arc<Counters>,
@@ -158,6 +166,14 @@ counters! {
         tap_write_fails: Counter,
         /// How long the tap took to take a frame, failures included.
         tap_write_agg: Latency,
+        /// Times the guest had to wait for frames because of a rate limit.
+        rx_rate_limiter_throttled: Counter,
+        /// Times a rate limit let it receive on.
+        rx_event_rate_limiter_count: Counter,
+        /// Times frames of the guest had to wait because of a rate limit.
+        tx_rate_limiter_throttled: Counter,
+        /// Times a rate limit let them go on.
+        tx_rate_limiter_event_count: Counter,
         /// Times the tap was found to be gone.
         tap_gone: Counter,
     }
@@ -167,12 +183,17 @@ impl Net {
     /// An interface plugged into a descriptor that somebody else opened: a tap, or a packet socket
     /// whose peer reads and writes a 12-byte virtio-net header before each frame. The
     /// `host_dev_name` of `config` is not looked at.
-    pub fn from_fd(config: &Config, fd: OwnedFd) -> Result<Self, DeviceError> {
-        Self::plug(config, Tap::from_fd(fd).map_err(refused)?)
+    pub fn from_fd(config: &Config, env: &Env, fd: OwnedFd) -> Result<Self, DeviceError> {
+        Self::plug(config, env, Tap::from_fd(fd).map_err(refused)?)
     }
 
-    fn plug(config: &Config, tap: Tap) -> Result<Self, DeviceError> {
+    fn plug(config: &Config, env: &Env, tap: Tap) -> Result<Self, DeviceError> {
         let (mac, mtu) = config.check_words()?;
+        let limits = |own: &Option<RateLimiter>, field, group: &Option<String>| {
+            env.limits(own.as_ref(), field, group.as_deref())
+        };
+        let rx = (&config.rx_rate_limiter, &config.rx_rate_limit_group);
+        let tx = (&config.tx_rate_limiter, &config.tx_rate_limit_group);
         let mut features = feature::MRG_RXBUF;
         for (offload, host, guest) in OFFLOADS {
             if tap.offloads() & offload != 0 {
@@ -184,6 +205,8 @@ impl Net {
         Ok(Self {
             id: config.iface_id.clone(),
             tap: Arc::new(tap),
+            rx_limits: limits(rx.0, "rx_rate_limit_group", rx.1)?,
+            tx_limits: limits(tx.0, "tx_rate_limit_group", tx.1)?,
             features,
             space: config_space(mac.unwrap_or_default(), mtu.unwrap_or_default()),
             counters: Arc::default(),
@@ -220,14 +243,20 @@ impl Model for Net {
         claims
     }
 
+    fn rate_limit_groups(config: &Config) -> Vec<(&'static str, &str)> {
+        let rx = config.rx_rate_limit_group.as_deref().map(|id| ("rx_rate_limit_group", id));
+        let tx = config.tx_rate_limit_group.as_deref().map(|id| ("tx_rate_limit_group", id));
+        rx.into_iter().chain(tx).collect()
+    }
+
     fn check(config: &Config) -> Result<(), DeviceError> {
         config.check_words()?;
         Tap::open(&config.host_dev_name).map(|_tap| ()).map_err(refused)
     }
 
-    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
+    fn open(config: &Config, env: &Env) -> Result<Self, DeviceError> {
         config.check_words()?;
-        Self::plug(config, Tap::open(&config.host_dev_name).map_err(refused)?)
+        Self::plug(config, env, Tap::open(&config.host_dev_name).map_err(refused)?)
     }
 }
 
@@ -275,7 +304,8 @@ impl VirtioDevice for Net {
             log::warn!("{} {}: cannot set offloads: {e}", Self::NAME, self.id);
         }
         let (tap, counters) = (self.tap.clone(), self.counters.clone());
-        Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, counters)))
+        let limiters = Limiters { rx: self.rx_limits.limiter()?, tx: self.tx_limits.limiter()? };
+        Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, limiters, counters)))
     }
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
@@ -284,8 +314,8 @@ impl VirtioDevice for Net {
             let why = format!("{:?} is not this interface", patch.iface_id);
             return Err(DeviceError::field("iface_id", why));
         }
-        refuse_limits("rx_rate_limiter", patch.rx_rate_limiter.as_ref())?;
-        refuse_limits("tx_rate_limiter", patch.tx_rate_limiter.as_ref())?;
+        self.rx_limits.update(patch.rx_rate_limiter.as_ref());
+        self.tx_limits.update(patch.tx_rate_limiter.as_ref());
         Ok(Change::Silent)
     }
 

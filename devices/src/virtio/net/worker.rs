@@ -6,7 +6,6 @@
 //! until it kicks, and a tap that is deleted does not spin.
 use std::collections::VecDeque;
 use std::io::ErrorKind;
-use std::os::fd::AsRawFd;
 use std::sync::Arc;
 
 use event_manager::EventSet;
@@ -15,7 +14,8 @@ use vm_memory::{Le16, VolatileSlice};
 
 use super::Counters;
 use crate::backend::tap::{self, HEADER_BYTES, Tap};
-use crate::io::{Retired, Watch, Worker};
+use crate::io::{Retired, Source, Watch, Worker};
+use crate::limiter::Limiter;
 use crate::sys::rw::{IoSlices, MAX_SLICES};
 use crate::virtio::chain::{Buffers, Chain};
 use crate::virtio::queue::{Served, VirtQueue};
@@ -31,11 +31,20 @@ const FRAMES_PER_TURN: usize = 256;
 
 const RX_KICK: usize = 0;
 const TX_KICK: usize = 1;
+const TAP: usize = 2;
+
+/// The rate limits of both directions.
+#[derive(Debug)]
+pub(super) struct Limiters {
+    pub(super) rx: Limiter,
+    pub(super) tx: Limiter,
+}
 
 #[derive(Debug)]
 pub(super) struct NetWorker {
     receiver: Receiver,
     tx: VirtQueue,
+    tx_limiter: Limiter,
     tap: Arc<Tap>,
     counters: Arc<Counters>,
     /// The tap was deleted, or the peer of the socket is gone.
@@ -48,6 +57,7 @@ impl NetWorker {
         tx: VirtQueue,
         tap: Arc<Tap>,
         is_mergeable: bool,
+        limiters: Limiters,
         counters: Arc<Counters>,
     ) -> Self {
         let receiver = Receiver {
@@ -56,18 +66,35 @@ impl NetWorker {
             held: VecDeque::new(),
             held_bytes: 0,
             spare: Vec::new(),
+            limiter: limiters.rx,
             counters: counters.clone(),
         };
-        Self { receiver, tx, tap, counters, is_gone: false }
+        Self { receiver, tx, tx_limiter: limiters.tx, tap, counters, is_gone: false }
     }
 
     fn transmit(&mut self) {
-        let Self { tx, tap, counters, is_gone, .. } = self;
-        counters.tx_queue_event_count().inc();
+        let Self { tx, tx_limiter, tap, counters, is_gone, .. } = self;
         tx.serve(|chain| {
+            if !tx_limiter.take(chain.readable().len().saturating_sub(HEADER_BYTES.into())) {
+                counters.tx_rate_limiter_throttled().inc();
+                return Served::Later;
+            }
             *is_gone |= send(&chain, tap, counters, *is_gone);
             Served::Used(0)
         });
+        tx_limiter.settle();
+    }
+
+    /// Goes on after a rate limit: one of the timers has fired.
+    fn go_on(&mut self) {
+        if self.receiver.limiter.has_fired() {
+            self.counters.rx_event_rate_limiter_count().inc();
+            self.is_gone |= self.receiver.receive(&self.tap);
+        }
+        if self.tx_limiter.has_fired() {
+            self.counters.tx_rate_limiter_event_count().inc();
+            self.transmit();
+        }
     }
 
     fn note_gone(&mut self) {
@@ -78,33 +105,36 @@ impl NetWorker {
 }
 
 impl Worker for NetWorker {
-    fn sources(&self) -> Vec<(&dyn AsRawFd, EventSet)> {
-        vec![
-            (self.receiver.queue.kick_fd(), EventSet::IN),
-            (self.tx.kick_fd(), EventSet::IN),
-            (&*self.tap, EventSet::IN | EventSet::EDGE_TRIGGERED),
-        ]
+    fn sources(&self) -> Vec<Source<'_>> {
+        let rx: Source<'_> = (self.receiver.queue.kick_fd(), EventSet::IN);
+        let tx: Source<'_> = (self.tx.kick_fd(), EventSet::IN);
+        let tap: Source<'_> = (&*self.tap, EventSet::IN | EventSet::EDGE_TRIGGERED);
+        let timers = [self.receiver.limiter.source(), self.tx_limiter.source()];
+        [rx, tx, tap].into_iter().chain(timers.into_iter().flatten()).collect()
     }
 
     fn ready(&mut self, source: usize) -> Watch {
         let was_gone = self.is_gone;
         match source {
-            TX_KICK => self.transmit(),
+            TX_KICK => {
+                self.counters.tx_queue_event_count().inc();
+                self.transmit();
+            }
             RX_KICK => {
                 self.receiver.queue.consume_kick();
                 self.counters.rx_queue_event_count().inc();
                 self.is_gone = was_gone || self.receiver.receive(&self.tap);
             }
-            _ => {
+            TAP => {
                 self.counters.rx_tap_event_count().inc();
                 self.is_gone = was_gone || self.receiver.receive(&self.tap);
             }
+            _ => self.go_on(),
         }
         if self.is_gone && !was_gone {
             self.note_gone();
         }
-        let is_tap = source != TX_KICK && source != RX_KICK;
-        if is_tap && self.is_gone { Watch::Drop } else { Watch::Keep }
+        if source == TAP && self.is_gone { Watch::Drop } else { Watch::Keep }
     }
 
     fn retire(mut self: Box<Self>) -> Retired {
@@ -155,6 +185,7 @@ struct Receiver {
     held_bytes: u64,
     /// Storage of chains that were used, for the next ones.
     spare: Vec<Buffers>,
+    limiter: Limiter,
     counters: Arc<Counters>,
 }
 
@@ -174,6 +205,8 @@ enum Received {
     Empty,
     /// No buffer waits.
     Starved,
+    /// A rate limit does not let it read yet.
+    Throttled,
     /// The tap is gone.
     Gone,
 }
@@ -194,6 +227,10 @@ impl Receiver {
                         break;
                     }
                 }
+                Received::Throttled => {
+                    self.counters.rx_rate_limiter_throttled().inc();
+                    break;
+                }
                 Received::Empty => break,
                 Received::Gone => {
                     is_gone = true;
@@ -204,6 +241,7 @@ impl Receiver {
         if turns == 0 {
             self.queue.kick_again();
         }
+        self.limiter.settle();
         self.queue.notify();
         is_gone
     }
@@ -212,6 +250,10 @@ impl Receiver {
         self.take_chains();
         if self.held.is_empty() || self.queue.is_latched() {
             return Received::Starved;
+        }
+        // How long the frame is, only reading it tells: it is paid for afterwards.
+        if !self.limiter.is_open() {
+            return Received::Throttled;
         }
         // One byte more than there is room for tells a frame that does not fit.
         let mut beyond = [0];
@@ -224,6 +266,7 @@ impl Receiver {
             Ok(0) => Received::Gone,
             Ok(read) => {
                 self.counters.rx_count().inc();
+                self.limiter.charge((read as u64).saturating_sub(HEADER_BYTES.into()));
                 self.deliver(read as u64, room);
                 Received::Progress
             }

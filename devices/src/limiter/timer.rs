@@ -1,0 +1,62 @@
+//! A timerfd on the monotonic clock, and that clock.
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+
+use rustix::time::{
+    ClockId, Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, clock_gettime,
+    timerfd_create, timerfd_settime,
+};
+
+const NS_PER_S: u64 = 1_000_000_000;
+
+/// Becomes readable at a time.
+#[derive(Debug)]
+pub(super) struct Timer(OwnedFd);
+
+impl Timer {
+    pub(super) fn new() -> std::io::Result<Self> {
+        let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
+        Ok(Self(timerfd_create(TimerfdClockId::Monotonic, flags)?))
+    }
+
+    /// Will be readable at `at_ns` of the monotonic clock, and no earlier.
+    pub(super) fn set(&self, at_ns: u64) {
+        let zero = Timespec::default();
+        // 0 would disarm it.
+        let at_ns = at_ns.max(1);
+        let part = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
+        let it_value = Timespec { tv_sec: part(at_ns / NS_PER_S), tv_nsec: part(at_ns % NS_PER_S) };
+        let time = Itimerspec { it_interval: zero, it_value };
+        if let Err(e) = timerfd_settime(&self.0, TimerfdTimerFlags::ABSTIME, &time) {
+            log::error!("rate limit: cannot set a timer: {e}");
+        }
+    }
+
+    /// Will be readable at once.
+    pub(super) fn fire(&self) {
+        self.set(1);
+    }
+
+    /// Makes it quiet; whether it was readable.
+    pub(super) fn has_fired(&self) -> bool {
+        rustix::io::read(&self.0, &mut [0; 8]).is_ok()
+    }
+}
+
+impl AsRawFd for Timer {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl AsFd for Timer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The monotonic clock.
+pub fn now_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    let part = |n: i64| u64::try_from(n).unwrap_or(0);
+    part(now.tv_sec).saturating_mul(NS_PER_S).saturating_add(part(now.tv_nsec))
+}
