@@ -76,7 +76,8 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let kvm = open_kvm()?;
         let cpu = HostCpu::new(&kvm, config.cpu()).map_err(|e| setup(e, config.cpu()))?;
-        let console = open_console(&config.serial_to(), quit)?;
+        let mut console = open_console(&config.serial_to(), quit)?;
+        console.limit(config.serial.rate_limiter.as_ref());
         let serial_path = console.path().map(Path::to_owned);
         let serial_irq = eventfd()?;
         let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;

@@ -192,7 +192,7 @@ mod tests {
             "machine-config": {"vcpu_count": 4, "mem_size_mib": 64, "smt": true, "pit": true,
                                "huge_pages": "Transparent", "cpu_template": "None",
                                "on_reboot": "Exit"},
-            "serial": {"to": "Pty", "rate_limiter": {"ops": null}},
+            "serial": {"to": "Pty", "rate_limiter": {"size": 1, "refill_time": 1}},
             "logger": {"level": "trace", "show_level": true, "show_log_origin": false,
                        "module": "husk"},
             "drives": [{"drive_id": "a", "path_on_host": "Cargo.toml", "is_root_device": false}],

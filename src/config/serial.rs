@@ -2,7 +2,7 @@
 use std::path::PathBuf;
 
 use devices::backend::console::Console;
-use devices::limiter::RateLimiter;
+use devices::limiter::TokenBucket;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -57,9 +57,9 @@ pub struct SerialConfig {
     /// A file or FIFO that output goes to.
     #[serde(default)]
     pub serial_out_path: Option<PathBuf>,
-    /// Not supported yet.
+    /// How many bytes the guest may write. What goes beyond is lost, and counted.
     #[serde(default)]
-    pub rate_limiter: Option<RateLimiter>,
+    pub rate_limiter: Option<TokenBucket>,
     /// Where the port leads, in place of `serial_out_path`. husk only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub to: Option<SerialTo>,
@@ -69,9 +69,6 @@ impl SerialConfig {
     pub(super) fn check_values(&self) -> Result<(), Refusal> {
         let refuse =
             |field, why: &str| Err(Refusal::Field { section: "serial", field, why: why.into() });
-        if self.rate_limiter.as_ref().is_some_and(|limiter| !limiter.is_unlimited()) {
-            return refuse("rate_limiter", "rate limiters are not supported yet");
-        }
         if self.serial_out_path.is_some() && self.to.is_some() {
             return refuse("to", "serial_out_path says the same: give one of them");
         }

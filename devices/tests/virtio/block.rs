@@ -412,7 +412,7 @@ fn refuses_configurations_that_cannot_work() {
         (json!({"path_on_host": "/tmp"}), "path_on_host: /tmp is a directory"),
         (json!({"path_on_host": "/dev/zero"}), "path_on_host: /dev/zero is a character device"),
         (json!({"io_engine": "Async"}), "io_engine: Async is not supported yet"),
-        (json!({"socket": "/x"}), "socket: is not supported yet"),
+        (json!({"socket": "/x"}), "path_on_host: belongs to the back end"),
         (json!({"partuuid": "a b"}), "partuuid: "),
         (json!({"partuuid": "x init=/bin/sh"}), "partuuid: "),
     ];

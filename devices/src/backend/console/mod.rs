@@ -28,6 +28,7 @@ pub use self::terminal::restore_terminal;
 use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
 use super::stream::{Direction, Stream};
 use super::unix::{ListenError, Listener, StalePolicy};
+use crate::limiter::{Bucket, TokenBucket, now_ns};
 
 /// Called when the user asks to quit, on the I/O thread with the serial port locked: may set a
 /// flag or an eventfd, and must not block.
@@ -105,6 +106,10 @@ pub struct Console {
     events: Arc<Readiness>,
     input: Option<Arc<Stream>>,
     output: Output,
+    /// What the guest may write.
+    limit: Option<Bucket>,
+    /// Bytes lost to it.
+    limited: u64,
     has_complained: bool,
 }
 
@@ -208,7 +213,13 @@ impl Console {
 
     /// What became of the guest's bytes so far.
     pub fn counters(&self) -> Counters {
-        self.output.counters()
+        Counters { limited: self.limited, ..self.output.counters() }
+    }
+
+    /// Limits the guest's output, in bytes. What goes beyond is lost: a guest that writes to a port
+    /// cannot be made to wait without stopping its vCPU.
+    pub fn limit(&mut self, limit: Option<&TokenBucket>) {
+        self.limit = limit.and_then(|config| Bucket::new(config, now_ns()));
     }
 
     /// Readable when [`ready`](Self::ready) has something to do.
@@ -351,6 +362,8 @@ impl Console {
             events: Arc::new(Readiness::new()?),
             input: None,
             output: Output::default(),
+            limit: None,
+            limited: 0,
             has_complained: false,
         })
     }
@@ -418,7 +431,13 @@ impl Console {
 /// whoever knows when the last byte is written.
 impl std::io::Write for Console {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.push(bytes);
+        let len = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
+        let allowed = match &mut self.limit {
+            Some(limit) if !matches!(self.kind, Kind::Nowhere) => limit.take_up_to(len, now_ns()),
+            _ => len,
+        };
+        self.limited = self.limited.saturating_add(len.saturating_sub(allowed));
+        self.push(usize::try_from(allowed).ok().and_then(|n| bytes.get(..n)).unwrap_or(bytes));
         Ok(bytes.len())
     }
 
@@ -604,7 +623,7 @@ mod tests {
         for _ in 0..4096 {
             send(&mut console, &chunk);
         }
-        let Counters { written, dropped } = console.counters();
+        let Counters { written, dropped, .. } = console.counters();
         assert_eq!(written + dropped + Console::KEPT as u64, 4096 * 256);
         assert!(dropped > 0);
 
@@ -628,14 +647,14 @@ mod tests {
     fn a_full_disk_and_a_closed_pipe_only_cost_bytes() {
         let mut full = Console::file(Path::new("/dev/full")).unwrap();
         send(&mut full, b"hello");
-        assert_eq!(full.counters(), Counters { written: 0, dropped: 5 });
+        assert_eq!(full.counters(), Counters { written: 0, dropped: 5, limited: 0 });
 
         let (reader, writer) = rustix::pipe::pipe().unwrap();
         drop(reader);
         let null = File::open("/dev/null").unwrap();
         let mut closed = over(null.as_fd(), writer.as_fd());
         send(&mut closed, b"hello");
-        assert_eq!(closed.counters(), Counters { written: 0, dropped: 5 });
+        assert_eq!(closed.counters(), Counters { written: 0, dropped: 5, limited: 0 });
     }
 
     #[test]
@@ -689,7 +708,34 @@ mod tests {
         assert_eq!(read(&mut console), b"");
         assert!(console.input.is_none());
         send(&mut console, &[0; 10_000]);
-        assert_eq!(console.counters(), Counters { written: 10_000, dropped: 0 });
+        assert_eq!(console.counters(), Counters { written: 10_000, dropped: 0, limited: 0 });
+    }
+
+    #[test]
+    fn output_beyond_the_limit_is_lost_and_counted() {
+        let dir = Scratch::new("limit");
+        let path = dir.0.join("out");
+        let mut console = Console::file(&path).unwrap();
+        let limit = TokenBucket { size: 10, one_time_burst: Some(5), refill_time: 1 << 40 };
+        console.limit(Some(&limit));
+        for byte in b'a'..=b'l' {
+            assert_eq!(console.write(&[byte]).unwrap(), 1);
+        }
+        assert_eq!(console.write(b"mnopqrstu").unwrap(), 9);
+        assert_eq!(console.write(b"!").unwrap(), 1);
+        // Words of husk's own are not the guest's.
+        console.push(b" help");
+        console.flush();
+        assert_eq!(std::fs::read(&path).unwrap(), b"abcdefghijklmno help");
+        assert_eq!(console.counters(), Counters { written: 20, dropped: 0, limited: 7 });
+        console.limit(None);
+        send(&mut console, b"?");
+        assert_eq!(console.counters().written, 21);
+        // Nothing is lost where nobody hears it.
+        let mut nowhere = Console::none().unwrap();
+        nowhere.limit(Some(&limit));
+        assert_eq!(nowhere.write(&[0; 100]).unwrap(), 100);
+        assert_eq!(nowhere.counters(), Counters::default());
     }
 
     fn open_pty(console: &Console) -> File {
@@ -828,7 +874,7 @@ mod tests {
         for _ in 0..1000 {
             send(&mut console, &[b'x'; 1000]);
         }
-        let Counters { written, dropped } = console.counters();
+        let Counters { written, dropped, .. } = console.counters();
         assert_eq!(written + dropped + Console::KEPT as u64, 1_000_000);
     }
 
@@ -852,6 +898,6 @@ mod tests {
         });
         console.finish(Duration::from_secs(10));
         reading.join().unwrap();
-        assert_eq!(console.counters(), Counters { written: 30 * 4096, dropped: 0 });
+        assert_eq!(console.counters(), Counters { written: 30 * 4096, dropped: 0, limited: 0 });
     }
 }

@@ -16,6 +16,8 @@ pub struct Counters {
     pub written: u64,
     /// Bytes lost: nobody read, or the host refused (a full disk, a closed pipe).
     pub dropped: u64,
+    /// Bytes lost to a rate limit.
+    pub limited: u64,
 }
 
 /// The way out.
