@@ -10,6 +10,7 @@ use arch::{Entry, Platform, Topology, layout};
 use devices::GuestRam;
 use devices::bus::Bus;
 use devices::legacy::acpi::Acpi;
+use devices::legacy::boot_timer::{self, BootTimer};
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::virtio::model::DeviceError;
@@ -104,6 +105,9 @@ impl Machine {
         let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
         let (acpi, i8042) = legacy(&vm, &parts, &outcome, &mut pio)?;
+        if let Some(timer) = &parts.boot_timer {
+            insert(&mut mmio, layout::BOOT_TIMER, boot_timer::LEN, timer.clone());
+        }
         let io_name = names.io;
         let mut slots = Slots { vm: &vm, ram: &ram, mmio: &mut mmio, io: &parts.io, io_name };
         let devices = std::mem::take(&mut parts.devices)
@@ -146,6 +150,9 @@ impl Machine {
             }
         }
         lock(&parts.serial).reset();
+        if let Some(timer) = &parts.boot_timer {
+            *lock(timer) = BootTimer::start();
+        }
         Ok(parts)
     }
 

@@ -11,6 +11,7 @@ use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError}
 use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
 use devices::io::IoThread;
+use devices::legacy::boot_timer::BootTimer;
 use devices::legacy::serial::Serial;
 use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::notifier;
@@ -49,6 +50,7 @@ pub(crate) struct Parts {
     /// What leads to the serial port, if it is a pseudo-terminal or a socket.
     pub(crate) serial_path: Option<PathBuf>,
     pub(crate) io: Arc<IoThread>,
+    pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
 }
 
 impl Parts {
@@ -58,6 +60,7 @@ impl Parts {
         io_thread: &str,
         quit: Arc<dyn Fn() + Send + Sync>,
     ) -> Result<Self, Refusal> {
+        let boot_timer = config.defaults.has_boot_timer.then(|| Mutex::new(BootTimer::start()));
         let source = config.boot_source()?;
         let kernel = open_kernel(&source.kernel_image_path)?;
         config.check_values()?;
@@ -87,7 +90,19 @@ impl Parts {
         })?;
         let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
         let io = Arc::new(io);
-        Ok(Self { kvm, cpu, kernel, initrd, devices, serial, serial_irq, serial_path, io })
+        let boot_timer = boot_timer.map(Arc::new);
+        Ok(Self {
+            kvm,
+            cpu,
+            kernel,
+            initrd,
+            devices,
+            serial,
+            serial_irq,
+            serial_path,
+            io,
+            boot_timer,
+        })
     }
 }
 

@@ -54,6 +54,9 @@ struct FirecrackerArgs {
     timing: Timing,
     #[command(flatten)]
     unsupported: Unsupported,
+    /// A page at 0xc0000000 whose first byte the guest sets to 123 when it has booted; the log says when
+    #[arg(long)]
+    boot_timer: bool,
     /// Accepted: husk installs no seccomp filter yet
     #[arg(long)]
     no_seccomp: bool,
@@ -96,9 +99,6 @@ struct Unsupported {
     enable_pci: bool,
     /// Not supported yet
     #[arg(long)]
-    boot_timer: bool,
-    /// Not supported yet
-    #[arg(long)]
     snapshot_version: bool,
     /// Not supported yet
     #[arg(long, value_name = "FILE")]
@@ -106,18 +106,23 @@ struct Unsupported {
 }
 
 impl Unsupported {
-    fn first(&self) -> Option<&'static str> {
+    /// Why the first of them is refused.
+    fn first(&self) -> Option<String> {
         [
-            ("--seccomp-filter", self.seccomp_filter.is_some()),
-            ("--metrics-path", self.metrics_path.is_some()),
-            ("--metadata", self.metadata.is_some()),
-            ("--enable-pci", self.enable_pci),
-            ("--boot-timer", self.boot_timer),
-            ("--snapshot-version", self.snapshot_version),
-            ("--describe-snapshot", self.describe_snapshot.is_some()),
+            (
+                "--seccomp-filter",
+                self.seccomp_filter.is_some(),
+                ": husk installs no filter of its own",
+            ),
+            ("--metrics-path", self.metrics_path.is_some(), ""),
+            ("--metadata", self.metadata.is_some(), ""),
+            ("--enable-pci", self.enable_pci, ": there is no PCI bus, all devices are virtio-mmio"),
+            ("--snapshot-version", self.snapshot_version, ": there are no snapshots"),
+            ("--describe-snapshot", self.describe_snapshot.is_some(), ": there are no snapshots"),
         ]
         .into_iter()
-        .find_map(|(flag, is_given)| is_given.then_some(flag))
+        .find(|(_, is_given, _)| *is_given)
+        .map(|(flag, _, why)| format!("{flag} is not supported yet{why}"))
     }
 }
 
@@ -134,8 +139,8 @@ pub(super) fn main(args: Vec<OsString>, started: Instant) -> ExitCode {
             super::print(format!("Firecracker v{FIRECRACKER_VERSION}\n").as_bytes())
         }
         Ok(args) => match args.unsupported.first() {
-            Some(flag) => {
-                logger::complain(&format!("{flag} is not supported yet"));
+            Some(why) => {
+                logger::complain(&why);
                 ExitCode::Usage
             }
             None => args.carry_out(started),
@@ -176,6 +181,7 @@ impl FirecrackerArgs {
             .inspect_err(|_| log::error!("Configuration for VMM from one single json failed"))?
             .unwrap_or_default();
         config.defaults.on_reboot = OnReboot::Exit;
+        config.defaults.has_boot_timer = self.boot_timer;
         let api = (!self.no_api).then_some(launch::Api {
             path: self.api_sock,
             body_limit: self.http_api_max_payload_size,

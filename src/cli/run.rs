@@ -61,6 +61,10 @@ struct GuestArgs {
     /// Give the guest a PIT (i8254), for kernels that do not know kvm-clock
     #[arg(long)]
     pit: bool,
+    /// Give the guest Firecracker's boot timer, a page at 0xc0000000: when it writes 123 to the first byte,
+    /// the log says how long it took to boot (at level info)
+    #[arg(long)]
+    boot_timer: bool,
     /// What a guest's own reset does
     #[arg(long, value_name = "ACTION", value_enum, default_value_t)]
     on_reboot: OnReboot,
@@ -128,6 +132,9 @@ pub(super) struct ApiArgs {
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialTo,
+    /// Give the guest Firecracker's boot timer; see husk run --help
+    #[arg(long)]
+    boot_timer: bool,
     /// Largest body of a request, in bytes
     #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
     max_payload: usize,
@@ -169,6 +176,7 @@ impl ApiArgs {
         let launched = self.log.start().and_then(|()| {
             let mut config = VmConfig::default();
             config.defaults.serial = self.serial;
+            config.defaults.has_boot_timer = self.boot_timer;
             let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
             let launch = Launch { config, starts: false, api, id: self.id, style: Style::Husk };
             launch.carry_out(started)
@@ -188,7 +196,11 @@ impl CheckArgs {
 
 impl GuestArgs {
     fn config(self) -> Result<VmConfig, Refusal> {
-        let defaults = Defaults { serial: self.serial, on_reboot: self.on_reboot };
+        let defaults = Defaults {
+            serial: self.serial,
+            on_reboot: self.on_reboot,
+            has_boot_timer: self.boot_timer,
+        };
         if let Some(path) = &self.config_file {
             let mut config = VmConfig::from_file(path)?;
             config.defaults = defaults;

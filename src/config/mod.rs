@@ -38,11 +38,13 @@ pub struct Defaults {
     pub serial: SerialTo,
     /// What a guest's own reset does.
     pub on_reboot: OnReboot,
+    /// Whether there is a boot timer, which the guest tells that it has booted.
+    pub has_boot_timer: bool,
 }
 
 impl Default for Defaults {
     fn default() -> Self {
-        Self { serial: SerialTo::Stdio, on_reboot: OnReboot::Restart }
+        Self { serial: SerialTo::Stdio, on_reboot: OnReboot::Restart, has_boot_timer: false }
     }
 }
 

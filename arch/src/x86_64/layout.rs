@@ -5,7 +5,7 @@
 //!  0x0003_0000  free RAM for small kernels
 //!  0x0009_fc00  MP table (where the EBDA of a PC lies), then ACPI tables at 0xe0000
 //!  0x0010_0000  RAM: kernels; the initrd at the top
-//!  0xc000_0000  the hole: virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
+//!  0xc000_0000  the hole: boot timer, virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
 //!  0x1_0000_0000 the rest of RAM
 //! ```
 use vm_memory::GuestAddress;
@@ -42,6 +42,8 @@ pub const HOLE: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole.
 pub const HOLE_END: u64 = 0x1_0000_0000;
 
+/// Firecracker's boot timer, 4 KiB, if there is one.
+pub const BOOT_TIMER: u64 = HOLE;
 /// Virtio-mmio windows that ACPI describes, 4 KiB each.
 pub const VIRTIO_ACPI: u64 = 0xc100_0000;
 /// Virtio-mmio windows that the kernel command line names, 4 KiB each.

@@ -2,6 +2,7 @@
 //! where it has them. Knows neither KVM nor the VM: an interrupt is a [`Line`], the way out of the
 //! machine is [`Power`].
 pub mod acpi;
+pub mod boot_timer;
 pub mod i8042;
 pub mod rtc;
 pub mod serial;
