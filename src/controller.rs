@@ -150,7 +150,7 @@ impl Controller {
         let mut changed = config.clone();
         changed.put(section, id, body)?;
         if section == "logger" {
-            changed.start_log()?;
+            VmConfig::change_log(body)?;
         }
         *config = changed;
         Ok(())

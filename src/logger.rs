@@ -176,10 +176,13 @@ impl Log for Logger {
             .module
             .as_deref()
             .is_some_and(|module| !record.module_path().unwrap_or_default().starts_with(module));
+        if is_filtered {
+            return;
+        }
         let is_device = record.target().starts_with("devices::");
         if is_device && !state.devices.admits(now().tv_sec) {
             state.with_outlet(|outlet| outlet.lost += 1);
-        } else if !is_filtered {
+        } else {
             let line = state.format(record);
             state.with_outlet(|outlet| outlet.write(&line));
         }
@@ -200,17 +203,24 @@ impl State {
             }
             None => write!(line, "{}: ", program()),
         };
-        if let Some(_instance) = &self.instance {
+        let origin = self
+            .shows_origin
+            .then(|| format!("{}:{}", record.file().unwrap_or("?"), record.line().unwrap_or(0)));
+        if self.instance.is_some() {
             if self.shows_level {
                 let _ = write!(line, ":{}", record.level());
             }
-            if self.shows_origin {
-                let file = record.file().unwrap_or("?");
-                let _ = write!(line, ":{file}:{}", record.line().unwrap_or(0));
+            if let Some(origin) = origin {
+                let _ = write!(line, ":{origin}");
             }
             line.push_str("] ");
-        } else if record.level() <= log::Level::Warn || self.shows_level {
-            let _ = write!(line, "{}: ", record.level().as_str().to_ascii_lowercase());
+        } else {
+            if record.level() <= log::Level::Warn || self.shows_level {
+                let _ = write!(line, "{}: ", record.level().as_str().to_ascii_lowercase());
+            }
+            if let Some(origin) = origin {
+                let _ = write!(line, "{origin}: ");
+            }
         }
         let start = line.len();
         let _ = write!(line, "{}", record.args());
@@ -372,6 +382,30 @@ mod tests {
         let (time, rest) = line.split_once(' ').unwrap();
         assert_eq!(time.len(), "2026-01-31T23:59:59.123456789".len());
         assert!(rest.starts_with("[vm1:") && rest.ends_with(":WARN] Vmm is stopping.\n"), "{rest}");
+    }
+
+    #[test]
+    fn lines_show_what_they_are_told_to_show() {
+        let line = |instance, shows_level, shows_origin| {
+            let state =
+                State { shows_level, shows_origin, ..state(Sink::Stream(Stream::Error), instance) };
+            let args = format_args!("said");
+            let record = Record::builder()
+                .level(log::Level::Info)
+                .file(Some("src/x.rs"))
+                .line(Some(7))
+                .args(args)
+                .build();
+            let line = state.format(&record);
+            line.split_once("lines_show_what_they_are_told_to_show")
+                .map_or(line.clone(), |l| l.1.into())
+        };
+        assert_eq!(line(None, false, false), "husk: said\n");
+        assert_eq!(line(None, true, true), "husk: info: src/x.rs:7: said\n");
+        assert_eq!(line(Some("vm1"), false, false), "] said\n");
+        assert_eq!(line(Some("vm1"), true, false), ":INFO] said\n");
+        assert_eq!(line(Some("vm1"), false, true), ":src/x.rs:7] said\n");
+        assert_eq!(line(Some("vm1"), true, true), ":INFO:src/x.rs:7] said\n");
     }
 
     #[test]

@@ -21,6 +21,7 @@ mod input;
 mod library;
 mod lifecycle;
 mod linux;
+mod logger;
 mod signals;
 mod terminal;
 mod unheard;

@@ -29,6 +29,8 @@ use crate::request::{Handle, Request};
 pub(super) struct Api {
     pub(super) handle: Handle,
     pub(super) routes: Routes,
+    /// See [`super::Options`].
+    pub(super) refusals: log::Level,
     /// Bytes.
     pub(super) body_limit: usize,
 }
@@ -91,7 +93,8 @@ async fn handle(
             }
         }
         Err(fault) => {
-            log::info!("Received Error. Status code: {}. Message: {fault}", StatusCode::BAD_REQUEST)
+            let status = StatusCode::BAD_REQUEST;
+            log::log!(api.refusals, "Received Error. Status code: {status}. Message: {fault}");
         }
     }
     outcome

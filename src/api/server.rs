@@ -30,6 +30,9 @@ pub(crate) struct Options {
     pub(crate) thread_name: String,
     /// The sections of the configuration.
     pub(crate) sections: Vec<Section>,
+    /// At which level refusals are logged. To Firecracker they are errors; to husk they are the
+    /// client's, which is told.
+    pub(crate) refusals: log::Level,
     /// Largest body, in bytes.
     pub(crate) body_limit: usize,
     /// How long clients may take.
@@ -43,6 +46,7 @@ impl Default for Options {
         Self {
             thread_name: "husk_api".to_owned(),
             sections: Vec::new(),
+            refusals: log::Level::Info,
             // Firecracker's.
             body_limit: 51200,
             deadlines: Deadlines {
@@ -116,8 +120,8 @@ fn run(
     options: Options,
     stopped: oneshot::Receiver<Duration>,
 ) {
-    let Options { sections, body_limit, deadlines, connections_max, .. } = options;
-    let api = Rc::new(Api { handle, routes: Routes::new(sections), body_limit });
+    let Options { sections, refusals, body_limit, deadlines, connections_max, .. } = options;
+    let api = Rc::new(Api { handle, routes: Routes::new(sections), refusals, body_limit });
     let connections = Rc::new(Connections::new(connections_max));
     let (name, socket) = listener.into_parts();
     let accept = accept(socket.into(), api, deadlines, connections.clone());

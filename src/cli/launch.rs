@@ -82,6 +82,9 @@ impl Launch {
         let mut controller = Controller::new(identity, self.config);
         if self.starts {
             controller.start_now()?;
+            if self.style == Style::Firecracker {
+                log::info!("Successfully started microvm that was configured from one single json");
+            }
         }
         let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
         // What was asked too late is told so, before the socket goes.
@@ -116,6 +119,10 @@ fn serve_api(
     let options = api::Options {
         thread_name: thread_name.to_owned(),
         sections: config::sections().collect(),
+        refusals: match style {
+            Style::Husk => log::Level::Info,
+            Style::Firecracker => log::Level::Error,
+        },
         body_limit: api.body_limit,
         ..api::Options::default()
     };

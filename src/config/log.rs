@@ -71,6 +71,16 @@ pub struct LoggerConfig {
 }
 
 impl LoggerConfig {
+    /// What is given replaces what was: the log is changed, not made anew.
+    pub(super) fn merge(&mut self, given: Self) {
+        let Self { level, log_path, show_level, show_log_origin, module } = given;
+        self.level = level.or(self.level);
+        self.log_path = log_path.or(self.log_path.take());
+        self.show_level = show_level.or(self.show_level);
+        self.show_log_origin = show_log_origin.or(self.show_log_origin);
+        self.module = module.or(self.module.take());
+    }
+
     /// Refuses a file that cannot be written to, and does not make it.
     pub(super) fn check(&self) -> Result<(), Refusal> {
         self.log_path.as_deref().map_or(Ok(()), crate::logger::check)

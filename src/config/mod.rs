@@ -227,6 +227,11 @@ impl VmConfig {
         self.logger.as_ref().map_or(Ok(()), crate::logger::configure)
     }
 
+    /// The same for the `body` of a `PUT`: what it does not give stays as it is, a file open.
+    pub(crate) fn change_log(body: &[u8]) -> Result<(), Refusal> {
+        crate::logger::configure(&sections::parse(body)?)
+    }
+
     /// Whether the guest is the one built into husk.
     pub(crate) fn is_demo(&self) -> bool {
         self.boot_source.as_ref().is_some_and(|s| s.kernel_image_path == Path::new(DEMO_GUEST))

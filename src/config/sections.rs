@@ -117,7 +117,7 @@ pub(super) const SECTIONS: &[Fixed] = &[
         put: |config, body| {
             let logger: LoggerConfig = parse(body)?;
             logger.check()?;
-            config.logger = Some(logger);
+            config.logger.get_or_insert_default().merge(logger);
             Ok(())
         },
         patch: None,
