@@ -14,7 +14,7 @@ use devices::virtio;
 use devices::virtio::model::{DeviceError, Row, View};
 use serde_json::{Value, json};
 
-use crate::config::{OnReboot, VmConfig};
+use crate::config::{OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
 use crate::error::Refusal;
 use crate::events::{Hub, What};
 use crate::exit::Ending;
@@ -320,6 +320,9 @@ impl Live {
     }
 
     fn update(&mut self, section: &str, id: Option<String>, body: &[u8]) -> Result<(), Refusal> {
+        if section == RATE_LIMIT_GROUPS {
+            return self.update_group(id.as_deref(), body);
+        }
         let found = device(section).and_then(|(row, view)| {
             let patch = view.map_or(row.patch, |view| view.patch)?;
             Some((row, view, patch))
@@ -333,6 +336,17 @@ impl Live {
         let name = Name { model: row.name, id };
         self.machine.update(name, view.map(|view| view.path), &patch)?;
         self.config.note_update(row.name, id, &patch);
+        Ok(())
+    }
+
+    fn update_group(&mut self, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
+        let patch: RateLimitGroup = serde_json::from_slice(body).map_err(Refusal::Body)?;
+        if id.is_some_and(|id| id != patch.id) {
+            return Err(Refusal::IdMismatch);
+        }
+        let limiter = patch.rate_limiter.clone().unwrap_or_default();
+        self.machine.update_group(&patch.id, &limiter)?;
+        self.config.note_group_update(&patch);
         Ok(())
     }
 

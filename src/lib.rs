@@ -27,8 +27,9 @@ mod vmm;
 pub use arch::{CpuConfig, CpuTemplate};
 pub use config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig, OnReboot,
-    SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
+pub use devices::limiter::{RateLimiter, TokenBucket};
 pub use devices::virtio::{block, net, rng};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};

@@ -13,6 +13,7 @@ use devices::legacy::acpi::Acpi;
 use devices::legacy::boot_timer::{self, BootTimer};
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
+use devices::limiter::RateLimiter;
 use devices::virtio::model::DeviceError;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
@@ -22,7 +23,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use serde_json::Value;
 
 use crate::attach::{Attached, Slots, insert, places, register_irq};
-use crate::config::VmConfig;
+use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::memory;
 use crate::outcome::Outcome;
@@ -186,6 +187,14 @@ impl Machine {
     ) -> Result<(), Refusal> {
         let device = &self.devices[self.position(name)?];
         lock(&device.transport).update(view, patch).map_err(|e| name.refused(e))
+    }
+
+    /// Changes the limits of a group, whichever device waits for them.
+    pub(crate) fn update_group(&self, id: &str, limiter: &RateLimiter) -> Result<(), Refusal> {
+        let group = self.rest.0.env.rate_limit_groups.get(id);
+        let missing = || Refusal::NoSuchDevice { section: RATE_LIMIT_GROUPS, id: id.into() };
+        group.ok_or_else(missing)?.update(limiter);
+        Ok(())
     }
 
     /// What `GET` shows of a device, or of a view of it.

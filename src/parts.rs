@@ -51,6 +51,8 @@ pub(crate) struct Parts {
     pub(crate) serial_path: Option<PathBuf>,
     pub(crate) io: Arc<IoThread>,
     pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
+    /// What the devices share.
+    pub(crate) env: Env,
 }
 
 impl Parts {
@@ -66,7 +68,8 @@ impl Parts {
         config.check_values()?;
         let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
         config.check_boot(&kernel, initrd.as_ref())?;
-        let env = Env::default();
+        let mut env = Env::default();
+        env.rate_limit_groups = config.limit_pools();
         let devices = config
             .devices()
             .map(|recipe| {
@@ -102,6 +105,7 @@ impl Parts {
             serial_path,
             io,
             boot_timer,
+            env,
         })
     }
 }

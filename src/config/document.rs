@@ -6,12 +6,12 @@
 use std::path::{Path, PathBuf};
 
 use devices::backend::file::{self, Access, Kind};
-use devices::virtio;
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
+use super::RATE_LIMIT_GROUPS;
 use super::VmConfig;
-use super::sections::{is_known, parse};
+use super::sections::{is_known, is_many, parse};
 use crate::api::NOT_YET;
 use crate::error::Refusal;
 
@@ -35,8 +35,13 @@ impl VmConfig {
     pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
         let mut config = Self { defaults: self.defaults.clone(), ..Self::default() };
         let mut sections = parse::<Document<'_>>(json)?.0;
-        // Last, so that it holds whatever template the machine names, as in Firecracker.
-        sections.sort_by_key(|(name, _)| name == CPU_CONFIG);
+        sections.sort_by_key(|(name, _)| match name.as_str() {
+            // First, so that devices can be in them.
+            RATE_LIMIT_GROUPS => 0,
+            // Last, so that it holds whatever template the machine names, as in Firecracker.
+            CPU_CONFIG => 2,
+            _ => 1,
+        });
         for (name, value) in sections {
             config.put_section(json, &name, value)?;
         }
@@ -59,7 +64,7 @@ impl VmConfig {
             let path: PathBuf = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
             return read("cpu-config", &path, |text| self.put(name, None, text));
         }
-        if !virtio::model(name).is_some_and(|row| row.is_many) {
+        if !is_many(name) {
             return self.put(name, None, text.as_bytes()).map_err(|e| place(name, value, e));
         }
         let members: Vec<&RawValue> = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;

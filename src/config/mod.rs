@@ -8,6 +8,7 @@ mod boot_source;
 mod document;
 mod log;
 mod machine;
+mod rate_limit_group;
 mod sections;
 mod serial;
 
@@ -22,6 +23,8 @@ pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
 pub use self::boot_source::{BootSource, DEMO_GUEST};
 pub use self::log::{LogLevel, LoggerConfig};
 pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
+pub use self::rate_limit_group::RateLimitGroup;
+pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
 use self::sections::{SECTIONS, fixed};
 pub use self::serial::{SerialConfig, SerialTo};
@@ -64,6 +67,7 @@ pub struct VmConfig {
     pub cpu_config: Option<CpuConfig>,
     /// The log, if it was asked for here.
     pub logger: Option<LoggerConfig>,
+    rate_limit_groups: Vec<RateLimitGroup>,
     devices: Vec<Box<dyn Recipe>>,
 }
 
@@ -91,13 +95,10 @@ impl VmConfig {
     /// without keeping anything.
     pub fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
         if let Some(fixed) = fixed(section) {
-            return (fixed.put)(self, body);
+            return fixed.put(self, id, body);
         }
-        let row = virtio::model(section).ok_or_else(|| no_section("PUT", section, id))?;
-        let recipe = (row.parse)(body).map_err(|e| device_refusal(row.name, id, e))?;
-        if id.is_some_and(|id| id != recipe.id()) {
-            return Err(Refusal::IdMismatch);
-        }
+        let recipe = parse_device(section, id, body)?;
+        self.check_groups_of(&*recipe)?;
         self.insert(recipe)
     }
 
@@ -105,7 +106,10 @@ impl VmConfig {
     pub fn patch(&mut self, section: &str, body: &[u8]) -> Result<(), Refusal> {
         match fixed(section).and_then(|fixed| fixed.patch) {
             Some(patch) => patch(self, body),
-            None if virtio::model(section).is_some() || virtio::view(section).is_some() => {
+            None if virtio::model(section).is_some()
+                || virtio::view(section).is_some()
+                || section == RATE_LIMIT_GROUPS =>
+            {
                 Err(Refusal::NotStarted)
             }
             None => Err(no_section("PATCH", section, None)),
@@ -114,7 +118,7 @@ impl VmConfig {
 
     /// Whether `PATCH` of `section` belongs before start.
     pub(crate) fn is_patched_before_start(section: &str) -> bool {
-        fixed(section).is_some()
+        section != RATE_LIMIT_GROUPS && fixed(section).is_some()
     }
 
     /// One section as JSON.
@@ -206,6 +210,7 @@ impl VmConfig {
     /// anyway.
     pub(crate) fn check_values(&self) -> Result<(), Refusal> {
         self.machine.check()?;
+        self.check_groups()?;
         self.serial.check_values()
     }
 
@@ -246,7 +251,7 @@ impl VmConfig {
         };
         let (mut all, Some(changes)) = (recipe.to_json(), patch.as_object()) else { return };
         for (field, value) in changes.iter().filter(|(_, value)| !value.is_null()) {
-            all[field] = value.clone();
+            merge(&mut all[field], value);
         }
         if let Ok(changed) = (row.parse)(all.to_string().as_bytes()) {
             *recipe = changed;
@@ -304,6 +309,26 @@ impl VmConfig {
             None => self.devices.push(recipe),
         }
         Ok(())
+    }
+}
+
+/// Puts a change in the place of what was. In a rate limiter, a bucket that is not named stays.
+fn merge(whole: &mut Value, change: &Value) {
+    match (whole.as_object_mut(), change.as_object()) {
+        (Some(parts), Some(changes)) => {
+            let changes = changes.iter().filter(|(_, value)| !value.is_null());
+            parts.extend(changes.map(|(name, value)| (name.clone(), value.clone())));
+        }
+        _ => *whole = change.clone(),
+    }
+}
+
+fn parse_device(section: &str, id: Option<&str>, body: &[u8]) -> Result<Box<dyn Recipe>, Refusal> {
+    let row = virtio::model(section).ok_or_else(|| no_section("PUT", section, id))?;
+    let recipe = (row.parse)(body).map_err(|e| device_refusal(row.name, id, e))?;
+    match id.is_some_and(|id| id != recipe.id()) {
+        true => Err(Refusal::IdMismatch),
+        false => Ok(recipe),
     }
 }
 

@@ -5,7 +5,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
-use super::{BootSource, LoggerConfig, MachineConfig, SerialConfig, VmConfig};
+use super::{
+    BootSource, LoggerConfig, MachineConfig, RATE_LIMIT_GROUPS, RateLimitGroup, SerialConfig,
+    VmConfig,
+};
 use crate::api::{Deprecated, Id, Logged, Section};
 use crate::error::Refusal;
 
@@ -19,6 +22,32 @@ pub(super) struct Fixed {
     /// Before start.
     pub(super) patch: Option<Apply>,
     pub(super) show: fn(&VmConfig) -> Value,
+}
+
+impl Fixed {
+    /// Stores it. `id` is that in the path, if there was one.
+    pub(super) fn put(
+        &self,
+        config: &mut VmConfig,
+        id: Option<&str>,
+        body: &[u8],
+    ) -> Result<(), Refusal> {
+        let mut changed = config.clone();
+        (self.put)(&mut changed, body)?;
+        if let Some(id) = id.filter(|_| self.section.id == Id::Needed)
+            && parse::<Named>(body)?.id != id
+        {
+            return Err(Refusal::IdMismatch);
+        }
+        *config = changed;
+        Ok(())
+    }
+}
+
+/// What all sections have of which there may be several.
+#[derive(Deserialize)]
+struct Named {
+    id: String,
 }
 
 pub(super) const SECTIONS: &[Fixed] = &[
@@ -123,6 +152,20 @@ pub(super) const SECTIONS: &[Fixed] = &[
         patch: None,
         show: |config| json!(config.logger),
     },
+    Fixed {
+        section: Section {
+            name: RATE_LIMIT_GROUPS,
+            path: RATE_LIMIT_GROUPS,
+            about: "Limits that devices share",
+            id: Id::Needed,
+            put: Some(|g| g.subschema_for::<RateLimitGroup>()),
+            patch: Some(|g| g.subschema_for::<RateLimitGroup>()),
+            ..Section::PLAIN
+        },
+        put: |config, body| config.add_rate_limit_group(parse(body)?),
+        patch: None,
+        show: |config| json!(config.rate_limit_groups),
+    },
 ];
 
 /// Every section, in the order of the documentation.
@@ -164,6 +207,12 @@ pub(super) fn fixed(name: &str) -> Option<&'static Fixed> {
 /// Whether there is a section called `name`.
 pub(super) fn is_known(name: &str) -> bool {
     fixed(name).is_some() || virtio::model(name).is_some()
+}
+
+/// Whether there may be several of the section called `name`.
+pub(super) fn is_many(name: &str) -> bool {
+    fixed(name).is_some_and(|fixed| fixed.section.id == Id::Needed)
+        || virtio::model(name).is_some_and(|row| row.is_many)
 }
 
 /// Reads the body of a request, or a part of a document.

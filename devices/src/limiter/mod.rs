@@ -41,6 +41,15 @@ pub struct RateLimiter {
     pub ops: Option<TokenBucket>,
 }
 
+impl RateLimiter {
+    /// Replaces the buckets that `patch` names.
+    pub fn merge(&mut self, patch: &Self) {
+        let merged = |was: &Option<_>, patch: &Option<_>| patch.clone().or_else(|| was.clone());
+        self.bandwidth = merged(&self.bandwidth, &patch.bandwidth);
+        self.ops = merged(&self.ops, &patch.ops);
+    }
+}
+
 /// Holds `size` tokens and refills within `refill_time`. No limit if either is 0.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize, JsonSchema)]
 #[serde(deny_unknown_fields)]

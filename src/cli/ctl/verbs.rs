@@ -121,6 +121,15 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
+        name: "limits",
+        alias: Some("rate-limit-groups"),
+        about: "Limits that devices share",
+        verbs: &[
+            set_one("Add or replace a group", "/rate-limit-groups/{id}", "id"),
+            update_one("Change a group's limits", "/rate-limit-groups/{id}", "id"),
+        ],
+    },
+    Group {
         name: "pmem",
         alias: None,
         about: "Persistent memory",
