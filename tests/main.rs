@@ -22,6 +22,7 @@ mod library;
 mod lifecycle;
 mod linux;
 mod logger;
+mod metrics;
 mod signals;
 mod terminal;
 mod unheard;
