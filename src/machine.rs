@@ -26,7 +26,6 @@ use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::memory;
-use crate::metrics::Source;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
 use crate::request::Reply;
@@ -37,17 +36,18 @@ const DEMO_TIME: &str = "husk.boot_us";
 /// How long the last output may take to reach its reader when a machine ends.
 const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
 
-/// A machine. Dropping it stops it: vCPUs first, then devices, then KVM's VM, then RAM.
+/// A machine. Dropping it stops it: vCPUs first, then KVM's VM, so that nothing needs to be hidden
+/// from the guest any more, then devices, then memory.
 #[derive(Debug)]
 pub(crate) struct Machine {
     vcpus: Vcpus,
+    _vm: Arc<VmFd>,
     outcome: Arc<Outcome>,
     acpi: Arc<Mutex<Acpi>>,
     i8042: Arc<Mutex<I8042>>,
     devices: Vec<Attached>,
     rest: Rest,
-    _vm: VmFd,
-    _ram: GuestRam,
+    _memory: GuestRam,
 }
 
 /// The parts that are not built into the machine, kept to build it again.
@@ -89,12 +89,15 @@ impl Machine {
         started: Instant,
     ) -> Result<Self, Refusal> {
         let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
+        let vm = Arc::new(vm);
         let boot_us = started.elapsed().as_micros();
         vm.set_tss_address(usize_of(layout::KVM_TSS)).map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         let ram = memory::map(&config.machine, config.sharing())?;
         memory::register(&vm, &ram)?;
+        let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
+        let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
             // With the speaker port, whose gate kernels calibrate their clocks by.
@@ -111,9 +114,7 @@ impl Machine {
             insert(&mut mmio, layout::BOOT_TIMER, boot_timer::LEN, timer.clone());
         }
         let io_name = names.io;
-        let interrupts = &parts.counters.interrupts;
-        let mut slots =
-            Slots { vm: &vm, ram: &ram, mmio: &mut mmio, io: &parts.io, io_name, interrupts };
+        let mut slots = Slots { vm: &vm, memory: &memory, mmio: &mut mmio, io: &parts.io, io_name };
         let devices = std::mem::take(&mut parts.devices)
             .into_iter()
             .enumerate()
@@ -131,14 +132,12 @@ impl Machine {
         Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
             .write(&ram, &kernel)?;
         let fds = create_vcpus(&vm, &parts, config, topology, &kernel)?;
-        let counters = parts.counters.vcpus.clone();
-        let unclaimed = Unclaimed::default();
-        let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
+        let world = World { pio, mmio, outcome: outcome.clone(), unclaimed: Unclaimed::default() };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
         let protocol = kernel.protocol;
         log::info!("assembled: {protocol} kernel at {:#x}, command line: {cmdline}", kernel.addr);
         let rest = Rest(parts);
-        Ok(Self { vcpus, outcome, acpi, i8042, devices, rest, _vm: vm, _ram: ram })
+        Ok(Self { vcpus, outcome, acpi, i8042, devices, rest, _vm: vm, _memory: memory })
     }
 
     /// Takes the machine apart, so that it can be put together again: devices stop, and give back
@@ -237,13 +236,6 @@ impl Machine {
         &self.outcome
     }
 
-    /// All that counts in it.
-    pub(crate) fn sources(&self) -> Vec<Source> {
-        let uart = Source::only(lock(&self.rest.0.serial).counters().clone());
-        let devices = self.devices.iter().flat_map(Attached::sources);
-        devices.chain([uart]).chain(self.rest.0.counters.sources()).collect()
-    }
-
     /// Stops the machine for good, and sees its last output off.
     pub(crate) fn finish(self) {
         let Self { vcpus, rest: Rest(parts), .. } = self;
@@ -286,11 +278,7 @@ fn legacy(
     let acpi = Acpi::new(Box::new(register_irq(vm, layout::ACPI_IRQ)?), outcome.clone());
     let acpi = Arc::new(Mutex::new(acpi));
     insert(pio, layout::ACPI_POWER, 4, acpi.clone());
-    let i8042 = I8042::new(
-        Box::new(register_irq(vm, layout::I8042_IRQ)?),
-        outcome.clone(),
-        parts.counters.i8042.clone(),
-    );
+    let i8042 = I8042::new(Box::new(register_irq(vm, layout::I8042_IRQ)?), outcome.clone());
     let i8042 = Arc::new(Mutex::new(i8042));
     insert(pio, layout::I8042_DATA, 5, i8042.clone());
     insert(pio, layout::RTC, 2, Arc::new(Mutex::new(Rtc::default())));

@@ -1,10 +1,11 @@
-//! Guest RAM: mapped, and registered with KVM.
+//! Guest memory. Here RAM: mapped, and registered with KVM; what devices bring along is in `own`.
 #![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
+
+mod own;
 
 use std::fs::File;
 
-use arch::layout;
-use devices::GuestRam;
+use arch::{GuestRam as Ram, layout};
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
@@ -12,6 +13,7 @@ use rustix::mm::Advice;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
 
+pub(crate) use self::own::{Host, place};
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 
@@ -25,7 +27,7 @@ pub(crate) enum Sharing {
 }
 
 /// Maps the RAM that `machine` asks for: zero, not yet backed by anything.
-pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<GuestRam, Refusal> {
+pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<Ram, Refusal> {
     let size = machine.mem_size_bytes();
     let what = || cannot_map(machine);
     check(machine)?;
@@ -57,7 +59,7 @@ pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<GuestRam,
             .map_err(Refusal::host("cannot keep guest memory out of core dumps"))?;
         regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
     }
-    GuestRam::from_regions(regions)
+    Ram::from_regions(regions)
         .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })
 }
 
@@ -104,7 +106,7 @@ fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {
 
 /// Shows `ram` to the guest. Before the irqchip exists: afterwards KVM waits for a grace period of
 /// several milliseconds at each slot.
-pub(crate) fn register(vm: &VmFd, ram: &GuestRam) -> Result<(), Refusal> {
+pub(crate) fn register(vm: &VmFd, ram: &Ram) -> Result<(), Refusal> {
     for (slot, region) in (0..).zip(ram.iter()) {
         let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|e| {
             Refusal::Host {

@@ -18,7 +18,6 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use devices::bus::Bus;
 use kvm_bindings::{
@@ -32,6 +31,11 @@ use crate::outcome::Outcome;
 
 /// Stack of a vCPU thread: the exit path is shallow, and only what is touched costs memory.
 const STACK_SIZE: usize = 128 << 10;
+
+/// What EFAULT of KVM_RUN means. Which of them it was KVM does not tell.
+const NO_MEMORY: &str = "the host has nothing behind memory that the guest used: a file of a pmem \
+                         device has become shorter, a block that is not plugged was written to, or \
+                         the host's pool of huge pages is empty";
 
 thread_local! {
     /// `kvm_run` of the vCPU that this thread runs, for the signal handler.
@@ -110,45 +114,13 @@ impl Gate {
     }
 }
 
-devices::counters! {
-    /// What is counted of a vCPU. The times are what the exits took in husk.
-    pub(crate) struct Counters as "vcpu" {
-        /// Exits to read from a port.
-        exit_io_in: Counter,
-        /// Exits to write to a port.
-        exit_io_out: Counter,
-        /// Exits to read from a device's memory.
-        exit_mmio_read: Counter,
-        /// Exits to write to a device's memory.
-        exit_mmio_write: Counter,
-        /// Exits after which the vCPU could not go on.
-        failures: Counter,
-        /// Times the guest could not be told that it stood still.
-        kvmclock_ctrl_fails: Counter,
-        /// Accesses that no device claimed.
-        unclaimed_count: Counter,
-        /// How long it took to read from ports.
-        exit_io_in_agg: Latency,
-        /// How long it took to write to ports.
-        exit_io_out_agg: Latency,
-        /// How long it took to read from a device's memory.
-        exit_mmio_read_agg: Latency,
-        /// How long it took to write to a device's memory.
-        exit_mmio_write_agg: Latency,
-    }
-}
-
 /// Accesses that no device claimed.
 #[derive(Debug, Default)]
 pub(crate) struct Unclaimed(AtomicU64);
 
 impl Unclaimed {
-    /// Counts unless `is_claimed`, and says so in the log for the first and each power of two after it.
-    fn unless(&self, is_claimed: bool, counters: &Counters, what: &str, addr: u64) {
-        if is_claimed {
-            return;
-        }
-        counters.unclaimed_count().inc();
+    /// Counts, and says so in the log for the first and each power of two after it.
+    fn count(&self, what: &str, addr: u64) {
         let count = self.0.fetch_add(1, Ordering::Relaxed) + 1;
         if count.is_power_of_two() {
             log::debug!("{count} accesses that no device claims; the last: {what} {addr:#x}");
@@ -163,8 +135,6 @@ pub(crate) struct World {
     pub(crate) mmio: Bus,
     pub(crate) outcome: Arc<Outcome>,
     pub(crate) unclaimed: Unclaimed,
-    /// One for each vCPU: shared, they would travel between the host's caches at every exit.
-    pub(crate) counters: Vec<Arc<Counters>>,
 }
 
 /// The vCPU threads of a VM. Stopped when dropped.
@@ -186,8 +156,7 @@ impl Vcpus {
         let gate = Arc::new(Gate { state, changed: Condvar::new() });
         let mut threads = Self { gate, threads: Vec::new() };
         for (index, fd) in (0u8..).zip(vcpus) {
-            let counters = world.counters.get(usize::from(index)).cloned().unwrap_or_default();
-            let mut vcpu = Vcpu { index, fd, world: world.clone(), counters };
+            let mut vcpu = Vcpu { index, fd, world: world.clone() };
             let gate = threads.gate.clone();
             let thread = thread::Builder::new()
                 .name(format!("{name}{index}"))
@@ -274,7 +243,6 @@ struct Vcpu {
     index: u8,
     fd: VcpuFd,
     world: Arc<World>,
-    counters: Arc<Counters>,
 }
 
 impl Vcpu {
@@ -291,9 +259,7 @@ impl Vcpu {
             }
             // Tells the guest's watchdogs that the time until it goes on was not its own. Refused
             // where the guest does not use kvm-clock: then there is nobody to tell.
-            if self.fd.kvmclock_ctrl().is_err() {
-                self.counters.kvmclock_ctrl_fails().inc();
-            }
+            let _ = self.fd.kvmclock_ctrl();
         }
         RUN.set(std::ptr::null_mut());
         gate.leave(&mut is_running);
@@ -301,20 +267,16 @@ impl Vcpu {
 
     /// Runs the guest until a kick (none) or until this vCPU cannot go on.
     fn run_until_kicked(&mut self) -> Option<Ending> {
-        let counters = &self.counters;
         loop {
             let run = std::ptr::from_mut(self.fd.get_kvm_run());
-            let exit = self.fd.run();
-            let start = Instant::now();
-            match exit {
+            match self.fd.run() {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     // SAFETY: the exit was for port I/O, so `io` is the member of the union that
                     // the kernel filled in.
                     let size = unsafe { (*run).__bindgen_anon_1.io.size };
-                    let is_claimed = self.world.pio.write_burst(port.into(), size.into(), data);
-                    counters.exit_io_out().inc();
-                    counters.exit_io_out_agg().since(start);
-                    self.world.unclaimed.unless(is_claimed, counters, "out", port.into());
+                    if !self.world.pio.write_burst(port.into(), size.into(), data) {
+                        self.world.unclaimed.count("out", port.into());
+                    }
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
                     // SAFETY: as above.
@@ -323,21 +285,19 @@ impl Vcpu {
                     for item in data.chunks_mut(usize::from(size).max(1)) {
                         is_claimed &= self.world.pio.read(port.into(), item);
                     }
-                    counters.exit_io_in().inc();
-                    counters.exit_io_in_agg().since(start);
-                    self.world.unclaimed.unless(is_claimed, counters, "in", port.into());
+                    if !is_claimed {
+                        self.world.unclaimed.count("in", port.into());
+                    }
                 }
                 Ok(VcpuExit::MmioRead(addr, data)) => {
-                    let is_claimed = self.world.mmio.read(addr, data);
-                    counters.exit_mmio_read().inc();
-                    counters.exit_mmio_read_agg().since(start);
-                    self.world.unclaimed.unless(is_claimed, counters, "read", addr);
+                    if !self.world.mmio.read(addr, data) {
+                        self.world.unclaimed.count("read", addr);
+                    }
                 }
                 Ok(VcpuExit::MmioWrite(addr, data)) => {
-                    let is_claimed = self.world.mmio.write(addr, data);
-                    counters.exit_mmio_write().inc();
-                    counters.exit_mmio_write_agg().since(start);
-                    self.world.unclaimed.unless(is_claimed, counters, "write", addr);
+                    if !self.world.mmio.write(addr, data) {
+                        self.world.unclaimed.count("write", addr);
+                    }
                 }
                 Ok(VcpuExit::Intr) => return None,
                 Ok(exit) => {
@@ -349,6 +309,9 @@ impl Vcpu {
                     return None;
                 }
                 Err(e) if e.errno() == libc::EAGAIN => {}
+                Err(e) if e.errno() == libc::EFAULT => {
+                    return Some(self.end(Exit::Failed(format!("KVM_RUN: {e}: {NO_MEMORY}"))));
+                }
                 Err(e) => return Some(self.end(Exit::Failed(format!("KVM_RUN: {e}")))),
             }
             if self.world.outcome.get().is_some() {
@@ -361,9 +324,6 @@ impl Vcpu {
     fn end(&mut self, exit: Exit) -> Ending {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let vcpu = self.index;
-        if !matches!(exit, Exit::PoweredOff | Exit::Reset) {
-            self.counters.failures().inc();
-        }
         match exit {
             Exit::PoweredOff => Ending::PoweredOff,
             Exit::Reset => Ending::Reset,

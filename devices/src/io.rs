@@ -19,6 +19,7 @@ use event_manager::{
     SubscriberOps,
 };
 
+use crate::memory::Leases;
 use crate::virtio::queue::VirtQueue;
 
 /// What a worker wants of a source it was called for.
@@ -56,11 +57,15 @@ pub struct Retired {
 }
 
 /// Adapts every `Worker` to the event manager, once, so that no device repeats it.
-struct Slot(Box<dyn Worker>);
+struct Slot {
+    worker: Box<dyn Worker>,
+    /// For guest memory that can go away: taken while the worker works.
+    leases: Option<Arc<Leases>>,
+}
 
 impl MutEventSubscriber for Slot {
     fn init(&mut self, ops: &mut EventOps<'_>) {
-        for (data, (fd, events)) in (0..).zip(self.0.sources()) {
+        for (data, (fd, events)) in (0..).zip(self.worker.sources()) {
             // A regular file cannot be polled and need not be: it is always ready.
             if let Err(e) = ops.add(Events::with_data(&fd.as_raw_fd(), data, events)) {
                 log::debug!("source {data} is not watched: {e:?}");
@@ -70,7 +75,10 @@ impl MutEventSubscriber for Slot {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let source = usize::try_from(events.data()).unwrap_or(usize::MAX);
-        if self.0.ready(source) == Watch::Drop
+        let lease = self.leases.as_deref().map(Leases::take);
+        let watch = self.worker.ready(source);
+        drop(lease);
+        if watch == Watch::Drop
             && let Err(e) = ops.remove(Events::empty_raw(events.fd()))
         {
             log::warn!("cannot stop watching source {source}: {e:?}");
@@ -140,7 +148,7 @@ impl IoThread {
     pub fn spawn_with(name: &str, workers: Vec<Box<dyn Worker>>) -> Result<Self, IoError> {
         let mut manager = EventManager::<Slot>::new_with_capacity(Self::BATCH)?;
         for worker in workers {
-            manager.add_subscriber(Slot(worker));
+            manager.add_subscriber(Slot { worker, leases: None });
         }
         let endpoint = manager.remote_endpoint();
         let stop = Arc::new(AtomicBool::new(false));
@@ -170,10 +178,19 @@ impl IoThread {
 
     /// Puts `worker` to work, as soon as the thread has time. Waits for nobody.
     pub fn add(&self, worker: Box<dyn Worker>) -> Result<Ticket, IoError> {
+        self.add_leasing(worker, None)
+    }
+
+    /// The same for a worker on guest memory that can go away.
+    pub fn add_leasing(
+        &self,
+        worker: Box<dyn Worker>,
+        leases: Option<Arc<Leases>>,
+    ) -> Result<Ticket, IoError> {
         let ticket = Ticket(self.next_ticket.fetch_add(1, Ordering::Relaxed));
         let tickets = self.tickets.clone();
         self.endpoint.fire(move |ops| {
-            let id = ops.add_subscriber(Slot(worker));
+            let id = ops.add_subscriber(Slot { worker, leases });
             lock(&tickets).insert(ticket, id);
         })?;
         Ok(ticket)
@@ -193,7 +210,7 @@ impl IoThread {
                 let id = lock(&tickets).remove(&ticket).ok_or(event_manager::Error::InvalidId);
                 let taken = id.and_then(|id| ops.remove_subscriber(id));
                 // There is room for one, and the receiver is waiting for it.
-                let _ = sender.send(taken.map(|slot| slot.0));
+                let _ = sender.send(taken.map(|slot| slot.worker));
             }
         })?;
         match receiver.recv_timeout(PATIENCE) {

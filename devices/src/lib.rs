@@ -17,12 +17,12 @@ pub mod bus;
 pub mod io;
 pub mod legacy;
 pub mod limiter;
+pub mod memory;
 pub mod metrics;
 pub mod sys;
 pub mod virtio;
 
-/// Guest RAM. One name for it, so that what tracks dirty pages can change in one place.
-pub type GuestRam = vm_memory::GuestMemoryMmap<GuestBitmap>;
+pub use memory::GuestRam;
 
 /// What records the pages that devices write. `()` records nothing.
 pub type GuestBitmap = ();

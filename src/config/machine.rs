@@ -1,5 +1,6 @@
 //! The machine: vCPUs, memory, what its reset does.
 use arch::{CpuTemplate, layout};
+use devices::sys::map::Pages;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +20,16 @@ pub enum HugePages {
     /// Pages of 2 MiB from the host's pool (hugetlbfs).
     #[serde(rename = "2M")]
     Hugetlb2M,
+}
+
+impl From<HugePages> for Pages {
+    fn from(pages: HugePages) -> Self {
+        match pages {
+            HugePages::None => Self::Normal,
+            HugePages::Transparent => Self::Transparent,
+            HugePages::Hugetlb2M => Self::Huge2M,
+        }
+    }
 }
 
 /// What a guest's own reset does.

@@ -68,6 +68,12 @@ pub(crate) fn adapt(
     leaf_b(cpuid, topology, apic_id)
 }
 
+/// Bits of a physical address; 36 where nothing is said (Intel SDM, CPUID 80000008H).
+pub(crate) fn address_bits(cpuid: &CpuId) -> u32 {
+    let leaf = leaf(cpuid, 0x8000_0008);
+    leaf.map(|leaf| leaf.eax & 0xff).filter(|bits| (32..=52).contains(bits)).unwrap_or(36)
+}
+
 /// Who made the processor: [`AMD`] or [`INTEL`].
 pub(crate) fn vendor(cpuid: &CpuId) -> Option<[u32; 3]> {
     let leaf = leaf(cpuid, 0)?;
@@ -173,6 +179,15 @@ mod tests {
         assert_eq!(find(&cpuid, 4, 3).eax >> 14 & 0xfff, 7);
         assert_eq!(find(&cpuid, 4, 3).eax >> 26, 3);
         assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx, 3 << 12 | 5);
+    }
+
+    #[test]
+    fn addresses_have_as_many_bits_as_the_processor_says() {
+        let mut cpuid = host();
+        assert_eq!(address_bits(&cpuid), 36);
+        let leaf = cpuid.as_mut_slice().iter_mut().find(|e| e.function == 0x8000_0008);
+        leaf.unwrap().eax = 0x3030;
+        assert_eq!(address_bits(&cpuid), 48);
     }
 
     #[test]

@@ -6,7 +6,7 @@
 //!  0x0009_fc00  MP table (where the EBDA of a PC lies), then ACPI tables at 0xe0000
 //!  0x0010_0000  RAM: kernels; the initrd at the top
 //!  0xc000_0000  the hole: boot timer, virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
-//!  0x1_0000_0000 the rest of RAM
+//!  0x1_0000_0000 the rest of RAM; above it, in steps of 2 GiB, memory that devices bring along
 //! ```
 use vm_memory::GuestAddress;
 
@@ -83,6 +83,15 @@ pub const RAM_MIN: u64 = 1 << 20;
 /// Largest RAM, well inside the 46 bits of physical address that every server processor has.
 pub const RAM_MAX: u64 = 1 << 44;
 
+/// What memory that devices bring along is aligned to: the largest piece in which Linux plugs memory.
+pub const DEVICE_MEMORY_ALIGNMENT: u64 = 2 << 30;
+
+/// Where such memory may begin at `floor` or above: not in RAM, nor in the hole. `None` past the
+/// last address.
+pub fn device_memory(floor: u64) -> Option<u64> {
+    floor.max(HOLE_END).checked_next_multiple_of(DEVICE_MEMORY_ALIGNMENT)
+}
+
 /// Where `size` bytes of RAM lie: below the hole, and what does not fit there above it.
 pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
     let low = size.min(HOLE);
@@ -96,6 +105,13 @@ pub fn ram_ranges(size: u64) -> Vec<(GuestAddress, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn device_memory_is_above_ram() {
+        assert_eq!(device_memory(RAM_MIN), Some(HOLE_END));
+        assert_eq!(device_memory(HOLE_END + 1), Some(HOLE_END + DEVICE_MEMORY_ALIGNMENT));
+        assert_eq!(device_memory(u64::MAX), None);
+    }
 
     #[test]
     fn ram_leaves_the_hole_free() {

@@ -131,6 +131,11 @@ impl HostCpu {
         Ok(cpuid)
     }
 
+    /// Bits of a guest-physical address.
+    pub fn address_bits(&self) -> u32 {
+        cpuid::address_bits(&self.cpuid)
+    }
+
     /// Sets up the vCPU with `apic_id`. The boot processor gets `entry`; the others wait for it.
     pub fn configure(
         &self,

@@ -245,6 +245,12 @@ impl<'a> Readable<'a> {
     pub fn for_each(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         self.0.for_each(f)
     }
+
+    /// The same for pieces that are handed to system calls and not touched otherwise: they may be
+    /// files ([`GuestRam::for_syscalls`]).
+    pub fn for_syscalls(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
+        self.0.for_syscalls(f)
+    }
 }
 
 /// A cursor over device-writable bytes.
@@ -286,6 +292,12 @@ impl<'a> Writable<'a> {
     pub fn for_each(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         self.0.for_each(f)
     }
+
+    /// The same for pieces that are handed to system calls and not touched otherwise: they may be
+    /// files ([`GuestRam::for_syscalls`]).
+    pub fn for_syscalls(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
+        self.0.for_syscalls(f)
+    }
 }
 
 /// `len` bytes of `buffers`, from `skip` bytes into the first.
@@ -324,6 +336,23 @@ impl<'a> Span<'a> {
     }
 
     fn for_each(&self, mut f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
+        self.each_buffer(|start, count| {
+            self.mem.get_slices(start, count).try_for_each(|slice| {
+                f(slice.map_err(|_| Fault)?);
+                Ok(())
+            })
+        })
+    }
+
+    fn for_syscalls(&self, mut f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
+        self.each_buffer(|start, count| self.mem.for_syscalls(start, count, &mut f).ok_or(Fault))
+    }
+
+    /// Calls `f` with start and length of each buffer, or of what is left of it.
+    fn each_buffer(
+        &self,
+        mut f: impl FnMut(GuestAddress, usize) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
         let mut left = self.len;
         let mut skip = self.skip;
         for buffer in self.buffers {
@@ -333,9 +362,7 @@ impl<'a> Span<'a> {
             let here = u64::from(buffer.len.saturating_sub(skip)).min(left);
             let start = buffer.addr.0.checked_add(skip.into()).ok_or(Fault)?;
             let count = usize::try_from(here).map_err(|_| Fault)?;
-            for slice in self.mem.get_slices(GuestAddress(start), count) {
-                f(slice.map_err(|_| Fault)?);
-            }
+            f(GuestAddress(start), count)?;
             left = left.saturating_sub(here);
             skip = 0;
         }

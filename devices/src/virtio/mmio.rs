@@ -204,7 +204,10 @@ impl MmioTransport {
     pub fn pause(&mut self) -> Result<(), DeviceError> {
         if let Stage::Running(ticket) = self.stage {
             self.stage = match self.io.take(ticket) {
-                Ok(worker) => Stage::Parked(worker.retire()),
+                Ok(worker) => {
+                    let _lease = self.mem.lease();
+                    Stage::Parked(worker.retire())
+                }
                 Err(IoError::Busy) => return Err(IoError::Busy.into()),
                 Err(e) => {
                     self.stage = Stage::Broken;
@@ -297,8 +300,10 @@ impl MmioTransport {
     }
 
     fn run(&mut self, queues: Vec<VirtQueue>, saved: Option<&Value>) -> Result<(), DeviceError> {
+        let _lease = self.mem.lease();
         let worker = self.device.activate(queues, self.registers.driver_features, saved)?;
-        self.stage = Stage::Running(self.io.add(worker)?);
+        let leases = self.mem.leases().cloned();
+        self.stage = Stage::Running(self.io.add_leasing(worker, leases)?);
         // What was kicked while nobody listened, or before a save, is looked at once.
         for kick in &self.kicks {
             kick.write(1).map_err(DeviceError::host("cannot kick a queue"))?;
@@ -495,7 +500,7 @@ impl MmioTransport {
                 copy(&self.read_register(offset).to_le_bytes(), 0, data);
             }
         } else if offset >= reg::CONFIG {
-            let space = self.device.config_space();
+            let space = &*self.device.config_space();
             let end = offset.wrapping_sub(reg::CONFIG).saturating_add(data.len() as u64);
             if end > space.len() as u64 {
                 self.notifier.counters().cfg_fails().inc();

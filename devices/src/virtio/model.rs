@@ -4,6 +4,7 @@
 //!  JSON ──Row::parse──► Recipe ──build──► VirtioDevice ──activate(queues)──► Worker
 //!        (the table)    (checked)         (in the transport)                 (on an I/O thread)
 //! ```
+use std::borrow::Cow;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -14,7 +15,9 @@ use serde_json::Value;
 use super::queue::VirtQueue;
 use crate::io::Worker;
 use crate::limiter::{Groups, Limits, RateLimiter};
+use crate::memory::OwnMemory;
 use crate::metrics::{CounterSet, Group};
+use crate::sys::map::Pages;
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
 /// transport; called from vCPU exits and from the VMM thread, never from an I/O thread.
@@ -28,8 +31,8 @@ pub trait VirtioDevice: Send + Debug {
         0
     }
     /// The configuration space as it is now.
-    fn config_space(&self) -> &[u8] {
-        &[]
+    fn config_space(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&[])
     }
     /// The driver writes `data` at `offset` of the configuration space. Most devices have nothing there
     /// that it may write.
@@ -43,6 +46,10 @@ pub trait VirtioDevice: Send + Debug {
         features: u64,
         saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError>;
+    /// The device's memory that the guest sees, if it brings any.
+    fn own_memory(&mut self) -> Option<&mut dyn OwnMemory> {
+        None
+    }
     /// Whether the worker may wait for the host longer than a moment. It then has a thread of its
     /// own, so that nobody waits with it.
     fn may_block(&self) -> bool {
@@ -97,8 +104,6 @@ pub trait Model: VirtioDevice + Sized + 'static {
     /// What it counts, under Firecracker's name of the kind of device: the `GROUP` of its
     /// [`counters!`](crate::counters).
     const METRICS: Group;
-    /// What devices of this model count that are made in another way, and have a kind of their own.
-    const OTHER_METRICS: &'static [Group] = &[];
     /// What the user says about it.
     type Config: DeserializeOwned + Serialize + JsonSchema + Clone + Debug + Send + Sync + 'static;
     /// What the user may change while the guest runs, if [`Self::PATCHABLE`].
@@ -142,6 +147,8 @@ pub trait Model: VirtioDevice + Sized + 'static {
 #[derive(Debug, Default)]
 #[non_exhaustive]
 pub struct Env {
+    /// Which pages are behind guest memory.
+    pub pages: Pages,
     /// Limits that devices share, by the id of their group.
     pub rate_limit_groups: Groups,
 }
@@ -432,8 +439,6 @@ pub struct Row {
     pub about: &'static str,
     /// [`Model::METRICS`].
     pub metrics: Group,
-    /// [`Model::OTHER_METRICS`].
-    pub other_metrics: &'static [Group],
     /// Reads a configuration. Does not look at the host: [`Recipe::check`].
     pub parse: fn(json: &[u8]) -> ParseResult,
     /// JSON schema of the configuration.
@@ -457,7 +462,6 @@ pub const fn row<M: Model>() -> Row {
         deprecated: M::DEPRECATED,
         about: M::ABOUT,
         metrics: M::METRICS,
-        other_metrics: M::OTHER_METRICS,
         parse: |json| Ok(Box::new(Configured::<M>(serde_json::from_slice(json)?))),
         schema: schema_of::<M::Config>,
         shown: M::SHOWN,

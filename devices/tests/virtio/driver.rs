@@ -1,10 +1,13 @@
 //! A driver for any virtio device, honest or not: registers, rings and interrupts, no kernel.
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
+use devices::memory::{Leases, Piece, Placement, Slots};
 use devices::virtio::mmio::{MmioTransport, Saved, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::model::{DeviceError, VirtioDevice};
 use devices::virtio::notifier::{Counters, Interrupt, Notifier};
@@ -13,6 +16,8 @@ use vm_memory::{Bytes, GuestAddress};
 /// RAM: two pieces with a hole between them.
 pub(crate) const LOW: (u64, u64) = (0, 0x10_0000);
 pub(crate) const HIGH: (u64, u64) = (0x20_0000, 0x10_0000);
+/// Where memory lies that the device brings along.
+pub(crate) const OWN: GuestAddress = GuestAddress(4 << 30);
 /// Where the two windows are.
 pub(crate) const ACPI: u64 = 0xd000_0000;
 pub(crate) const COMMAND_LINE: u64 = 0xd000_1000;
@@ -66,6 +71,37 @@ impl Irq {
     }
 }
 
+/// What the guest is shown of a device's memory: KVM's slots.
+#[derive(Debug, Default)]
+pub(crate) struct Shown {
+    pieces: Mutex<BTreeMap<u32, Piece>>,
+    /// Whether the host refuses to show more.
+    pub(crate) is_full: AtomicBool,
+}
+
+impl Shown {
+    pub(crate) fn pieces(&self) -> Vec<Piece> {
+        self.pieces.lock().unwrap().values().cloned().collect()
+    }
+}
+
+impl Slots for Shown {
+    fn show(&self, piece: &Piece) -> std::io::Result<()> {
+        if self.is_full.load(Ordering::Relaxed) {
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        }
+        let before = self.pieces.lock().unwrap().insert(piece.slot, piece.clone());
+        assert_eq!(before, None, "the slot was taken");
+        Ok(())
+    }
+
+    fn hide(&self, piece: &Piece) -> std::io::Result<()> {
+        let before = self.pieces.lock().unwrap().remove(&piece.slot);
+        assert_eq!(before.as_ref(), Some(piece), "another piece was shown");
+        Ok(())
+    }
+}
+
 /// A device at its two addresses, with RAM and an I/O thread.
 pub(crate) struct Machine {
     pub(crate) mem: GuestRam,
@@ -90,6 +126,21 @@ impl Machine {
         mem: GuestRam,
         saved: Option<&Saved>,
     ) -> Result<Self, DeviceError> {
+        Self::placed(device, mem, saved, Arc::default())
+    }
+
+    /// The same; what the guest is shown is kept in `shown`.
+    pub(crate) fn placed(
+        mut device: Box<dyn VirtioDevice>,
+        mut mem: GuestRam,
+        saved: Option<&Saved>,
+        shown: Arc<Shown>,
+    ) -> Result<Self, DeviceError> {
+        if let Some(own) = device.own_memory() {
+            let leases = Arc::<Leases>::default();
+            let placement = Placement { addr: OWN, slots: shown, leases: leases.clone() };
+            mem = mem.with(own.place(placement)?, leases).unwrap();
+        }
         let io = Arc::new(IoThread::spawn("test-io").unwrap());
         let irq = Arc::new(Irq::default());
         let notifier = Notifier::new(irq.clone(), Arc::<Counters>::default());

@@ -104,7 +104,7 @@ impl Executor {
         let offset = self.offset(sector, to.len())?;
         let mut slices = IoSlices::default();
         let mut result = Ok(());
-        to.for_each(|slice| result = result.and_then(|()| slices.push_writable(&slice)))?;
+        to.for_syscalls(|slice| result = result.and_then(|()| slices.push_writable(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
         self.admit(to.len())?;
         let read = || self.disk.read(&mut slices, offset);
@@ -124,7 +124,7 @@ impl Executor {
         let offset = self.offset(sector, from.len())?;
         let mut slices = IoSlices::default();
         let mut result = Ok(());
-        from.for_each(|slice| result = result.and_then(|()| slices.push(&slice)))?;
+        from.for_syscalls(|slice| result = result.and_then(|()| slices.push(&slice)))?;
         result.map_err(|_| Failure::Invalid)?;
         self.admit(from.len())?;
         let write = || self.disk.write(&mut slices, offset);

@@ -2,6 +2,7 @@
 //! what the driver and the user see; `worker` moves the frames.
 mod worker;
 
+use std::borrow::Cow;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -286,8 +287,8 @@ impl VirtioDevice for Net {
         self.features
     }
 
-    fn config_space(&self) -> &[u8] {
-        &self.space
+    fn config_space(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.space)
     }
 
     fn activate(

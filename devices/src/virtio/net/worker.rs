@@ -148,7 +148,7 @@ fn send(chain: &Chain<'_>, to: &Tap, counters: &Counters, is_gone: bool) -> bool
     let frame = chain.readable();
     let mut slices = IoSlices::default();
     let mut is_valid = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len());
-    let walked = frame.for_each(|slice| is_valid = is_valid && slices.push(&slice).is_ok());
+    let walked = frame.for_syscalls(|slice| is_valid = is_valid && slices.push(&slice).is_ok());
     if !is_valid || walked.is_err() {
         counters.tx_malformed_frames().inc();
         counters.tx_fails().inc();
@@ -304,7 +304,7 @@ impl Receiver {
         for held in &self.held {
             let before = slices.count();
             let mut is_good = held.bytes >= HEADER_BYTES.into();
-            let walked = held.buffers.writable(self.queue.mem()).for_each(|slice| {
+            let walked = held.buffers.writable(self.queue.mem()).for_syscalls(|slice| {
                 is_good &= slices.count().saturating_add(1) < MAX_SLICES;
                 is_good = is_good && slices.push_writable(&slice).is_ok();
             });

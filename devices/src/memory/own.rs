@@ -1,0 +1,198 @@
+//! Memory that devices bring along: files (pmem) and memory that is plugged while the guest runs.
+//!
+//! ```text
+//!  OwnMemory ──place(address, slots, leases)──► GuestRegion    for device buffers
+//!      │                                            │ shares
+//!      └──show, hide──► Slots (KVM)              Mapping
+//! ```
+use std::fmt::Debug;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use vm_memory::GuestAddress;
+
+use super::{GuestRegion, Leases};
+use crate::GuestSlice;
+use crate::sys::map::{Access, Mapping};
+use crate::virtio::model::DeviceError;
+
+/// A device's memory that the guest sees at an address of the VMM's choice.
+pub trait OwnMemory {
+    /// Bytes of the guest's address space that it takes, a multiple of
+    /// [`crate::sys::map::ALIGNMENT`].
+    fn size(&self) -> u64;
+    /// Most pieces of it that are shown to the guest at once.
+    fn slots(&self) -> u64;
+    /// Takes its place in a new machine, in the state in which a machine is switched on.
+    fn place(&mut self, place: Placement) -> Result<GuestRegion, DeviceError>;
+}
+
+/// The place of a device's memory in a machine.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// First address.
+    pub addr: GuestAddress,
+    /// How to show it to the guest.
+    pub slots: Arc<dyn Slots>,
+    /// Who may be using it.
+    pub leases: Arc<Leases>,
+}
+
+/// Shows host memory to the guest: KVM's memory slots, or a test's stand-in.
+pub trait Slots: Debug + Send + Sync {
+    /// The guest sees `piece` from now on. Its slot is free.
+    fn show(&self, piece: &Piece) -> io::Result<()>;
+    /// The guest sees it no more.
+    fn hide(&self, piece: &Piece) -> io::Result<()>;
+}
+
+/// Host memory, and where the guest sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Which of the device's slots it takes, from 0.
+    pub slot: u32,
+    /// Where the guest sees it.
+    pub addr: GuestAddress,
+    /// Where it is in this process.
+    pub host: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Whether the guest may only read it.
+    pub is_read_only: bool,
+}
+
+/// A file in the guest's memory. Devices reach it with system calls only, which fail where the
+/// file has become shorter; an ordinary access would be a SIGBUS.
+#[derive(Debug)]
+pub struct FileMemory {
+    mapping: Mapping,
+    is_gone: AtomicBool,
+}
+
+impl FileMemory {
+    /// Memory over `mapping`.
+    pub fn new(mapping: Mapping) -> Self {
+        Self { mapping, is_gone: AtomicBool::new(false) }
+    }
+
+    /// What is mapped.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Makes it impossible to look up, for good. False if somebody goes on using it.
+    pub fn withdraw(&self, leases: &Leases) -> bool {
+        self.is_gone.store(true, Ordering::SeqCst);
+        leases.wait_for_others()
+    }
+
+    pub(super) fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
+        match self.is_gone.load(Ordering::SeqCst) {
+            true => None,
+            false => self.mapping.slice(offset, count),
+        }
+    }
+}
+
+/// Memory in blocks, of which those that are plugged can be used.
+#[derive(Debug)]
+pub struct PluggedMemory {
+    mapping: Mapping,
+    block_size: u64,
+    /// A bit for each block.
+    plugged: Vec<AtomicU64>,
+}
+
+impl PluggedMemory {
+    /// Memory over `mapping`, nothing of it plugged. A block has `block_size` bytes, not 0.
+    pub fn new(mapping: Mapping, block_size: u64) -> Self {
+        let blocks = mapping.len().checked_div(block_size).unwrap_or(0);
+        let words = usize::try_from(blocks.div_ceil(64)).unwrap_or(0);
+        let plugged = std::iter::repeat_with(AtomicU64::default).take(words).collect();
+        Self { mapping, block_size, plugged }
+    }
+
+    /// What is mapped.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Bytes of a block.
+    pub fn block_size(&self) -> u64 {
+        self.block_size
+    }
+
+    /// How many of `blocks` are plugged.
+    pub fn count(&self, blocks: Range<u64>) -> u64 {
+        let words = self.words(blocks);
+        words.map(|(word, mask)| u64::from((word.load(Ordering::SeqCst) & mask).count_ones())).sum()
+    }
+
+    /// Says that all of `blocks` can be used.
+    pub fn plug(&self, blocks: Range<u64>) {
+        self.words(blocks).for_each(|(word, mask)| {
+            word.fetch_or(mask, Ordering::SeqCst);
+        });
+    }
+
+    /// Makes it impossible to look `blocks` up, which are plugged. False, and they can be used as
+    /// before, if somebody goes on using what may be one of them.
+    pub fn withdraw(&self, blocks: Range<u64>, leases: &Leases) -> bool {
+        let before: Vec<u64> = self
+            .words(blocks.clone())
+            .map(|(word, mask)| word.fetch_and(!mask, Ordering::SeqCst) & mask)
+            .collect();
+        let is_gone = leases.wait_for_others();
+        if !is_gone {
+            self.words(blocks).zip(before).for_each(|((word, _), was)| {
+                word.fetch_or(was, Ordering::SeqCst);
+            });
+        }
+        is_gone
+    }
+
+    /// Runs of blocks that are plugged: first and count.
+    pub fn runs(&self) -> Vec<(u64, u64)> {
+        let blocks = self.mapping.len().checked_div(self.block_size).unwrap_or(0);
+        let mut runs: Vec<(u64, u64)> = Vec::new();
+        for block in (0..blocks).filter(|&block| self.count(block..block.saturating_add(1)) == 1) {
+            match runs.last_mut() {
+                Some((first, count)) if first.saturating_add(*count) == block => {
+                    *count = count.saturating_add(1);
+                }
+                _ => runs.push((block, 1)),
+            }
+        }
+        runs
+    }
+
+    /// The words with the bits of `blocks`, each with a mask of them.
+    fn words(&self, blocks: Range<u64>) -> impl Iterator<Item = (&AtomicU64, u64)> {
+        (0u64..).step_by(64).zip(&self.plugged).filter_map(move |(base, word)| {
+            let from = blocks.start.max(base).saturating_sub(base);
+            let to = blocks.end.min(base.saturating_add(64)).saturating_sub(base);
+            let count = to.checked_sub(from).filter(|&count| count > 0)?;
+            let ones = u64::MAX.checked_shr(u32::try_from(64u64.saturating_sub(count)).ok()?)?;
+            Some((word, ones.checked_shl(u32::try_from(from).ok()?)?))
+        })
+    }
+
+    /// What an unplugged block allows: with pages of the pool nothing, because even a read would
+    /// take one.
+    pub fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
+        let first = offset.checked_div(self.block_size)?;
+        let end = offset.checked_add(count as u64)?;
+        let blocks = first..end.div_ceil(self.block_size).max(first);
+        let want = blocks.end.saturating_sub(blocks.start);
+        (self.count(blocks) == want).then(|| self.mapping.slice(offset, count))?
+    }
+
+    /// Lets nobody use `piece`, and gives its memory back.
+    pub fn vacate(&self, piece: Range<u64>, access: Access) -> io::Result<()> {
+        // In this order: what a write that comes in between brings is given back as well.
+        self.mapping.protect(piece.clone(), access)?;
+        self.mapping.discard(piece)
+    }
+}

@@ -1,0 +1,102 @@
+//! Memory that devices bring along: its place in the guest's address space, and KVM's slots for it.
+use std::io;
+use std::sync::{Arc, Weak};
+
+use arch::{GuestRam as Ram, HostCpu, layout};
+use devices::GuestRam;
+use devices::memory::{Leases, Piece, Placement, Slots};
+use devices::virtio::model::DeviceError;
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{Kvm, VmFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+
+use crate::error::Refusal;
+use crate::parts::Part;
+
+/// What of the host decides where memory may lie.
+#[derive(Clone, Copy)]
+pub(crate) struct Host<'a> {
+    pub(crate) kvm: &'a Kvm,
+    pub(crate) cpu: &'a HostCpu,
+}
+
+/// Gives the memory that `devices` bring along its place above `ram`, in their order: the same
+/// devices lie at the same addresses again after a reset. All memory, as devices see it.
+pub(crate) fn place(
+    vm: &Arc<VmFd>,
+    host: Host<'_>,
+    ram: &Ram,
+    devices: &mut [Part],
+) -> Result<GuestRam, Refusal> {
+    let limit = 1_u64 << host.cpu.address_bits();
+    let end = ram.last_addr().0 + 1;
+    if end > limit {
+        let why = format!("RAM would end at {end:#x}, the processor's addresses at {limit:#x}");
+        return Err(Refusal::Field { section: "machine-config", field: "mem_size_mib", why });
+    }
+    let no_room = |e| Refusal::Host { what: "guest memory".into(), source: io::Error::other(e) };
+    let mut all = GuestRam::new(ram).map_err(no_room)?;
+    let leases = Arc::<Leases>::default();
+    let (mut floor, mut slot) = (end, ram.num_regions() as u64);
+    for Part { model, id, device, .. } in devices {
+        let Some(own) = device.own_memory() else { continue };
+        let refused = |source| Refusal::Device { section: model, id: id.clone(), source };
+        let too_big = |what, limit| {
+            let mib = own.size() >> 20;
+            let source = io::Error::from(io::ErrorKind::OutOfMemory);
+            refused(DeviceError::Host { what: format!("{mib} MiB {what} {limit:#x}"), source })
+        };
+        let addr = layout::device_memory(floor).unwrap_or(u64::MAX);
+        floor = addr.checked_add(own.size()).filter(|&end| end <= limit).ok_or_else(|| {
+            too_big("do not fit below the end of the processor's addresses at", limit)
+        })?;
+        let first = slot;
+        slot = slot.saturating_add(own.slots());
+        let slots_max = host.kvm.get_nr_memslots() as u64;
+        if slot > slots_max {
+            return Err(too_big("need more memory slots than KVM has, which are", slots_max));
+        }
+        let first = u32::try_from(first).expect("KVM has fewer than 2^32 slots");
+        let slots = Arc::new(KvmSlots { vm: Arc::downgrade(vm), first });
+        let placement = Placement { addr: GuestAddress(addr), slots, leases: leases.clone() };
+        let region = own.place(placement).map_err(refused)?;
+        all = all.with(region, leases.clone()).map_err(no_room)?;
+    }
+    Ok(all)
+}
+
+/// A device's range of KVM's memory slots.
+#[derive(Debug)]
+struct KvmSlots {
+    /// A device that survives its VM must not keep it.
+    vm: Weak<VmFd>,
+    first: u32,
+}
+
+impl KvmSlots {
+    fn set(&self, piece: &Piece, len: u64) -> io::Result<()> {
+        // Gone, and its slots with it.
+        let Some(vm) = self.vm.upgrade() else { return Ok(()) };
+        let slot = kvm_userspace_memory_region {
+            slot: self.first + piece.slot,
+            flags: if piece.is_read_only { KVM_MEM_READONLY } else { 0 },
+            guest_phys_addr: piece.addr.0,
+            memory_size: len,
+            userspace_addr: piece.host,
+        };
+        // SAFETY: the range is a mapping of a device's, which hides it before it unmaps it; the VM's
+        // own memory map keeps what is left of it until the machine is gone.
+        unsafe { vm.set_user_memory_region(slot) }
+            .map_err(|e| io::Error::other(format!("KVM_SET_USER_MEMORY_REGION: {e}")))
+    }
+}
+
+impl Slots for KvmSlots {
+    fn show(&self, piece: &Piece) -> io::Result<()> {
+        self.set(piece, piece.len)
+    }
+
+    fn hide(&self, piece: &Piece) -> io::Result<()> {
+        self.set(piece, 0)
+    }
+}
