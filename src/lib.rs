@@ -16,7 +16,6 @@ mod instance;
 mod logger;
 mod machine;
 mod memory;
-mod metrics;
 mod outcome;
 mod parts;
 mod request;
@@ -27,11 +26,11 @@ mod vmm;
 
 pub use arch::{CpuConfig, CpuTemplate};
 pub use config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
-    MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig, OnReboot,
+    RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
-pub use devices::virtio::{block, net, rng};
+pub use devices::virtio::{block, net, pmem, rng};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};

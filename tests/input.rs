@@ -542,15 +542,14 @@ fn firecrackers_features_to_come_are_named() {
     let vm = Husk::api().start();
     let api = vm.api();
     for (fault, name) in [
-        (api.put("/pmem/x", "{}").fault(), "pmem"),
         (api.put("/vsock", "{}").fault(), "vsock"),
         (api.put("/balloon", "{}").fault(), "balloon"),
         (api.get("/balloon").fault(), "balloon"),
         (api.get("/balloon/statistics").fault(), "balloon"),
+        (api.put("/metrics", "{}").fault(), "metrics"),
         (api.put("/mmds/config", "{}").fault(), "mmds-config"),
         (api.put("/hotplug/memory", "{}").fault(), "memory-hotplug"),
         (api.put("/snapshot/create", "{}").fault(), "snapshot"),
-        (api.put("/vm", r#"{"pmem": [{}]}"#).fault(), "pmem"),
     ] {
         assert_eq!(fault, format!("{name} is not supported yet"));
     }

@@ -22,7 +22,7 @@ mod library;
 mod lifecycle;
 mod linux;
 mod logger;
-mod metrics;
+mod memory;
 mod signals;
 mod terminal;
 mod unheard;

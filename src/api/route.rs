@@ -138,8 +138,6 @@ pub(crate) enum Shape {
 pub(crate) enum Content {
     Nothing,
     Json(Shape),
-    /// Text of this media type.
-    Text(&'static str),
     /// JSON, one value a line, as things happen.
     Lines(Shape),
 }
@@ -195,12 +193,6 @@ const ROUTES: &[Route] = &[
         "What happens to the microVM until its end, one JSON object a line",
         Content::Lines(Shape::Type(event_line)),
         Act::Events,
-    ),
-    get(
-        "/metrics",
-        "Everything that is counted, as Prometheus reads it",
-        Content::Text(crate::metrics::MIME),
-        Act::Ask(|_| Ok(Request::Metrics)),
     ),
     get(
         "/wait",
@@ -489,7 +481,7 @@ pub(crate) mod tests {
         assert_eq!(text("GET", "/nope"), "Invalid request method and/or path: GET nope.");
         assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
         assert_eq!(text("GET", "/mmds/x"), "mmds-config is not supported yet");
-        assert_eq!(text("PUT", "/pmem/p0"), "pmem is not supported yet");
+        assert_eq!(text("PUT", "/snapshot/load"), "snapshot is not supported yet");
         assert_eq!(text("PATCH", "/balloon/statistics"), "balloon is not supported yet");
         assert_eq!(
             text("DELETE", "/machine-config"),

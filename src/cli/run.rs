@@ -5,15 +5,14 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::launch::{Launch, Style, Timing};
+use super::launch::{Launch, Style};
 use super::{fail, launch};
 use crate::config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, SerialTo,
-    VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, OnReboot, SerialTo, VCPUS_MAX, VmConfig,
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
-use crate::{block, net, rng};
+use crate::{block, net, pmem, rng};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
 /// the keyboard controller, a reboot at once after a panic.
@@ -44,6 +43,9 @@ struct GuestArgs {
     /// another says so or the command line has root=
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
+    /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID]
+    #[arg(long, value_name = "PMEM")]
+    pmem: Vec<PmemArg>,
     /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID]; the tap must exist
     #[arg(long, value_name = "NET")]
     net: Vec<NetArg>,
@@ -71,8 +73,8 @@ struct GuestArgs {
     on_reboot: OnReboot,
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "net", "rng", "smt", "huge_pages",
-        "pit",
+        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "smt",
+        "huge_pages", "pit",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -86,28 +88,6 @@ pub(super) struct LogArgs {
     /// Log to this file or FIFO rather than to standard error
     #[arg(long, value_name = "FILE")]
     log_file: Option<PathBuf>,
-}
-
-/// Where the metrics go.
-#[derive(Args, Debug)]
-pub(super) struct MetricsArgs {
-    /// Write metrics to this file or FIFO, one JSON object a line
-    #[arg(long, value_name = "FILE")]
-    metrics_path: Option<PathBuf>,
-}
-
-impl MetricsArgs {
-    /// Puts it where the configuration has it, which may say so itself, but not both.
-    pub(super) fn apply(self, config: &mut VmConfig) -> Result<(), Refusal> {
-        match (self.metrics_path, &config.metrics) {
-            (Some(_), Some(_)) => Err(Refusal::MetricsAgain),
-            (Some(path), None) => {
-                config.metrics = Some(MetricsConfig::new(path));
-                Ok(())
-            }
-            (None, _) => Ok(()),
-        }
-    }
 }
 
 impl LogArgs {
@@ -132,8 +112,6 @@ pub(super) struct RunArgs {
     /// A name for the VM, shown by the API
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
     id: String,
-    #[command(flatten)]
-    metrics: MetricsArgs,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -167,8 +145,6 @@ pub(super) struct ApiArgs {
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
     id: String,
     #[command(flatten)]
-    metrics: MetricsArgs,
-    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -188,13 +164,10 @@ pub(super) struct CheckArgs {
 impl RunArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
         let launched = self.log.start().and_then(|()| {
-            let mut config = self.guest.config()?;
-            self.metrics.apply(&mut config)?;
+            let config = self.guest.config()?;
             let api =
                 self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
-            let timing = Timing::default();
-            let launch =
-                Launch { config, starts: true, api, id: self.id, style: Style::Husk, timing };
+            let launch = Launch { config, starts: true, api, id: self.id, style: Style::Husk };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
@@ -207,11 +180,8 @@ impl ApiArgs {
             let mut config = VmConfig::default();
             config.defaults.serial = self.serial;
             config.defaults.has_boot_timer = self.boot_timer;
-            self.metrics.apply(&mut config)?;
             let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
-            let timing = Timing::default();
-            let launch =
-                Launch { config, starts: false, api, id: self.id, style: Style::Husk, timing };
+            let launch = Launch { config, starts: false, api, id: self.id, style: Style::Husk };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
@@ -248,7 +218,8 @@ impl GuestArgs {
         config.machine.huge_pages = self.huge_pages;
         config.machine.pit = self.pit;
         let has_root = self.cmdline.split_whitespace().any(|word| word.starts_with("root="))
-            || self.disk.iter().any(|disk| disk.is_root);
+            || self.disk.iter().any(|disk| disk.is_root)
+            || self.pmem.iter().any(|pmem| pmem.is_root);
         config.boot_source = Some(BootSource {
             kernel_image_path: self.kernel.unwrap_or_else(|| DEMO_GUEST.into()),
             initrd_path: self.initrd,
@@ -257,6 +228,9 @@ impl GuestArgs {
         for (i, disk) in self.disk.into_iter().enumerate() {
             let is_root = disk.is_root || (i == 0 && !has_root && !is_demo);
             config.add::<block::Block>(disk.config(i, is_root))?;
+        }
+        for (i, pmem) in self.pmem.into_iter().enumerate() {
+            config.add::<pmem::Pmem>(pmem.config(i))?;
         }
         for (i, net) in self.net.into_iter().enumerate() {
             config.add::<net::Net>(net.config(i))?;
@@ -340,6 +314,46 @@ impl DiskArg {
             config.socket = config.path_on_host.take();
         }
         config
+    }
+}
+
+/// `PATH[,ro][,root][,id=ID]`
+#[derive(Clone, Debug)]
+struct PmemArg {
+    path: PathBuf,
+    is_read_only: bool,
+    is_root: bool,
+    id: Option<String>,
+}
+
+impl FromStr for PmemArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut words = s.split(',');
+        let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path first")?;
+        let mut pmem = Self { path: path.into(), is_read_only: false, is_root: false, id: None };
+        for word in words {
+            match word.split_once('=') {
+                None if word == "ro" => pmem.is_read_only = true,
+                None if word == "rw" => pmem.is_read_only = false,
+                None if word == "root" => pmem.is_root = true,
+                Some(("id", id)) => pmem.id = Some(id.into()),
+                _ => return Err(format!("'{word}' is not one of ro, rw, root, id=ID")),
+            }
+        }
+        Ok(pmem)
+    }
+}
+
+impl PmemArg {
+    fn config(self, index: usize) -> pmem::Config {
+        let id = self.id.unwrap_or_else(|| format!("pmem{index}"));
+        pmem::Config {
+            root_device: self.is_root,
+            read_only: self.is_read_only,
+            ..pmem::Config::new(id, self.path)
+        }
     }
 }
 

@@ -83,7 +83,6 @@ impl LoggerConfig {
 
     /// Refuses a file that cannot be written to, and does not make it.
     pub(super) fn check(&self) -> Result<(), Refusal> {
-        let refuse = |why| Refusal::Field { section: "logger", field: "log_path", why };
-        self.log_path.as_deref().map_or(Ok(()), crate::logger::check).map_err(refuse)
+        self.log_path.as_deref().map_or(Ok(()), crate::logger::check)
     }
 }

@@ -8,7 +8,6 @@ mod boot_source;
 mod document;
 mod log;
 mod machine;
-mod metrics;
 mod rate_limit_group;
 mod sections;
 mod serial;
@@ -18,13 +17,12 @@ use std::path::{Path, PathBuf};
 use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
 use devices::virtio;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
 pub use self::boot_source::{BootSource, DEMO_GUEST};
 pub use self::log::{LogLevel, LoggerConfig};
 pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
-pub use self::metrics::MetricsConfig;
 pub use self::rate_limit_group::RateLimitGroup;
 pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
@@ -69,8 +67,6 @@ pub struct VmConfig {
     pub cpu_config: Option<CpuConfig>,
     /// The log, if it was asked for here.
     pub logger: Option<LoggerConfig>,
-    /// Where the metrics are written to, if anywhere.
-    pub metrics: Option<MetricsConfig>,
     rate_limit_groups: Vec<RateLimitGroup>,
     devices: Vec<Box<dyn Recipe>>,
 }
@@ -166,8 +162,7 @@ impl VmConfig {
             all.insert(row.name.into(), value);
         }
         for name in NOT_YET.iter().filter_map(|missing| missing.key) {
-            let value = if name == "pmem" { json!([]) } else { Value::Null };
-            all.insert(name.into(), value);
+            all.insert(name.into(), Value::Null);
         }
         Value::Object(all)
     }
@@ -207,8 +202,7 @@ impl VmConfig {
         self.check_boot(&kernel, initrd.as_ref())?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))?;
         self.serial_to().check()?;
-        self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)?;
-        self.metrics.as_ref().map_or(Ok(()), MetricsConfig::check)
+        self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)
     }
 
     /// The part of [`Self::check`] that looks at no files: what is left to whoever opens them
@@ -358,6 +352,8 @@ fn no_section(method: &'static str, section: &str, id: Option<&str>) -> Refusal 
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

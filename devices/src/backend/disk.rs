@@ -30,6 +30,14 @@ pub enum DiskError {
         /// Its size.
         size: u64,
     },
+    /// Nothing to map, or more than there are addresses.
+    #[error("{path} has {size} bytes, which cannot be mapped")]
+    NotMappable {
+        /// The path.
+        path: PathBuf,
+        /// Its size.
+        size: u64,
+    },
     /// Another drive or process uses it, and one of the two would write.
     #[error("{0} is in use by another drive or process")]
     InUse(PathBuf),
@@ -173,12 +181,12 @@ pub enum Unmap {
     Forbidden,
 }
 
-/// Opens `path` and finds out what it is: the file, its identity and its size.
 /// What tells a file from others: device and inode.
 pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
+/// Opens `path` and finds out what it is: the file, its identity and its size.
 fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskError> {
     let failed = |what, source| DiskError::Host { what, path: path.into(), source };
     let file = file::open(path, access, Kind::Disk)?;
@@ -192,7 +200,8 @@ fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskErro
     Ok((file, identity(&metadata), size))
 }
 
-fn take_lock(file: &File, path: &Path, access: Access) -> Result<Arc<File>, DiskError> {
+/// Locks `file` for `access`; the lock lasts as long as what this gives.
+pub(crate) fn take_lock(file: &File, path: &Path, access: Access) -> Result<Arc<File>, DiskError> {
     let failed = |source| DiskError::Host { what: "lock", path: path.into(), source };
     if !rw::try_lock(file, lock_for(access)).map_err(failed)? {
         return Err(DiskError::InUse(path.into()));
@@ -200,7 +209,7 @@ fn take_lock(file: &File, path: &Path, access: Access) -> Result<Arc<File>, Disk
     Ok(Arc::new(file.try_clone().map_err(failed)?))
 }
 
-fn lock_for(access: Access) -> Lock {
+pub(crate) fn lock_for(access: Access) -> Lock {
     match access {
         Access::Read => Lock::Shared,
         Access::ReadWrite => Lock::Exclusive,

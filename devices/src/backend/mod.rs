@@ -2,6 +2,7 @@
 pub mod console;
 pub mod disk;
 pub mod file;
+pub mod mapped;
 pub mod stream;
 pub mod tap;
 pub mod unix;

@@ -1,6 +1,7 @@
 //! Virtio devices. To add one: write its file, then declare it and list it here.
 
 pub mod chain;
+mod file;
 pub mod mmio;
 pub mod model;
 pub mod notifier;
@@ -8,12 +9,14 @@ pub mod queue;
 
 pub mod block;
 pub mod net;
+pub mod pmem;
 pub mod rng;
 
 use model::{Row, View, row};
 
 /// Every device model husk knows.
-pub const MODELS: &[Row] = &[row::<block::Block>(), row::<net::Net>(), row::<rng::Rng>()];
+pub const MODELS: &[Row] =
+    &[row::<block::Block>(), row::<net::Net>(), row::<pmem::Pmem>(), row::<rng::Rng>()];
 
 /// The row whose name (config key) is `name`.
 pub fn model(name: &str) -> Option<&'static Row> {

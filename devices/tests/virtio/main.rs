@@ -3,5 +3,6 @@ mod block;
 mod conformance;
 mod driver;
 mod net;
+mod pmem;
 mod rng;
 mod samples;

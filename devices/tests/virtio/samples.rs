@@ -37,6 +37,12 @@ pub(crate) fn sample(name: &str) -> Sample {
             let device = Box::new(net::Net::from_fd(&config, &Env::default(), ours).unwrap());
             Sample { device, host: Host { peer: Some(peer), ..Host::default() } }
         }
+        "pmem" => {
+            let file = TempFile::new(&[7; 1 << 16]);
+            let json = serde_json::json!({ "id": "p", "path_on_host": file.path });
+            let host = Host { _file: Some(file), ..Host::default() };
+            Sample { device: open(name, &json), host }
+        }
         "entropy" => Sample { device: open(name, &serde_json::json!({})), host: Host::default() },
         _ => panic!("no sample of {name}: add one here"),
     }

@@ -3,6 +3,7 @@
 mod request;
 mod vhost_user;
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -13,12 +14,13 @@ use serde_json::Value;
 
 use self::request::Executor;
 use self::vhost_user::VhostUserBlock;
+use super::file::{claim, refused};
 use super::model::{
     Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default,
 };
 use super::queue::{Served, VirtQueue, split};
-use crate::backend::disk::{self, Disk, DiskError, SECTOR_SIZE};
-use crate::backend::file::{self, Access};
+use crate::backend::disk::{Disk, SECTOR_SIZE};
+use crate::backend::file::Access;
 use crate::counters;
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::{Limits, RateLimiter};
@@ -224,7 +226,6 @@ impl Model for Block {
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     const METRICS: Group = Counters::GROUP;
-    const OTHER_METRICS: &'static [Group] = &[vhost_user::GROUP];
     type Config = Config;
     type Patch = Patch;
 
@@ -245,15 +246,8 @@ impl Model for Block {
     }
 
     fn claims(config: &Config) -> Vec<Claim> {
-        let Some(path) = config.path_on_host.clone() else { return Vec::new() };
-        let Ok(identity) = std::fs::metadata(&path).map(|found| disk::identity(&found)) else {
-            return Vec::new();
-        };
-        vec![Claim {
-            key: format!("file {identity:?}"),
-            is_shared: config.is_read_only,
-            refusal: refused(DiskError::InUse(path)),
-        }]
+        let path = config.path_on_host.as_deref();
+        path.and_then(|path| claim(path, config.access())).into_iter().collect()
     }
 
     fn needs_shared_memory(config: &Config) -> bool {
@@ -291,19 +285,6 @@ impl Model for Block {
     }
 }
 
-/// The path is what the user can change, whatever is wrong with the file.
-fn refused(e: DiskError) -> DeviceError {
-    let is_shortage = file::is_shortage(&e);
-    let why = match &e {
-        DiskError::Host { source, .. } => format!("{e}: {source}"),
-        e => e.to_string(),
-    };
-    match is_shortage {
-        true => DeviceError::host("path_on_host")(std::io::Error::other(why)),
-        false => DeviceError::field("path_on_host", why),
-    }
-}
-
 impl VirtioDevice for Block {
     fn device_id(&self) -> u32 {
         2
@@ -330,8 +311,8 @@ impl VirtioDevice for Block {
         features
     }
 
-    fn config_space(&self) -> &[u8] {
-        &self.space
+    fn config_space(&self) -> Cow<'_, [u8]> {
+        Cow::Borrowed(&self.space)
     }
 
     fn activate(
