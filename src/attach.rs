@@ -5,12 +5,14 @@ use arch::{VirtioMmio, layout};
 use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
+use devices::metrics::CounterSet;
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::notifier::{self, Interrupt, Notifier};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Refusal;
+use crate::metrics::{Interrupts, One, Source};
 use crate::parts::{Part, eventfd};
 
 /// A device in its place.
@@ -21,10 +23,22 @@ pub(crate) struct Attached {
     pub(crate) place: VirtioMmio,
     pub(crate) transport: Arc<Mutex<MmioTransport>>,
     pub(crate) counters: Arc<notifier::Counters>,
+    /// What the device itself counts.
+    own_counters: Arc<dyn CounterSet>,
+}
+
+impl Attached {
+    /// What counts in it.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = Source> {
+        let sets: [Arc<dyn CounterSet>; 2] = [self.counters.clone(), self.own_counters.clone()];
+        let key = self.own_counters.group().name;
+        let one = One::Device { model: self.model, id: self.id.clone() };
+        sets.into_iter().map(move |set| Source { key, one: Some(one.clone()), set })
+    }
 }
 
 /// An irqfd: a write raises an edge in the guest, with no exit and no lock.
-struct Irq(EventFd);
+struct Irq(EventFd, Arc<Interrupts>);
 
 impl Interrupt for Irq {
     fn used_buffer(&self, _queue: u16) {
@@ -38,6 +52,7 @@ impl Interrupt for Irq {
 
 impl Irq {
     fn raise(&self) {
+        self.1.triggers().inc();
         if let Err(e) = self.0.write(1) {
             log::warn!("cannot raise an interrupt: {e}");
         }
@@ -52,6 +67,7 @@ pub(crate) struct Slots<'a> {
     pub(crate) io: &'a Arc<IoThread>,
     /// Name of the shared I/O thread, from which those of other I/O threads follow.
     pub(crate) io_name: &'static str,
+    pub(crate) interrupts: &'a Arc<Interrupts>,
 }
 
 impl Slots<'_> {
@@ -69,7 +85,9 @@ impl Slots<'_> {
                 .map_err(|e| failed(e.into()))?,
             false => self.io.clone(),
         };
-        let notifier = Notifier::new(Arc::new(Irq(line)), counters.clone());
+        let own_counters = device.counters();
+        let irq = Arc::new(Irq(line, self.interrupts.clone()));
+        let notifier = Notifier::new(irq, counters.clone());
         let transport =
             MmioTransport::new(device, self.memory.clone(), notifier, io, None).map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
@@ -87,7 +105,7 @@ impl Slots<'_> {
             let device = WindowDevice::new(transport.clone(), window);
             insert(self.mmio, base, WINDOW_SIZE, Arc::new(device));
         }
-        Ok(Attached { model, id, place, transport, counters })
+        Ok(Attached { model, id, place, transport, counters, own_counters })
     }
 }
 

@@ -20,6 +20,7 @@ use crate::events::{Hub, What};
 use crate::exit::Ending;
 use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, Name, ThreadNames};
+use crate::metrics::{self, Metrics, Source, micros_since};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
 
@@ -32,6 +33,8 @@ pub(crate) struct Identity {
     pub(crate) names: ThreadNames,
     /// When it started.
     pub(crate) started: Instant,
+    /// What is counted besides the machine.
+    pub(crate) counters: Arc<metrics::Counters>,
     /// Called when the user leaves the console.
     pub(crate) quit: Arc<dyn Fn() + Send + Sync>,
     /// Called with what leads to the serial port, a pseudo-terminal or a socket, before the guest runs.
@@ -58,6 +61,7 @@ pub(crate) struct Controller {
     identity: Identity,
     phase: Phase,
     hub: Hub,
+    metrics: Metrics,
     waiting: Vec<Respond>,
 }
 
@@ -70,7 +74,10 @@ impl std::fmt::Debug for Controller {
 impl Controller {
     pub(crate) fn new(identity: Identity, config: VmConfig) -> Self {
         let hub = Hub::new(identity.started);
-        Self { identity, phase: Phase::Configuring(Box::new(config)), hub, waiting: Vec::new() }
+        let Identity { id, started, counters, .. } = identity.clone();
+        let metrics = Metrics::new(id, started, counters);
+        let phase = Phase::Configuring(Box::new(config));
+        Self { identity, phase, hub, metrics, waiting: Vec::new() }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
@@ -103,7 +110,8 @@ impl Controller {
                 self.end(Ending::Killed);
                 Ok(Value::Null)
             }
-            Request::FlushMetrics => done(self.live().map(|_| ())),
+            Request::FlushMetrics => done(self.flush_metrics()),
+            Request::Metrics => Ok(self.metrics.text(&self.sources()).into()),
             Request::Describe => Ok(self.describe()),
             Request::Config => Ok(self.config()?.to_json()),
             Request::Subscribe(sink) => {
@@ -146,14 +154,57 @@ impl Controller {
     }
 
     fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
-        let config = self.configuring()?;
-        let mut changed = config.clone();
+        let mut changed = self.configuring()?.clone();
         changed.put(section, id, body)?;
-        if section == "logger" {
-            VmConfig::change_log(body)?;
+        match section {
+            "logger" => VmConfig::change_log(body)?,
+            "metrics" => self.open_metrics(&changed)?,
+            _ => {}
         }
-        *config = changed;
+        *self.configuring()? = changed;
         Ok(())
+    }
+
+    /// Opens the file that `config` wants the metrics in. There can be one.
+    fn open_metrics(&mut self, config: &VmConfig) -> Result<(), Refusal> {
+        if config.metrics.is_some() && self.metrics.is_open() {
+            return Err(Refusal::MetricsAgain);
+        }
+        let file = self.metrics.open(config.metrics.as_ref())?;
+        self.metrics.adopt(file);
+        Ok(())
+    }
+
+    /// Opens the file for metrics before anything is started, if it is known by then.
+    pub(crate) fn open_configured_metrics(&mut self) -> Result<(), Refusal> {
+        let config = self.configuring()?.clone();
+        self.open_metrics(&config)
+    }
+
+    fn flush_metrics(&mut self) -> Result<(), Refusal> {
+        let sources = self.live()?.machine.sources();
+        self.metrics.flush(&sources)
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        self.metrics.due()
+    }
+
+    /// Does what is to be done from time to time.
+    pub(crate) fn tick(&mut self) {
+        if self.due().is_some_and(|due| due <= Instant::now()) {
+            let sources = self.sources();
+            self.metrics.tick(&sources);
+        }
+    }
+
+    /// What counts in the machine, if there is one.
+    fn sources(&self) -> Vec<Source> {
+        match &self.phase {
+            Phase::Live(live) => live.machine.sources(),
+            Phase::Configuring(_) | Phase::Ended(_) => Vec::new(),
+        }
     }
 
     fn start(&mut self) -> Result<(), Refusal> {
@@ -163,6 +214,11 @@ impl Controller {
 
     fn start_with(&mut self, config: VmConfig) -> Result<(), Refusal> {
         let Identity { names, started, quit, announce, .. } = self.identity.clone();
+        // Opened by now, or wanted by the request to start, which may yet be refused.
+        let metrics = match self.metrics.is_open() {
+            true => None,
+            false => self.metrics.open(config.metrics.as_ref())?,
+        };
         let parts = Parts::open(&config, names.io, quit)?;
         let serial_path = parts.serial_path.clone();
         let machine = Machine::assemble(&config, parts, names, started)?;
@@ -171,6 +227,8 @@ impl Controller {
         }
         machine.run();
         let live = Live { config, machine, serial_path, is_paused: false };
+        self.metrics.adopt(metrics);
+        self.metrics.start(&live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
         self.hub.publish(What::Started);
         Ok(())
@@ -179,7 +237,12 @@ impl Controller {
     /// All or nothing: what was configured before stays if this is refused.
     fn launch(&mut self, body: &[u8]) -> Result<(), Refusal> {
         let mut config = self.configuring()?.clone();
+        let metrics = config.metrics.take();
         config.put_all(body)?;
+        if config.metrics.is_some() && self.metrics.is_open() {
+            return Err(Refusal::MetricsAgain);
+        }
+        config.metrics = config.metrics.or(metrics);
         if config.logger.is_some() {
             // The log starts before the machine, whose start it is to tell of; but not for a
             // machine that is refused.
@@ -192,8 +255,10 @@ impl Controller {
     fn pause(&mut self) -> Result<(), Refusal> {
         let live = self.live()?;
         if !live.is_paused {
+            let start = Instant::now();
             live.machine.pause()?;
             live.is_paused = true;
+            self.identity.counters.latencies.vmm_pause_vm().set(micros_since(start));
             self.hub.publish(What::Paused);
         }
         Ok(())
@@ -202,8 +267,10 @@ impl Controller {
     fn resume(&mut self) -> Result<(), Refusal> {
         let live = self.live()?;
         if live.is_paused {
+            let start = Instant::now();
             live.machine.run();
             live.is_paused = false;
+            self.identity.counters.latencies.vmm_resume_vm().set(micros_since(start));
             self.hub.publish(What::Resumed);
         }
         Ok(())
@@ -273,7 +340,11 @@ impl Controller {
     /// Ends the VM, whatever it is doing. The first ending stays.
     pub(crate) fn end(&mut self, ending: Ending) {
         match std::mem::replace(&mut self.phase, Phase::Ended(ending.clone())) {
-            Phase::Live(live) => live.machine.finish(),
+            Phase::Live(live) => {
+                let sources = live.machine.sources();
+                live.machine.finish();
+                self.metrics.finish(&sources);
+            }
             Phase::Configuring(_) | Phase::Ended(_) => {}
         }
         for respond in self.waiting.drain(..) {

@@ -83,6 +83,18 @@ pub enum Refusal {
     /// Firecracker has it, husk does not.
     #[error("{0} is not supported yet")]
     NotYet(&'static str),
+    /// The metrics cannot be written where they should.
+    #[error("Cannot initialize the metrics system due to bad user input: {0}")]
+    Metrics(String),
+    /// The metrics are written to a file already.
+    #[error(
+        "Cannot initialize the metrics system due to bad user input: Reinitialization of metrics \
+         not allowed."
+    )]
+    MetricsAgain,
+    /// Nobody took the metrics that were asked for.
+    #[error("Failed to write metrics: {0}")]
+    MetricsLost(String),
     /// A request to change something that names nothing.
     #[error("Empty PATCH request.")]
     EmptyPatch,

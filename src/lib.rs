@@ -16,6 +16,7 @@ mod instance;
 mod logger;
 mod machine;
 mod memory;
+mod metrics;
 mod outcome;
 mod parts;
 mod request;
@@ -26,8 +27,8 @@ mod vmm;
 
 pub use arch::{CpuConfig, CpuTemplate};
 pub use config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig, OnReboot,
-    RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
+    MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
 pub use devices::virtio::{block, net, pmem, rng};

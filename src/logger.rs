@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::backend::stream::{self, Direction};
 use log::{LevelFilter, Log, Metadata, Record};
@@ -17,6 +17,22 @@ use crate::config::{LogLevel, LoggerConfig};
 use crate::error::Refusal;
 
 static LOGGER: OnceLock<Logger> = OnceLock::new();
+/// The process has one log, however many VMs are in it.
+static COUNTERS: LazyLock<Arc<Counters>> = LazyLock::new(Arc::default);
+
+devices::counters! {
+    /// What is counted of the log.
+    pub(crate) struct Counters as "logger" {
+        /// Lines that nobody took, or that were too many.
+        missed_log_count: Counter,
+    }
+}
+
+/// What is counted of the log.
+pub(crate) fn counters() -> &'static Arc<Counters> {
+    &COUNTERS
+}
+
 static PROGRAM: OnceLock<&str> = OnceLock::new();
 
 /// A pipe takes as much as this whole or not at all (POSIX: `PIPE_BUF`).
@@ -102,24 +118,22 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
     }
 }
 
-/// Refuses a log file that could not be written to, without making it.
-pub(crate) fn check(path: &Path) -> Result<(), Refusal> {
-    let why = match std::fs::metadata(path).map(|found| found.file_type()) {
+/// Says why a file of lines could not be written to, without making it.
+pub(crate) fn check(path: &Path) -> Result<(), String> {
+    match std::fs::metadata(path).map(|found| found.file_type()) {
         Ok(found) if found.is_dir() || found.is_socket() || found.is_block_device() => {
-            format!("{} is not a file, FIFO or character device", path.display())
+            Err(format!("{} is not a file, FIFO or character device", path.display()))
         }
-        _ => match devices::backend::file::check_writable(path) {
-            Ok(()) => return Ok(()),
-            Err(e) => format!("cannot open {}: {e}", path.display()),
-        },
-    };
-    Err(Refusal::Field { section: "logger", field: "log_path", why })
+        _ => devices::backend::file::check_writable(path)
+            .map_err(|e| format!("cannot open {}: {e}", path.display())),
+    }
 }
 
 /// Applies `PUT /logger`. In a library, whose host has a logger of its own, nothing is.
 pub(crate) fn configure(config: &LoggerConfig) -> Result<(), Refusal> {
     let Some(Logger(state)) = LOGGER.get() else { return Ok(()) };
-    let sink = config.log_path.as_deref().map(open).transpose()?;
+    let refuse = |why| Refusal::Field { section: "logger", field: "log_path", why };
+    let sink = config.log_path.as_deref().map(open).transpose().map_err(refuse)?;
     if let Some(level) = config.level {
         log::set_max_level(filter(level));
     }
@@ -144,21 +158,21 @@ fn filter(level: LogLevel) -> LevelFilter {
     }
 }
 
-/// Opens a log file: appended to, made if missing. A FIFO is opened for both directions, so that
-/// one that nobody reads can be opened and one whose reader goes away gives no SIGPIPE.
-fn open(path: &Path) -> Result<OwnedFd, Refusal> {
-    let refuse = |why: String| Refusal::Field { section: "logger", field: "log_path", why };
+/// Opens a file for lines, of a log or of metrics: appended to, made if missing. A FIFO is opened for
+/// both directions, so that one that nobody reads can be opened and one whose reader goes away gives
+/// no SIGPIPE.
+pub(crate) fn open(path: &Path) -> Result<OwnedFd, String> {
     let shown = path.display();
     let is_fifo = rustix::fs::stat(path)
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
     let access = if is_fifo { OFlags::RDWR } else { OFlags::WRONLY | OFlags::CREATE };
     let flags = OFlags::APPEND | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
     let fd = rustix::fs::open(path, access | flags, Mode::RUSR | Mode::WUSR)
-        .map_err(|e| refuse(format!("cannot open {shown}: {}", std::io::Error::from(e))))?;
+        .map_err(|e| format!("cannot open {shown}: {}", std::io::Error::from(e)))?;
     match rustix::fs::fstat(&fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
         Ok(FileType::RegularFile | FileType::Fifo | FileType::CharacterDevice) => Ok(fd),
-        Ok(_) => Err(refuse(format!("{shown} is not a file, FIFO or character device"))),
-        Err(e) => Err(refuse(format!("{shown}: {}", std::io::Error::from(e)))),
+        Ok(_) => Err(format!("{shown} is not a file, FIFO or character device")),
+        Err(e) => Err(format!("{shown}: {}", std::io::Error::from(e))),
     }
 }
 
@@ -181,7 +195,7 @@ impl Log for Logger {
         }
         let is_device = record.target().starts_with("devices::");
         if is_device && !state.devices.admits(now().tv_sec) {
-            state.with_outlet(|outlet| outlet.lost += 1);
+            state.with_outlet(Outlet::lose);
         } else {
             let line = state.format(record);
             state.with_outlet(|outlet| outlet.write(&line));
@@ -284,8 +298,13 @@ impl Outlet {
             self.lost = 0;
         }
         if written < text.len() {
-            self.lost += 1;
+            self.lose();
         }
+    }
+
+    fn lose(&mut self) {
+        self.lost += 1;
+        COUNTERS.missed_log_count().inc();
     }
 
     /// Writes what there is room for; how much that was.

@@ -26,6 +26,7 @@ use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::memory;
+use crate::metrics::Source;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
 use crate::request::Reply;
@@ -114,7 +115,9 @@ impl Machine {
             insert(&mut mmio, layout::BOOT_TIMER, boot_timer::LEN, timer.clone());
         }
         let io_name = names.io;
-        let mut slots = Slots { vm: &vm, memory: &memory, mmio: &mut mmio, io: &parts.io, io_name };
+        let interrupts = &parts.counters.interrupts;
+        let mut slots =
+            Slots { vm: &vm, memory: &memory, mmio: &mut mmio, io: &parts.io, io_name, interrupts };
         let devices = std::mem::take(&mut parts.devices)
             .into_iter()
             .enumerate()
@@ -132,7 +135,9 @@ impl Machine {
         Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
             .write(&ram, &kernel)?;
         let fds = create_vcpus(&vm, &parts, config, topology, &kernel)?;
-        let world = World { pio, mmio, outcome: outcome.clone(), unclaimed: Unclaimed::default() };
+        let counters = parts.counters.vcpus.clone();
+        let unclaimed = Unclaimed::default();
+        let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
         let protocol = kernel.protocol;
         log::info!("assembled: {protocol} kernel at {:#x}, command line: {cmdline}", kernel.addr);
@@ -236,6 +241,13 @@ impl Machine {
         &self.outcome
     }
 
+    /// All that counts in it.
+    pub(crate) fn sources(&self) -> Vec<Source> {
+        let uart = Source::only(lock(&self.rest.0.serial).counters().clone());
+        let devices = self.devices.iter().flat_map(Attached::sources);
+        devices.chain([uart]).chain(self.rest.0.counters.sources()).collect()
+    }
+
     /// Stops the machine for good, and sees its last output off.
     pub(crate) fn finish(self) {
         let Self { vcpus, rest: Rest(parts), .. } = self;
@@ -278,7 +290,11 @@ fn legacy(
     let acpi = Acpi::new(Box::new(register_irq(vm, layout::ACPI_IRQ)?), outcome.clone());
     let acpi = Arc::new(Mutex::new(acpi));
     insert(pio, layout::ACPI_POWER, 4, acpi.clone());
-    let i8042 = I8042::new(Box::new(register_irq(vm, layout::I8042_IRQ)?), outcome.clone());
+    let i8042 = I8042::new(
+        Box::new(register_irq(vm, layout::I8042_IRQ)?),
+        outcome.clone(),
+        parts.counters.i8042.clone(),
+    );
     let i8042 = Arc::new(Mutex::new(i8042));
     insert(pio, layout::I8042_DATA, 5, i8042.clone());
     insert(pio, layout::RTC, 2, Arc::new(Mutex::new(Rtc::default())));

@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
 use crate::error::Refusal;
+use crate::metrics::MachineCounters;
 
 /// The guest that needs no files: an ELF image made from resources/guest/demo.rs.
 const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
@@ -53,6 +54,7 @@ pub(crate) struct Parts {
     pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
     /// What the devices share.
     pub(crate) env: Env,
+    pub(crate) counters: MachineCounters,
 }
 
 impl Parts {
@@ -95,6 +97,7 @@ impl Parts {
         let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
         let io = Arc::new(io);
         let boot_timer = boot_timer.map(Arc::new);
+        let counters = MachineCounters::new(config.machine.vcpu_count);
         Ok(Self {
             kvm,
             cpu,
@@ -107,6 +110,7 @@ impl Parts {
             io,
             boot_timer,
             env,
+            counters,
         })
     }
 }

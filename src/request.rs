@@ -65,6 +65,8 @@ pub enum Request {
     Quit,
     /// Write the metrics now.
     FlushMetrics,
+    /// The metrics as Prometheus reads them, in one string.
+    Metrics,
     /// Who and in what state: `GET /`.
     Describe,
     /// The whole configuration: `GET /vm/config`.

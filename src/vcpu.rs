@@ -18,6 +18,7 @@ use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
+use std::time::Instant;
 
 use devices::bus::Bus;
 use kvm_bindings::{
@@ -114,13 +115,45 @@ impl Gate {
     }
 }
 
+devices::counters! {
+    /// What is counted of a vCPU. The times are what the exits took in husk.
+    pub(crate) struct Counters as "vcpu" {
+        /// Exits to read from a port.
+        exit_io_in: Counter,
+        /// Exits to write to a port.
+        exit_io_out: Counter,
+        /// Exits to read from a device's memory.
+        exit_mmio_read: Counter,
+        /// Exits to write to a device's memory.
+        exit_mmio_write: Counter,
+        /// Exits after which the vCPU could not go on.
+        failures: Counter,
+        /// Times the guest could not be told that it stood still.
+        kvmclock_ctrl_fails: Counter,
+        /// Accesses that no device claimed.
+        unclaimed_count: Counter,
+        /// How long it took to read from ports.
+        exit_io_in_agg: Latency,
+        /// How long it took to write to ports.
+        exit_io_out_agg: Latency,
+        /// How long it took to read from a device's memory.
+        exit_mmio_read_agg: Latency,
+        /// How long it took to write to a device's memory.
+        exit_mmio_write_agg: Latency,
+    }
+}
+
 /// Accesses that no device claimed.
 #[derive(Debug, Default)]
 pub(crate) struct Unclaimed(AtomicU64);
 
 impl Unclaimed {
-    /// Counts, and says so in the log for the first and each power of two after it.
-    fn count(&self, what: &str, addr: u64) {
+    /// Counts unless `is_claimed`, and says so in the log for the first and each power of two after it.
+    fn unless(&self, is_claimed: bool, counters: &Counters, what: &str, addr: u64) {
+        if is_claimed {
+            return;
+        }
+        counters.unclaimed_count().inc();
         let count = self.0.fetch_add(1, Ordering::Relaxed) + 1;
         if count.is_power_of_two() {
             log::debug!("{count} accesses that no device claims; the last: {what} {addr:#x}");
@@ -135,6 +168,8 @@ pub(crate) struct World {
     pub(crate) mmio: Bus,
     pub(crate) outcome: Arc<Outcome>,
     pub(crate) unclaimed: Unclaimed,
+    /// One for each vCPU: shared, they would travel between the host's caches at every exit.
+    pub(crate) counters: Vec<Arc<Counters>>,
 }
 
 /// The vCPU threads of a VM. Stopped when dropped.
@@ -156,7 +191,8 @@ impl Vcpus {
         let gate = Arc::new(Gate { state, changed: Condvar::new() });
         let mut threads = Self { gate, threads: Vec::new() };
         for (index, fd) in (0u8..).zip(vcpus) {
-            let mut vcpu = Vcpu { index, fd, world: world.clone() };
+            let counters = world.counters.get(usize::from(index)).cloned().unwrap_or_default();
+            let mut vcpu = Vcpu { index, fd, world: world.clone(), counters };
             let gate = threads.gate.clone();
             let thread = thread::Builder::new()
                 .name(format!("{name}{index}"))
@@ -243,6 +279,7 @@ struct Vcpu {
     index: u8,
     fd: VcpuFd,
     world: Arc<World>,
+    counters: Arc<Counters>,
 }
 
 impl Vcpu {
@@ -259,7 +296,9 @@ impl Vcpu {
             }
             // Tells the guest's watchdogs that the time until it goes on was not its own. Refused
             // where the guest does not use kvm-clock: then there is nobody to tell.
-            let _ = self.fd.kvmclock_ctrl();
+            if self.fd.kvmclock_ctrl().is_err() {
+                self.counters.kvmclock_ctrl_fails().inc();
+            }
         }
         RUN.set(std::ptr::null_mut());
         gate.leave(&mut is_running);
@@ -267,16 +306,20 @@ impl Vcpu {
 
     /// Runs the guest until a kick (none) or until this vCPU cannot go on.
     fn run_until_kicked(&mut self) -> Option<Ending> {
+        let counters = &self.counters;
         loop {
             let run = std::ptr::from_mut(self.fd.get_kvm_run());
-            match self.fd.run() {
+            let exit = self.fd.run();
+            let start = Instant::now();
+            match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
                     // SAFETY: the exit was for port I/O, so `io` is the member of the union that
                     // the kernel filled in.
                     let size = unsafe { (*run).__bindgen_anon_1.io.size };
-                    if !self.world.pio.write_burst(port.into(), size.into(), data) {
-                        self.world.unclaimed.count("out", port.into());
-                    }
+                    let is_claimed = self.world.pio.write_burst(port.into(), size.into(), data);
+                    counters.exit_io_out().inc();
+                    counters.exit_io_out_agg().since(start);
+                    self.world.unclaimed.unless(is_claimed, counters, "out", port.into());
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
                     // SAFETY: as above.
@@ -285,19 +328,21 @@ impl Vcpu {
                     for item in data.chunks_mut(usize::from(size).max(1)) {
                         is_claimed &= self.world.pio.read(port.into(), item);
                     }
-                    if !is_claimed {
-                        self.world.unclaimed.count("in", port.into());
-                    }
+                    counters.exit_io_in().inc();
+                    counters.exit_io_in_agg().since(start);
+                    self.world.unclaimed.unless(is_claimed, counters, "in", port.into());
                 }
                 Ok(VcpuExit::MmioRead(addr, data)) => {
-                    if !self.world.mmio.read(addr, data) {
-                        self.world.unclaimed.count("read", addr);
-                    }
+                    let is_claimed = self.world.mmio.read(addr, data);
+                    counters.exit_mmio_read().inc();
+                    counters.exit_mmio_read_agg().since(start);
+                    self.world.unclaimed.unless(is_claimed, counters, "read", addr);
                 }
                 Ok(VcpuExit::MmioWrite(addr, data)) => {
-                    if !self.world.mmio.write(addr, data) {
-                        self.world.unclaimed.count("write", addr);
-                    }
+                    let is_claimed = self.world.mmio.write(addr, data);
+                    counters.exit_mmio_write().inc();
+                    counters.exit_mmio_write_agg().since(start);
+                    self.world.unclaimed.unless(is_claimed, counters, "write", addr);
                 }
                 Ok(VcpuExit::Intr) => return None,
                 Ok(exit) => {
@@ -324,6 +369,9 @@ impl Vcpu {
     fn end(&mut self, exit: Exit) -> Ending {
         let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
         let vcpu = self.index;
+        if !matches!(exit, Exit::PoweredOff | Exit::Reset) {
+            self.counters.failures().inc();
+        }
         match exit {
             Exit::PoweredOff => Ending::PoweredOff,
             Exit::Reset => Ending::Reset,

@@ -54,6 +54,7 @@ impl Vm {
             id: "anonymous-instance".into(),
             names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
             started: Instant::now(),
+            counters: Arc::default(),
             quit: Arc::new(move || quit_writer.ring()),
             announce: |path| log::info!("serial console: {}", path.display()),
         };

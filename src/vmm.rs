@@ -64,6 +64,7 @@ pub(crate) fn serve(
             answered += 1;
         }
         controller.heed_outcome();
+        controller.tick();
         if quit.hush() && controller.ending().is_none() {
             controller.end(Ending::Killed);
         }
@@ -89,7 +90,8 @@ pub(crate) fn serve(
         if answered == TURN {
             continue;
         }
-        let left = stopping.as_ref().map(|s| s.deadline.saturating_duration_since(Instant::now()));
+        let next = stopping.as_ref().map(|s| s.deadline).into_iter().chain(controller.due()).min();
+        let left = next.map(|next| next.saturating_duration_since(Instant::now()));
         wait(controller, requests, quit, signals, left);
     }
 }
@@ -158,6 +160,7 @@ mod tests {
             id: "t".into(),
             names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api" },
             started: Instant::now(),
+            counters: Arc::default(),
             quit: Arc::new(|| ()),
             announce: |_| (),
         };

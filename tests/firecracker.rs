@@ -234,7 +234,6 @@ fn flags_that_mean_nothing_yet_are_refused() {
     for args in [
         &["--enable-pci"][..],
         &["--snapshot-version"],
-        &["--metrics-path", "metrics"],
         &["--metadata", "metadata"],
         &["--seccomp-filter", "filter"],
         &["--describe-snapshot", "snapshot"],

@@ -546,7 +546,6 @@ fn firecrackers_features_to_come_are_named() {
         (api.put("/balloon", "{}").fault(), "balloon"),
         (api.get("/balloon").fault(), "balloon"),
         (api.get("/balloon/statistics").fault(), "balloon"),
-        (api.put("/metrics", "{}").fault(), "metrics"),
         (api.put("/mmds/config", "{}").fault(), "mmds-config"),
         (api.put("/hotplug/memory", "{}").fault(), "memory-hotplug"),
         (api.put("/snapshot/create", "{}").fault(), "snapshot"),

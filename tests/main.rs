@@ -23,6 +23,7 @@ mod lifecycle;
 mod linux;
 mod logger;
 mod memory;
+mod metrics;
 mod signals;
 mod terminal;
 mod unheard;

@@ -54,6 +54,14 @@ impl Gauge {
         self.0.store(value, Ordering::Relaxed);
     }
 
+    /// Does `f`; the value is how long it took, in microseconds.
+    pub fn time<T>(&self, f: impl FnOnce() -> T) -> T {
+        let start = Instant::now();
+        let result = f();
+        self.set(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
+        result
+    }
+
     /// The value last set.
     pub fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)

@@ -3,6 +3,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
@@ -22,6 +23,7 @@ use super::stream::{Phase, Progress};
 use crate::error::Refusal;
 use crate::events::{Sink, What};
 use crate::instance::FIRECRACKER_VERSION;
+use crate::metrics::{self, micros_since};
 use crate::request::{Handle, Request};
 
 /// What every connection needs.
@@ -31,6 +33,7 @@ pub(super) struct Api {
     pub(super) routes: Routes,
     /// See [`super::Options`].
     pub(super) refusals: log::Level,
+    pub(super) counters: Arc<metrics::Counters>,
     /// Bytes.
     pub(super) body_limit: usize,
 }
@@ -80,6 +83,11 @@ async fn handle(
     let shown = Described { parts, body: body.as_deref().unwrap_or_default(), logged };
     log::info!("The API server received a {shown}.");
     progress.enter(Phase::Serving);
+    let counted = found.as_ref().ok().and_then(|(route, _)| api.counters.requests.get()?.of(route));
+    match counted {
+        Some(counted) => counted.count.inc(),
+        None => api.counters.api_server.unknown_request_count().inc(),
+    }
     let outcome = match (body, found) {
         (Ok(body), Ok((route, id))) => answer(api, progress, route, id, &body).await,
         (Err(fault), _) => Err(fault),
@@ -89,10 +97,14 @@ async fn handle(
         Ok(Reply { answer, deprecated }) => {
             log::info!("The request was executed successfully. Status code: {}.", answer.status());
             if let Some(what) = deprecated {
+                api.counters.deprecated.deprecated_http_api_calls().inc();
                 log::warn!("{what}");
             }
         }
         Err(fault) => {
+            if let Some(counted) = counted {
+                counted.fails.inc();
+            }
             let status = StatusCode::BAD_REQUEST;
             log::log!(api.refusals, "Received Error. Status code: {status}. Message: {fault}");
         }
@@ -141,6 +153,7 @@ struct Reply {
 enum Answer {
     Nothing,
     Json(Bytes),
+    Text { mime: &'static str, text: Bytes },
     Lines { first: Bytes, rest: mpsc::Receiver<Bytes> },
 }
 
@@ -233,19 +246,31 @@ fn about_section(method: Method, name: &str, id: Option<String>, body: &[u8]) ->
 
 /// A route that promises JSON gives JSON, `null` included.
 fn of_route(route: &Route, value: Value) -> Answer {
-    match (&route.reply, &value) {
+    match (&route.reply, value) {
         (Content::Nothing, Value::Null) => Answer::Nothing,
-        _ => Answer::json(&value),
+        (Content::Text(mime), Value::String(text)) => Answer::Text { mime, text: text.into() },
+        (_, value) => Answer::json(&value),
     }
 }
 
 async fn ask(api: &Api, request: Request) -> Result<Value, Refusal> {
+    let latencies = &api.counters.latencies;
+    let latency = match request {
+        Request::Pause => Some(latencies.pause_vm()),
+        Request::Resume => Some(latencies.resume_vm()),
+        _ => None,
+    };
+    let asked = Instant::now();
     let (sender, receiver) = oneshot::channel();
     api.handle.send(request, move |reply| {
         // Without a receiver the client has gone.
         let _ = sender.send(reply);
     });
-    receiver.await.unwrap_or(Err(Refusal::Gone))
+    let reply = receiver.await.unwrap_or(Err(Refusal::Gone));
+    if let (Some(latency), Ok(_)) = (latency, &reply) {
+        latency.set(micros_since(asked));
+    }
+    reply
 }
 
 /// Subscribes, and makes lines of what comes. A client that falls behind is cut off rather than
@@ -270,6 +295,7 @@ fn respond(
     let (status, frames, mime) = match outcome.map(|reply| reply.answer) {
         Ok(Answer::Nothing) => (StatusCode::NO_CONTENT, Frames::Done, None),
         Ok(Answer::Json(bytes)) => (StatusCode::OK, Frames::One(bytes), Some("application/json")),
+        Ok(Answer::Text { mime, text }) => (StatusCode::OK, Frames::One(text), Some(mime)),
         Ok(Answer::Lines { first, rest }) => {
             (StatusCode::OK, Frames::Lines { first, rest }, Some("application/x-ndjson"))
         }

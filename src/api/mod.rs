@@ -10,6 +10,7 @@
 //!  openapi.rs       the table as an OpenAPI document
 //!  deprecated.rs    what clients should no longer send
 //!  message.rs       the JSON of the fixed routes
+//!  counters.rs      how often each row was used
 //!  client.rs        the other end, for `husk ctl`
 //! ```
 //!
@@ -18,6 +19,7 @@
 //! there is a socket.
 
 pub(crate) mod client;
+mod counters;
 mod deprecated;
 mod http;
 pub(crate) mod message;
@@ -29,8 +31,11 @@ mod server;
 mod socket;
 mod stream;
 
+pub(crate) use counters::RequestCounters;
 pub(crate) use deprecated::Deprecated;
 pub(crate) use not_yet::NOT_YET;
+#[cfg(test)]
+pub(crate) use route::Routes;
 pub(crate) use route::{Id, Logged, Section};
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::bind;

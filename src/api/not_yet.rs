@@ -17,7 +17,6 @@ pub(crate) struct Missing {
 pub(crate) const NOT_YET: &[Missing] = &[
     missing("balloon", Some("balloon"), "balloon", ALL),
     missing("memory-hotplug", Some("memory-hotplug"), "hotplug", ALL),
-    missing("metrics", Some("metrics"), "metrics", &["PUT"]),
     missing("mmds-config", Some("mmds-config"), "mmds", ALL),
     missing("vsock", Some("vsock"), "vsock", &["PUT"]),
     missing("snapshot", None, "snapshot", &["PUT"]),

@@ -67,6 +67,7 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     let (status, response) = match route.reply {
         Content::Nothing => ("204", json!({ "description": "Done" })),
         Content::Json(shape) => ("200", content("application/json", schema(shape, generator))),
+        Content::Text(mime) => ("200", content(mime, json!({ "type": "string" }))),
         Content::Lines(shape) => ("200", content("application/x-ndjson", schema(shape, generator))),
     };
     operation["responses"][status] = response;

@@ -138,6 +138,8 @@ pub(crate) enum Shape {
 pub(crate) enum Content {
     Nothing,
     Json(Shape),
+    /// Text of this media type.
+    Text(&'static str),
     /// JSON, one value a line, as things happen.
     Lines(Shape),
 }
@@ -193,6 +195,12 @@ const ROUTES: &[Route] = &[
         "What happens to the microVM until its end, one JSON object a line",
         Content::Lines(Shape::Type(event_line)),
         Act::Events,
+    ),
+    get(
+        "/metrics",
+        "Everything that is counted, as Prometheus reads it",
+        Content::Text(crate::metrics::MIME),
+        Act::Ask(|_| Ok(Request::Metrics)),
     ),
     get(
         "/wait",

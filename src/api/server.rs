@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::net::UnixListener as StdListener;
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -18,9 +19,11 @@ use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, oneshot};
 use tokio::task::{AbortHandle, LocalSet, spawn_local};
 
+use super::counters::RequestCounters;
 use super::http::{self, Api};
 use super::route::{Routes, Section};
 use super::stream::{Deadlines, Phase, Progress, Stream};
+use crate::metrics;
 use crate::request::Handle;
 
 /// How a server behaves.
@@ -28,6 +31,8 @@ use crate::request::Handle;
 pub(crate) struct Options {
     /// `husk_api`; `fc_api` under the name `firecracker`.
     pub(crate) thread_name: String,
+    /// What is counted of the API.
+    pub(crate) counters: Arc<metrics::Counters>,
     /// The sections of the configuration.
     pub(crate) sections: Vec<Section>,
     /// At which level refusals are logged. To Firecracker they are errors; to husk they are the
@@ -45,6 +50,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             thread_name: "husk_api".to_owned(),
+            counters: Arc::default(),
             sections: Vec::new(),
             refusals: log::Level::Info,
             // Firecracker's.
@@ -120,8 +126,11 @@ fn run(
     options: Options,
     stopped: oneshot::Receiver<Duration>,
 ) {
-    let Options { sections, refusals, body_limit, deadlines, connections_max, .. } = options;
-    let api = Rc::new(Api { handle, routes: Routes::new(sections), refusals, body_limit });
+    let Options { counters, sections, refusals, body_limit, deadlines, connections_max, .. } =
+        options;
+    let routes = Routes::new(sections);
+    counters.requests.get_or_init(|| RequestCounters::new(&routes));
+    let api = Rc::new(Api { handle, routes, counters, refusals, body_limit });
     let connections = Rc::new(Connections::new(connections_max));
     let (name, socket) = listener.into_parts();
     let accept = accept(socket.into(), api, deadlines, connections.clone());

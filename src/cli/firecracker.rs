@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 use super::launch::{self, Launch, Style};
+use super::run::MetricsArgs;
 use super::{fail, refuse_arguments};
 use crate::config::{LogLevel, LoggerConfig, OnReboot, VmConfig};
 use crate::error::Refusal;
@@ -51,7 +52,12 @@ struct FirecrackerArgs {
     #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
     http_api_max_payload_size: usize,
     #[command(flatten)]
-    timing: Timing,
+    timing: launch::Timing,
+    #[command(flatten)]
+    metrics: MetricsArgs,
+    /// Limit of a metadata store; there is none yet
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
     #[command(flatten)]
     unsupported: Unsupported,
     /// A page at 0xc0000000 whose first byte the guest sets to 123 when it has booted; the log says when
@@ -65,32 +71,12 @@ struct FirecrackerArgs {
     version: bool,
 }
 
-/// What the jailer tells of itself; only logged.
-#[derive(Args, Debug)]
-struct Timing {
-    /// Process start time (wall clock, microseconds)
-    #[arg(long, value_name = "US")]
-    start_time_us: Option<u64>,
-    /// Process start CPU time (wall clock, microseconds)
-    #[arg(long, value_name = "US")]
-    start_time_cpu_us: Option<u64>,
-    /// Parent process CPU time (wall clock, microseconds)
-    #[arg(long, value_name = "US")]
-    parent_cpu_time_us: Option<u64>,
-    /// Limit of a metadata store; there is none yet
-    #[arg(long, value_name = "BYTES")]
-    mmds_size_limit: Option<usize>,
-}
-
 /// Refused when given: to ignore them would be to lie.
 #[derive(Args, Debug)]
 struct Unsupported {
     /// Not supported yet
     #[arg(long, value_name = "FILE")]
     seccomp_filter: Option<PathBuf>,
-    /// Not supported yet
-    #[arg(long, value_name = "FILE")]
-    metrics_path: Option<PathBuf>,
     /// Not supported yet
     #[arg(long, value_name = "FILE")]
     metadata: Option<PathBuf>,
@@ -114,7 +100,6 @@ impl Unsupported {
                 self.seccomp_filter.is_some(),
                 ": husk installs no filter of its own",
             ),
-            ("--metrics-path", self.metrics_path.is_some(), ""),
             ("--metadata", self.metadata.is_some(), ""),
             ("--enable-pci", self.enable_pci, ": there is no PCI bus, all devices are virtio-mmio"),
             ("--snapshot-version", self.snapshot_version, ": there are no snapshots"),
@@ -173,8 +158,6 @@ impl FirecrackerArgs {
             module: self.module,
         })?;
         log::info!("Running Firecracker v{FIRECRACKER_VERSION}");
-        let Timing { start_time_us, start_time_cpu_us, parent_cpu_time_us, .. } = self.timing;
-        log::debug!("timing: {start_time_us:?} {start_time_cpu_us:?} {parent_cpu_time_us:?}");
         let starts = self.config_file.is_some();
         let config = self.config_file.as_deref().map(VmConfig::from_file).transpose();
         let mut config = config
@@ -182,11 +165,13 @@ impl FirecrackerArgs {
             .unwrap_or_default();
         config.defaults.on_reboot = OnReboot::Exit;
         config.defaults.has_boot_timer = self.boot_timer;
+        self.metrics.apply(&mut config)?;
         let api = (!self.no_api).then_some(launch::Api {
             path: self.api_sock,
             body_limit: self.http_api_max_payload_size,
         });
-        let launch = Launch { config, starts, api, id: self.id, style: Style::Firecracker };
+        let timing = self.timing;
+        let launch = Launch { config, starts, api, id: self.id, style: Style::Firecracker, timing };
         let code = launch.carry_out(started)?;
         log::info!("Vmm is stopping.");
         Ok(code)

@@ -3,9 +3,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::Args;
 use devices::backend::file::is_shortage;
 use devices::backend::unix::StalePolicy;
 use devices::virtio::model::{ID_LEN_MAX, is_id};
+use rustix::time::ClockId;
 
 use crate::api::{self, Server};
 use crate::bell::Bell;
@@ -14,6 +16,7 @@ use crate::controller::{Controller, Identity};
 use crate::error::{Refusal, chain};
 use crate::exit::{Ending, ExitCode};
 use crate::machine::ThreadNames;
+use crate::metrics::{self, micros_since};
 use crate::request::{Request, Requests};
 use crate::signals::ProcessSignals;
 use crate::vmm;
@@ -49,6 +52,41 @@ pub(super) struct Launch {
     pub(super) api: Option<Api>,
     pub(super) id: String,
     pub(super) style: Style,
+    pub(super) timing: Timing,
+}
+
+/// When the process was started, as whoever started it says: microseconds of the monotonic clock, of
+/// processor time, and the processor time that came before.
+#[derive(Args, Clone, Copy, Debug, Default)]
+pub(super) struct Timing {
+    /// Process start time (monotonic clock, microseconds)
+    #[arg(long, value_name = "US")]
+    start_time_us: Option<u64>,
+    /// Process start CPU time (microseconds)
+    #[arg(long, value_name = "US")]
+    start_time_cpu_us: Option<u64>,
+    /// Parent process CPU time (microseconds)
+    #[arg(long, value_name = "US")]
+    parent_cpu_time_us: Option<u64>,
+}
+
+impl Timing {
+    /// Says in the metrics how long it has taken until now.
+    fn report(self, started: Instant, counters: &metrics::ApiServer) {
+        let now_us = |clock| {
+            let now = rustix::time::clock_gettime(clock);
+            u64::try_from(now.tv_sec * 1_000_000 + now.tv_nsec / 1000).unwrap_or_default()
+        };
+        let wall_us = match self.start_time_us {
+            Some(start) => now_us(ClockId::Monotonic).saturating_sub(start),
+            None => micros_since(started),
+        };
+        let cpu_us = now_us(ClockId::ProcessCPUTime)
+            .saturating_sub(self.start_time_cpu_us.unwrap_or_default())
+            .saturating_add(self.parent_cpu_time_us.unwrap_or_default());
+        counters.process_startup_time_us().set(wall_us);
+        counters.process_startup_time_cpu_us().set(cpu_us);
+    }
 }
 
 /// A VM's id: what Firecracker allows, and the underscore.
@@ -70,16 +108,19 @@ impl Launch {
             id: self.id,
             names: self.style.thread_names(),
             started,
+            counters: Arc::default(),
             quit: Arc::new(move || quit_writer.ring()),
             announce: |path| {
                 crate::logger::complain(&format!("serial console: {}", path.display()));
             },
         };
-        let api_thread = identity.names.api;
-        let (handle, requests) = Requests::channel()?;
-        let server = self.api.map(|api| serve_api(api, &handle, api_thread, self.style));
-        let server = server.transpose()?;
+        let counters = identity.counters.clone();
+        self.timing.report(started, &counters.api_server);
         let mut controller = Controller::new(identity, self.config);
+        controller.open_configured_metrics()?;
+        let (handle, requests) = Requests::channel()?;
+        let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
+        let server = server.transpose()?;
         if self.starts {
             controller.start_now()?;
             if self.style == Style::Firecracker {
@@ -104,7 +145,7 @@ impl Launch {
 fn serve_api(
     api: Api,
     handle: &crate::Handle,
-    thread_name: &str,
+    counters: Arc<metrics::Counters>,
     style: Style,
 ) -> Result<Server, Refusal> {
     let stale = match style {
@@ -117,7 +158,8 @@ fn serve_api(
     })?;
     log::info!("Listening on API socket ({:?}).", api.path);
     let options = api::Options {
-        thread_name: thread_name.to_owned(),
+        thread_name: style.thread_names().api.to_owned(),
+        counters,
         sections: config::sections().collect(),
         refusals: match style {
             Style::Husk => log::Level::Info,

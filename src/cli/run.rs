@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use clap::Args;
 
-use super::launch::{Launch, Style};
+use super::launch::{Launch, Style, Timing};
 use super::{fail, launch};
 use crate::config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, OnReboot, SerialTo, VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, SerialTo,
+    VCPUS_MAX, VmConfig,
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
@@ -90,6 +91,28 @@ pub(super) struct LogArgs {
     log_file: Option<PathBuf>,
 }
 
+/// Where the metrics go.
+#[derive(Args, Debug)]
+pub(super) struct MetricsArgs {
+    /// Write metrics to this file or FIFO, one JSON object a line
+    #[arg(long, value_name = "FILE")]
+    metrics_path: Option<PathBuf>,
+}
+
+impl MetricsArgs {
+    /// Puts it where the configuration has it, which may say so itself, but not both.
+    pub(super) fn apply(self, config: &mut VmConfig) -> Result<(), Refusal> {
+        match (self.metrics_path, &config.metrics) {
+            (Some(_), Some(_)) => Err(Refusal::MetricsAgain),
+            (Some(path), None) => {
+                config.metrics = Some(MetricsConfig::new(path));
+                Ok(())
+            }
+            (None, _) => Ok(()),
+        }
+    }
+}
+
 impl LogArgs {
     fn start(&self) -> Result<(), Refusal> {
         crate::logger::init(self.log_level, crate::logger::Stream::Error, None);
@@ -112,6 +135,8 @@ pub(super) struct RunArgs {
     /// A name for the VM, shown by the API
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
     id: String,
+    #[command(flatten)]
+    metrics: MetricsArgs,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -145,6 +170,8 @@ pub(super) struct ApiArgs {
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
     id: String,
     #[command(flatten)]
+    metrics: MetricsArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -164,10 +191,13 @@ pub(super) struct CheckArgs {
 impl RunArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
         let launched = self.log.start().and_then(|()| {
-            let config = self.guest.config()?;
+            let mut config = self.guest.config()?;
+            self.metrics.apply(&mut config)?;
             let api =
                 self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
-            let launch = Launch { config, starts: true, api, id: self.id, style: Style::Husk };
+            let timing = Timing::default();
+            let launch =
+                Launch { config, starts: true, api, id: self.id, style: Style::Husk, timing };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
@@ -180,8 +210,11 @@ impl ApiArgs {
             let mut config = VmConfig::default();
             config.defaults.serial = self.serial;
             config.defaults.has_boot_timer = self.boot_timer;
+            self.metrics.apply(&mut config)?;
             let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
-            let launch = Launch { config, starts: false, api, id: self.id, style: Style::Husk };
+            let timing = Timing::default();
+            let launch =
+                Launch { config, starts: false, api, id: self.id, style: Style::Husk, timing };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))

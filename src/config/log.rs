@@ -83,6 +83,7 @@ impl LoggerConfig {
 
     /// Refuses a file that cannot be written to, and does not make it.
     pub(super) fn check(&self) -> Result<(), Refusal> {
-        self.log_path.as_deref().map_or(Ok(()), crate::logger::check)
+        let refuse = |why| Refusal::Field { section: "logger", field: "log_path", why };
+        self.log_path.as_deref().map_or(Ok(()), crate::logger::check).map_err(refuse)
     }
 }

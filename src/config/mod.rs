@@ -8,6 +8,7 @@ mod boot_source;
 mod document;
 mod log;
 mod machine;
+mod metrics;
 mod rate_limit_group;
 mod sections;
 mod serial;
@@ -23,6 +24,7 @@ pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
 pub use self::boot_source::{BootSource, DEMO_GUEST};
 pub use self::log::{LogLevel, LoggerConfig};
 pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
+pub use self::metrics::MetricsConfig;
 pub use self::rate_limit_group::RateLimitGroup;
 pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
@@ -67,6 +69,8 @@ pub struct VmConfig {
     pub cpu_config: Option<CpuConfig>,
     /// The log, if it was asked for here.
     pub logger: Option<LoggerConfig>,
+    /// Where the metrics are written to, if anywhere.
+    pub metrics: Option<MetricsConfig>,
     rate_limit_groups: Vec<RateLimitGroup>,
     devices: Vec<Box<dyn Recipe>>,
 }
@@ -202,7 +206,8 @@ impl VmConfig {
         self.check_boot(&kernel, initrd.as_ref())?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))?;
         self.serial_to().check()?;
-        self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)
+        self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)?;
+        self.metrics.as_ref().map_or(Ok(()), MetricsConfig::check)
     }
 
     /// The part of [`Self::check`] that looks at no files: what is left to whoever opens them

@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
 use super::{
-    BootSource, LoggerConfig, MachineConfig, RATE_LIMIT_GROUPS, RateLimitGroup, SerialConfig,
-    VmConfig,
+    BootSource, LoggerConfig, MachineConfig, MetricsConfig, RATE_LIMIT_GROUPS, RateLimitGroup,
+    SerialConfig, VmConfig,
 };
 use crate::api::{Deprecated, Id, Logged, Section};
 use crate::error::Refusal;
@@ -165,6 +165,23 @@ pub(super) const SECTIONS: &[Fixed] = &[
         put: |config, body| config.add_rate_limit_group(parse(body)?),
         patch: None,
         show: |config| json!(config.rate_limit_groups),
+    },
+    Fixed {
+        section: Section {
+            name: "metrics",
+            path: "metrics",
+            about: "The file that metrics are written to",
+            put: Some(|g| g.subschema_for::<MetricsConfig>()),
+            ..Section::PLAIN
+        },
+        put: |config, body| {
+            let metrics: MetricsConfig = parse(body)?;
+            metrics.check()?;
+            config.metrics = Some(metrics);
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.metrics),
     },
 ];
 

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Line, Power, read_bytes, write_bytes};
 use crate::bus::BusDeviceMut;
+use crate::counters;
 
 /// Ports from 0x60 on. Those between data and status read as ones, as if nobody had them: Linux
 /// looks at 0x61 to calibrate against a PIT, and must find at once that there is none.
@@ -86,10 +87,29 @@ impl Default for I8042State {
     }
 }
 
+counters! {
+    /// What is counted.
+    pub struct Counters as "i8042" {
+        /// Bytes that the guest read.
+        read_count: Counter,
+        /// Bytes that the guest wrote.
+        write_count: Counter,
+        /// Reads of ports that lead nowhere.
+        missed_read_count: Counter,
+        /// Writes to ports that lead nowhere.
+        missed_write_count: Counter,
+        /// Times the guest reset the machine.
+        reset_count: Counter,
+        /// Answers and keys that were lost because the guest did not read.
+        error_count: Counter,
+    }
+}
+
 /// The controller and its keyboard.
 pub struct I8042 {
     line: Box<dyn Line>,
     power: Arc<dyn Power>,
+    counters: Arc<Counters>,
     state: I8042State,
 }
 
@@ -100,9 +120,9 @@ impl std::fmt::Debug for I8042 {
 }
 
 impl I8042 {
-    /// A controller whose IRQ 1 is `line`.
-    pub fn new(line: Box<dyn Line>, power: Arc<dyn Power>) -> Self {
-        Self { line, power, state: I8042State::default() }
+    /// A controller whose IRQ 1 is `line`. `counters` go on when the machine is made anew.
+    pub fn new(line: Box<dyn Line>, power: Arc<dyn Power>, counters: Arc<Counters>) -> Self {
+        Self { line, power, counters, state: I8042State::default() }
     }
 
     /// The state to be saved.
@@ -178,7 +198,7 @@ impl I8042 {
             0xd2 | 0xd3 => self.state.expect = Expect::Loop,
             0xd4 => self.state.expect = Expect::Aux,
             // Pulse the output lines whose bits are clear; line 0 is reset.
-            0xf0..=0xff if command & OUTPUT_PORT_NOT_RESET == 0 => self.power.reset(),
+            0xf0..=0xff if command & OUTPUT_PORT_NOT_RESET == 0 => self.reset(),
             _ => {}
         }
     }
@@ -194,7 +214,7 @@ impl I8042 {
                     self.interrupt();
                 }
             }
-            Expect::OutputPort if byte & OUTPUT_PORT_NOT_RESET == 0 => self.power.reset(),
+            Expect::OutputPort if byte & OUTPUT_PORT_NOT_RESET == 0 => self.reset(),
             Expect::OutputPort | Expect::Aux => {}
             Expect::Loop => self.send(byte),
         }
@@ -221,7 +241,7 @@ impl I8042 {
     fn keyboard_sends(&mut self, bytes: &[u8]) {
         let was_empty = self.state.queue.is_empty();
         if bytes.len() > QUEUE_LEN.saturating_sub(self.state.queue.len()) {
-            return;
+            return self.counters.error_count().inc();
         }
         self.state.queue.extend(bytes);
         if was_empty {
@@ -233,7 +253,14 @@ impl I8042 {
     fn send(&mut self, byte: u8) {
         if self.state.queue.len() < QUEUE_LEN {
             self.state.queue.push_back(byte);
+        } else {
+            self.counters.error_count().inc();
         }
+    }
+
+    fn reset(&self) {
+        self.counters.reset_count().inc();
+        self.power.reset();
     }
 
     fn interrupt(&self) {
@@ -246,17 +273,24 @@ impl I8042 {
 impl BusDeviceMut for I8042 {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
         read_bytes(offset, data, |register| match register {
-            DATA => self.read_data(),
-            COMMAND => self.status(),
-            _ => 0xff,
+            DATA | COMMAND => {
+                self.counters.read_count().inc();
+                if register == DATA { self.read_data() } else { self.status() }
+            }
+            _ => {
+                self.counters.missed_read_count().inc();
+                0xff
+            }
         });
     }
 
     fn write(&mut self, offset: u64, data: &[u8]) {
         write_bytes(offset, data, |register, value| match register {
-            DATA => self.data(value),
-            COMMAND => self.command(value),
-            _ => {}
+            DATA | COMMAND => {
+                self.counters.write_count().inc();
+                if register == DATA { self.data(value) } else { self.command(value) }
+            }
+            _ => self.counters.missed_write_count().inc(),
         });
     }
 }
@@ -277,7 +311,8 @@ mod tests {
     impl Rig {
         fn new() -> Self {
             let (line, power) = (Arc::new(AtomicUsize::new(0)), Arc::new(Counted::default()));
-            Self { i8042: I8042::new(Box::new(line.clone()), power.clone()), line, power }
+            let i8042 = I8042::new(Box::new(line.clone()), power.clone(), Arc::default());
+            Self { i8042, line, power }
         }
 
         fn inb(&mut self, port: u64) -> u8 {

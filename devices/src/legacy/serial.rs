@@ -15,12 +15,13 @@ use std::time::Duration;
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Line, read_bytes, write_bytes};
-use crate::backend::console::{Console, Counters, Input, Readiness};
+use crate::backend::console::{self, Console, Input, Readiness};
 use crate::bus::BusDeviceMut;
+use crate::counters;
 use crate::io::{Watch, Worker};
 
 /// Ports in the block.
@@ -68,9 +69,46 @@ pub struct SerialState {
     pub in_buffer: Vec<u8>,
 }
 
+counters! {
+    /// What is counted, bytes unless it says otherwise.
+    pub struct Counters as "uart" {
+        /// Bytes that the guest read.
+        read_count: Counter,
+        /// Bytes that the guest wrote.
+        write_count: Counter,
+        /// Bytes for the guest that were lost because it did not read.
+        missed_read_count: Counter,
+        /// Bytes of the guest that the host did not take.
+        missed_write_count: Counter,
+        /// Times output was handed to the host.
+        flush_count: Counter,
+        /// Accesses that the port refused.
+        error_count: Counter,
+    }
+}
+
+/// Counts what vm-superio tells of.
+struct Tally(Arc<Counters>);
+
+impl SerialEvents for Tally {
+    fn buffer_read(&self) {
+        self.0.read_count().inc();
+    }
+    fn out_byte(&self) {
+        self.0.write_count().inc();
+    }
+    fn tx_lost_byte(&self) {
+        self.0.missed_write_count().inc();
+    }
+    fn in_buffer_empty(&self) {}
+}
+
 /// The serial port.
 pub struct Serial {
-    uart: vm_superio::Serial<Edge, NoEvents, Console>,
+    uart: vm_superio::Serial<Edge, Tally, Console>,
+    counters: Arc<Counters>,
+    /// Of the bytes that the console has dropped, those counted.
+    dropped: u64,
     /// Input waits at the host because the guest has no room for it.
     is_stalled: bool,
     /// Tells the worker that there is room again.
@@ -123,13 +161,19 @@ impl Serial {
     }
 
     /// What became of the guest's output so far.
-    pub fn counters(&self) -> Counters {
+    pub fn output(&self) -> console::Counters {
         self.uart.writer().counters()
+    }
+
+    /// What is counted.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.counters
     }
 
     /// Waits up to `deadline` until all output is with the host: for the end of a VM.
     pub fn finish(&mut self, deadline: Duration) {
         self.uart.writer_mut().finish(deadline);
+        self.count_dropped();
     }
 
     fn restore(
@@ -138,12 +182,14 @@ impl Serial {
         console: Console,
     ) -> Result<(Arc<Mutex<Self>>, SerialInput), SerialError> {
         let host = console.events();
-        let uart = vm_superio::Serial::from_state(&state, Edge(line), NoEvents, console)
+        let counters = Arc::<Counters>::default();
+        let tally = Tally(counters.clone());
+        let uart = vm_superio::Serial::from_state(&state, Edge(line), tally, console)
             .map_err(|_| SerialError::Fifo(state.in_buffer.len()))?;
         let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(SerialError::EventFd)?;
         let room = Arc::new(room);
         // Input that cannot be waited for, a file, is read when there is room: now.
-        let serial = Self { uart, is_stalled: false, room: room.clone() };
+        let serial = Self { uart, counters, dropped: 0, is_stalled: false, room: room.clone() };
         serial.tell_room();
         let serial = Arc::new(Mutex::new(serial));
         let input = SerialInput { serial: serial.clone(), host, room };
@@ -157,8 +203,22 @@ impl Serial {
     fn write_register(&mut self, register: u64, value: u8) {
         let Ok(register) = u8::try_from(register) else { return };
         if let Err(e) = self.uart.write(register, value) {
+            self.counters.error_count().inc();
             log::debug!("serial port: {e}");
         }
+    }
+
+    /// Hands what the guest wrote to the host.
+    fn flush(&mut self) {
+        self.counters.flush_count().inc();
+        self.uart.writer_mut().flush();
+        self.count_dropped();
+    }
+
+    fn count_dropped(&mut self) {
+        let dropped = self.output().dropped;
+        self.counters.missed_write_count().add(dropped.saturating_sub(self.dropped));
+        self.dropped = dropped;
     }
 
     /// Lets the worker go on if it waits and the guest now has room.
@@ -186,6 +246,7 @@ impl Serial {
             let Input::Bytes(read) = self.uart.writer_mut().read(buf) else { return };
             let bytes = buf.get(..read).unwrap_or_default();
             if let Err(e) = self.uart.enqueue_raw_bytes(bytes) {
+                self.counters.missed_read_count().add(bytes.len() as u64);
                 log::debug!("serial input: {e}");
             }
         }
@@ -215,7 +276,7 @@ impl BusDeviceMut for Serial {
     fn write(&mut self, offset: u64, data: &[u8]) {
         write_bytes(offset, data, |register, value| self.write_register(register, value));
         if offset == DATA {
-            self.uart.writer_mut().flush();
+            self.flush();
         }
         self.resume_input();
     }
@@ -225,7 +286,7 @@ impl BusDeviceMut for Serial {
             write_bytes(offset, item, |register, value| self.write_register(register, value));
         }
         // One write to the host for all of them.
-        self.uart.writer_mut().flush();
+        self.flush();
         self.resume_input();
     }
 }
@@ -259,6 +320,7 @@ impl Worker for SerialInput {
         }
         let mut serial = self.serial();
         serial.uart.writer_mut().ready();
+        serial.count_dropped();
         serial.feed();
         Watch::Keep
     }
@@ -411,7 +473,7 @@ mod tests {
         let mut buf = [0; 6];
         rig.user.read_exact(&mut buf).unwrap();
         assert_eq!(&buf, b"output");
-        assert_eq!(rig.serial.lock().unwrap().counters().written, 6);
+        assert_eq!(rig.serial.lock().unwrap().output().written, 6);
 
         rig.user.write_all(b"in").unwrap();
         rig.run();
@@ -451,7 +513,7 @@ mod tests {
         rig.outb(MCR, 0);
         rig.run();
         assert_eq!(rig.received(), b"typed");
-        assert_eq!(rig.serial.lock().unwrap().counters(), Counters::default());
+        assert_eq!(rig.serial.lock().unwrap().output(), console::Counters::default());
     }
 
     #[test]
@@ -498,7 +560,7 @@ mod tests {
         for _ in 0..100 {
             serial.lock().unwrap().write_burst(DATA, 1, &[b'x'; 4096]);
         }
-        let counters = serial.lock().unwrap().counters();
+        let counters = serial.lock().unwrap().output();
         assert_eq!(
             counters.written + counters.dropped + Console::KEPT as u64,
             100 * 4096,
@@ -619,7 +681,7 @@ mod tests {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        crate::backend::console::restore_terminal();
+        console::restore_terminal();
         print!("<quit>");
         std::process::exit(0);
     }

@@ -104,6 +104,8 @@ pub trait Model: VirtioDevice + Sized + 'static {
     /// What it counts, under Firecracker's name of the kind of device: the `GROUP` of its
     /// [`counters!`](crate::counters).
     const METRICS: Group;
+    /// What devices of this model count that are made in another way, and have a kind of their own.
+    const OTHER_METRICS: &'static [Group] = &[];
     /// What the user says about it.
     type Config: DeserializeOwned + Serialize + JsonSchema + Clone + Debug + Send + Sync + 'static;
     /// What the user may change while the guest runs, if [`Self::PATCHABLE`].
@@ -439,6 +441,8 @@ pub struct Row {
     pub about: &'static str,
     /// [`Model::METRICS`].
     pub metrics: Group,
+    /// [`Model::OTHER_METRICS`].
+    pub other_metrics: &'static [Group],
     /// Reads a configuration. Does not look at the host: [`Recipe::check`].
     pub parse: fn(json: &[u8]) -> ParseResult,
     /// JSON schema of the configuration.
@@ -462,6 +466,7 @@ pub const fn row<M: Model>() -> Row {
         deprecated: M::DEPRECATED,
         about: M::ABOUT,
         metrics: M::METRICS,
+        other_metrics: M::OTHER_METRICS,
         parse: |json| Ok(Box::new(Configured::<M>(serde_json::from_slice(json)?))),
         schema: schema_of::<M::Config>,
         shown: M::SHOWN,

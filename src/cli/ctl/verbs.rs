@@ -198,6 +198,7 @@ pub(super) const GROUPS: &[Group] = &[
         alias: None,
         about: "Counters",
         verbs: &[
+            get("show", "Show all, as Prometheus reads them", "/metrics"),
             put("set", "Set the file that they are written to", "/metrics"),
             act("flush", "Write them now", r#"{"action_type": "FlushMetrics"}"#),
         ],

@@ -226,6 +226,7 @@ impl Model for Block {
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     const METRICS: Group = Counters::GROUP;
+    const OTHER_METRICS: &'static [Group] = &[vhost_user::GROUP];
     type Config = Config;
     type Patch = Patch;
 

@@ -14,7 +14,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use super::{CacheType, Config, Patch, QUEUE_SIZE, feature};
 use crate::backend::vhost_user::{BackEnd, PATIENCE, Ring, VhostUserError};
 use crate::io::{Retired, Watch, Worker};
-use crate::metrics::CounterSet;
+use crate::metrics::{CounterSet, Group};
 use crate::virtio::mmio::TRANSPORT_FEATURES;
 use crate::virtio::model::{Change, DeviceError, VirtioDevice};
 use crate::virtio::queue::{VirtQueue, split};
@@ -36,22 +36,22 @@ const SPACE_BYTES: u32 = 60;
 crate::counters! {
     /// What is counted.
     struct Counters as "vhost_user_block" {
-        /// How long it took to connect to the back end and to learn what it offers.
-        init_agg: Latency,
-        /// How long it took to hand the queue over.
-        activate_agg: Latency,
-        /// How long it took to read a changed configuration space.
-        config_change_agg: Latency,
-        /// Times the back end did not take the queue, or did not give it back.
-        activate_fails: Counter,
+        /// Microseconds it took to connect to the back end and to learn what it offers.
+        init_time_us: Gauge,
+        /// Microseconds it took to hand the queue over, the last time.
+        activate_time_us: Gauge,
+        /// Microseconds it took to read a changed configuration space, the last time.
+        config_change_time_us: Gauge,
+        /// Times the back end did not give the queue back.
+        stop_fails: Counter,
         /// Times the configuration space could not be read again.
-        cfg_fails: Counter,
-        /// Interrupts passed on to the driver.
-        interrupt_count: Counter,
+        config_change_fails: Counter,
         /// Times the back end went away.
         gone_count: Counter,
     }
 }
+
+pub(super) const GROUP: Group = Counters::GROUP;
 
 /// The control half.
 #[derive(Debug)]
@@ -72,7 +72,7 @@ impl VhostUserBlock {
     pub(super) fn connect(config: &Config, path: &Path) -> Result<Self, DeviceError> {
         let counters = Arc::new(Counters::default());
         let mut back_end =
-            counters.init_agg().time(|| BackEnd::connect(path, 1)).map_err(refused)?;
+            counters.init_time_us().time(|| BackEnd::connect(path, 1)).map_err(refused)?;
         let offered = back_end.features();
         if offered & TRANSPORT_FEATURES != TRANSPORT_FEATURES {
             let what = "VERSION_1, indirect descriptors or event indices";
@@ -150,10 +150,7 @@ impl VirtioDevice for VhostUserBlock {
         let call = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
             .map_err(DeviceError::host("cannot make an eventfd"))?;
         let counters = self.counters.clone();
-        counters
-            .activate_agg()
-            .time(|| self.start(features, &requests, &call))
-            .inspect_err(|_| counters.activate_fails().inc())?;
+        counters.activate_time_us().time(|| self.start(features, &requests, &call))?;
         // A second connection would see the end of the first as its own.
         let hangup = lock(&self.back_end).hangup().map_err(DeviceError::host("socket"))?;
         let back_end = self.back_end.clone();
@@ -175,8 +172,9 @@ impl VirtioDevice for VhostUserBlock {
             return Err(DeviceError::field("rate_limiter", theirs));
         }
         let counters = &self.counters;
-        let read = counters.config_change_agg().time(|| lock(&self.back_end).config(SPACE_BYTES));
-        self.space = read.inspect_err(|_| counters.cfg_fails().inc()).map_err(refused)?;
+        let read =
+            counters.config_change_time_us().time(|| lock(&self.back_end).config(SPACE_BYTES));
+        self.space = read.inspect_err(|_| counters.config_change_fails().inc()).map_err(refused)?;
         Ok(Change::Config)
     }
 
@@ -251,7 +249,6 @@ impl Worker for Relay {
         if source == 0 {
             // EAGAIN if it was read already: nothing to pass on.
             if self.call.read().is_ok() {
-                self.counters.interrupt_count().inc();
                 self.requests.interrupt();
             }
             return Watch::Keep;
@@ -272,7 +269,7 @@ impl Worker for Relay {
                 Err(e) => {
                     // What it had not finished is served again by the next one.
                     log::warn!("drive: {e}");
-                    self.counters.activate_fails().inc();
+                    self.counters.stop_fails().inc();
                     let used = self.requests.used_index();
                     self.requests.seek(used, used);
                 }

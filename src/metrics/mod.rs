@@ -1,0 +1,267 @@
+//! Everything that is counted of a VM, from where it is counted to those who want to know.
+//!
+//! ```text
+//!  devices, vCPUs, API, log ──Source──► line.rs        Firecracker's JSON ──► output.rs ──► file, FIFO
+//!  (counters! in their files)    └────► prometheus.rs  text ──► GET /metrics
+//! ```
+//!
+//! Firecracker's counters say what came since the last line, Prometheus's what came in all; nobody
+//! who counts knows of either.
+#[cfg(test)]
+mod documentation;
+mod line;
+mod output;
+mod prometheus;
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use devices::legacy::i8042;
+use devices::metrics::{CounterSet, Declared, Value};
+
+use self::line::Previous;
+use self::output::Output;
+pub(crate) use self::prometheus::MIME;
+use crate::api::RequestCounters;
+use crate::config::MetricsConfig;
+use crate::error::Refusal;
+use crate::vcpu;
+
+/// How often a line is written unasked.
+const PERIOD: std::time::Duration = std::time::Duration::from_secs(60);
+
+devices::counters! {
+    /// How long the user waited, in microseconds: for the last request of each kind.
+    pub(crate) struct Latencies as "latencies_us" {
+        /// Microseconds it took to pause, as the API's client sees it.
+        pause_vm: Gauge,
+        /// Microseconds it took to go on, as the API's client sees it.
+        resume_vm: Gauge,
+        /// Microseconds it took to stop vCPUs and devices.
+        vmm_pause_vm: Gauge,
+        /// Microseconds it took to let devices and vCPUs go on.
+        vmm_resume_vm: Gauge,
+    }
+}
+
+devices::counters! {
+    /// What is counted of the API as a whole.
+    pub(crate) struct ApiServer as "api_server" {
+        /// Microseconds from the start of the process until it was ready to be configured.
+        process_startup_time_us: Gauge,
+        /// Microseconds of processor time until then, that of the jailer included.
+        process_startup_time_cpu_us: Gauge,
+        /// Requests for what no row of the API's table is.
+        unknown_request_count: Counter,
+    }
+}
+
+devices::counters! {
+    /// What is counted of clients that should be changed.
+    pub(crate) struct Deprecated as "deprecated_api" {
+        /// Requests that used something deprecated.
+        deprecated_http_api_calls: Counter,
+    }
+}
+
+devices::counters! {
+    /// What is counted of interrupts.
+    pub(crate) struct Interrupts as "interrupts" {
+        /// Interrupts of virtio devices.
+        triggers: Counter,
+    }
+}
+
+/// What is counted of a VM whether or not there is a machine yet.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) api_server: Arc<ApiServer>,
+    pub(crate) deprecated: Arc<Deprecated>,
+    pub(crate) latencies: Arc<Latencies>,
+    /// Made by the API's server, which knows its routes.
+    pub(crate) requests: OnceLock<RequestCounters>,
+}
+
+/// What is counted of a machine's parts that are made anew at a reboot.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct MachineCounters {
+    pub(crate) interrupts: Arc<Interrupts>,
+    pub(crate) i8042: Arc<i8042::Counters>,
+    pub(crate) vcpus: Vec<Arc<vcpu::Counters>>,
+}
+
+impl MachineCounters {
+    /// For a machine with so many vCPUs.
+    pub(crate) fn new(vcpus: u8) -> Self {
+        let vcpus = (0..vcpus).map(|_| Arc::default()).collect();
+        Self { vcpus, ..Self::default() }
+    }
+
+    /// All of them.
+    pub(crate) fn sources(&self) -> impl Iterator<Item = Source> {
+        let vcpus = self.vcpus.iter().enumerate().map(|(index, set)| Source {
+            one: Some(One::Vcpu(index)),
+            ..Source::only(set.clone())
+        });
+        [Source::only(self.interrupts.clone()), Source::only(self.i8042.clone())]
+            .into_iter()
+            .chain(vcpus)
+    }
+}
+
+/// Who counts.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    /// Its key in Firecracker's line.
+    pub(crate) key: &'static str,
+    /// Which of several.
+    pub(crate) one: Option<One>,
+    pub(crate) set: Arc<dyn CounterSet>,
+}
+
+/// One of several.
+#[derive(Clone, Debug)]
+pub(crate) enum One {
+    /// A device, which Firecracker's line shows also on its own.
+    Device { model: &'static str, id: String },
+    /// A vCPU.
+    Vcpu(usize),
+}
+
+impl Source {
+    /// A source that is the only one of its kind.
+    pub(crate) fn only(set: Arc<dyn CounterSet>) -> Self {
+        Self { key: set.group().name, one: None, set }
+    }
+
+    fn read(&self) -> impl Iterator<Item = (&'static Declared, Value)> + use<> {
+        self.set.group().declared.iter().zip(self.set.values())
+    }
+}
+
+/// Writes what is counted, for those who asked.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    /// The VM's id.
+    id: String,
+    started: Instant,
+    counters: Arc<Counters>,
+    flushes: Arc<output::Counters>,
+    file: Option<File>,
+}
+
+/// Where lines go, and what they begin with.
+#[derive(Debug)]
+pub(crate) struct File {
+    output: Output,
+    header: line::Header,
+    previous: Previous,
+    /// When the next line is to be written unasked, once the guest runs.
+    due: Option<Instant>,
+}
+
+impl Metrics {
+    pub(crate) fn new(id: String, started: Instant, counters: Arc<Counters>) -> Self {
+        Self { id, started, counters, flushes: Arc::default(), file: None }
+    }
+
+    /// Opens the file that lines are to go to, if there is to be one; [`Self::adopt`] makes it that.
+    pub(crate) fn open(&self, config: Option<&MetricsConfig>) -> Result<Option<File>, Refusal> {
+        let Some(config) = config else { return Ok(None) };
+        let output = Output::open(&config.metrics_path).map_err(Refusal::Metrics)?;
+        let header = line::Header {
+            id: config.emit_id.then(|| self.id.clone()),
+            properties: config.properties.clone(),
+        };
+        Ok(Some(File { output, header, previous: Previous::default(), due: None }))
+    }
+
+    /// From now on lines go to `file`, if there is one.
+    pub(crate) fn adopt(&mut self, file: Option<File>) {
+        self.file = file.or(self.file.take());
+    }
+
+    /// Whether there is a file already: it is the only one.
+    pub(crate) fn is_open(&self) -> bool {
+        self.file.is_some()
+    }
+
+    /// From now on there is a line now and then.
+    pub(crate) fn start(&mut self, machine: &[Source]) {
+        if let Some(file) = &mut self.file {
+            file.due = Some(Instant::now());
+        }
+        self.tick(machine);
+    }
+
+    /// When [`Self::tick`] has something to do.
+    pub(crate) fn due(&self) -> Option<Instant> {
+        self.file.as_ref()?.due
+    }
+
+    /// Writes a line if it is time to.
+    pub(crate) fn tick(&mut self, machine: &[Source]) {
+        let now = Instant::now();
+        match &mut self.file {
+            Some(File { due: Some(due), .. }) if *due <= now => *due = now + PERIOD,
+            _ => return,
+        }
+        // Counted, and told with the next that somebody asks for.
+        if let Err(e) = self.write(machine) {
+            log::debug!("metrics: {e}");
+        }
+    }
+
+    /// Writes a line because somebody asked; nothing if nobody said where to.
+    pub(crate) fn flush(&mut self, machine: &[Source]) -> Result<(), Refusal> {
+        self.write(machine).map_err(|e| {
+            self.flushes.metrics_fails().inc();
+            Refusal::MetricsLost(e)
+        })
+    }
+
+    /// Writes the last line.
+    pub(crate) fn finish(&mut self, machine: &[Source]) {
+        if self.file.is_some()
+            && let Err(e) = self.write(machine)
+        {
+            log::warn!("the last metrics are lost: {e}");
+        }
+    }
+
+    fn write(&mut self, machine: &[Source]) -> Result<(), String> {
+        let sources = self.sources(machine);
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let (line, previous) =
+            line::write(&file.header, &sources, self.counters.requests.get(), &file.previous);
+        file.output.write(line.as_bytes()).inspect_err(|_| {
+            self.flushes.missed_metrics_count().inc();
+        })?;
+        // What a line that was lost would have told is told by the next.
+        file.previous = previous;
+        Ok(())
+    }
+
+    /// Everything as Prometheus reads it.
+    pub(crate) fn text(&self, machine: &[Source]) -> String {
+        let process = prometheus::Process { id: &self.id, uptime: self.started.elapsed() };
+        prometheus::write(&process, &self.sources(machine), self.counters.requests.get())
+    }
+
+    fn sources(&self, machine: &[Source]) -> Vec<Source> {
+        let counters = &self.counters;
+        let own: [Arc<dyn CounterSet>; 5] = [
+            counters.api_server.clone(),
+            counters.deprecated.clone(),
+            counters.latencies.clone(),
+            crate::logger::counters().clone(),
+            self.flushes.clone(),
+        ];
+        own.into_iter().map(Source::only).chain(machine.iter().cloned()).collect()
+    }
+}
+
+/// Microseconds since `start`.
+pub(crate) fn micros_since(start: Instant) -> u64 {
+    u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
