@@ -25,7 +25,10 @@ mod vcpu;
 mod vm;
 mod vmm;
 
-pub use arch::{CpuConfig, CpuTemplate};
+pub use arch::{
+    Bitmap, Capability, CpuConfig, CpuTemplate, CpuidModifier, MsrModifier, Number, Register,
+    RegisterModifier,
+};
 pub use config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
     MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,

@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError};
+use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError, Topology};
 use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
 use devices::io::IoThread;
@@ -118,6 +118,19 @@ impl Parts {
 /// An eventfd as this crate uses them.
 pub(crate) fn eventfd() -> Result<EventFd, Refusal> {
     EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Refusal::host("cannot make an eventfd"))
+}
+
+/// Refuses a CPU that cannot be had on this host. It is tried on a VM that is gone again afterwards.
+pub(crate) fn check_cpu(choice: CpuChoice<'_>) -> Result<(), Refusal> {
+    if matches!(choice, CpuChoice::Host) {
+        return Ok(());
+    }
+    let kvm = open_kvm()?;
+    let cpu = HostCpu::new(&kvm, choice).map_err(|e| setup(e, choice))?;
+    let vm = kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
+    vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
+    let vcpu = vm.create_vcpu(0).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
+    cpu.configure(&vcpu, 0, Topology::new(1, false), None).map_err(|e| setup(e, choice))
 }
 
 /// Makes a refusal of a vCPU that cannot be set up as was chosen.

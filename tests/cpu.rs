@@ -88,6 +88,7 @@ fn configuration_files_hold_it_or_name_its_file() {
         let config = scratch.file("vm.json", config.to_string());
         check_changes(&Husk::new(["run", "--config-file"]).arg(config).wait().ok());
     }
+    check_changes(&Husk::guest("info", "").option("--cpu-config", &file).wait().ok());
     let bad = scratch.file("bad.json", r#"{"cpuid_modifiers": [], "x": 1}"#);
     let config = scratch.file("vm.json", json!({"cpu-config": bad}).to_string());
     let line = Husk::new(["run", "--config-file"]).arg(config).wait().refused(3);
@@ -159,6 +160,24 @@ fn what_kvm_does_not_have_is_refused_at_the_start() {
     api.put("/cpu-config", json!({})).done();
     api.act("InstanceStart").done();
     vm.wait().ok();
+}
+
+#[test]
+fn check_judges_it_as_a_start_does() {
+    let scratch = Scratch::new();
+    let file = scratch.file("cpu.json", changes().to_string());
+    Husk::check(guest("info")).option("--cpu-config", file).wait().code(0);
+    let msr = json!({"msr_modifiers": [{"addr": "0xdead0000", "bitmap": "0b1"}]});
+    let file = scratch.file("cpu.json", msr.to_string());
+    let line = Husk::check(guest("info")).option("--cpu-config", file).wait().refused(3);
+    assert!(line.contains("cpu-config: msr_modifiers: Template changes an MSR entry"), "{line}");
+    let config = json!({
+        "boot-source": boot_source(),
+        "machine-config": {"vcpu_count": 1, "mem_size_mib": 64, "cpu_template": host().1},
+    });
+    let config = scratch.file("vm.json", config.to_string());
+    let line = Husk::new(["check", "--config-file"]).arg(config).wait().refused(3);
+    assert!(line.contains("machine-config: cpu_template: "), "{line}");
 }
 
 #[test]

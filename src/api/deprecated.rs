@@ -27,9 +27,14 @@ impl Deprecated {
     /// Nothing is.
     pub(crate) const NOTHING: Self = Self { fields: &[], value: None };
 
+    /// Whether there is nothing to look for.
+    pub(super) fn is_nothing(&self) -> bool {
+        self.fields.is_empty() && self.value.is_none()
+    }
+
     /// What to tell about `body`, in Firecracker's words; nothing if it has none of this.
     pub(super) fn find(&self, body: &[u8]) -> Option<String> {
-        if self.fields.is_empty() && self.value.is_none() {
+        if self.is_nothing() {
             return None;
         }
         let sent: Map<String, Value> = serde_json::from_slice(body).ok()?;

@@ -71,6 +71,14 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
         Content::Lines(shape) => ("200", content("application/x-ndjson", schema(shape, generator))),
     };
     operation["responses"][status] = response;
+    if !route.deprecated.is_nothing() {
+        operation["responses"][status]["headers"] = json!({
+            "Deprecation": {
+                "description": "There if the request used something deprecated",
+                "schema": { "const": "true" },
+            },
+        });
+    }
     if let Some(shape) = route.body {
         operation["requestBody"] = json!({
             "required": true,
@@ -196,6 +204,9 @@ mod tests {
         let fields = &document["components"]["schemas"]["InstanceInfo"]["properties"];
         assert_eq!(fields["vmm_version"]["deprecated"], true);
         assert_eq!(fields["app_name"]["deprecated"], Value::Null);
+        let reply = |path: &str| &document["paths"][path]["put"]["responses"]["204"];
+        assert!(reply("/vsock")["headers"]["Deprecation"].is_object());
+        assert_eq!(reply("/actions")["headers"], Value::Null);
     }
 
     #[test]

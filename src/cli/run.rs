@@ -59,6 +59,9 @@ struct GuestArgs {
     /// Two vCPUs share a core
     #[arg(long)]
     smt: bool,
+    /// How the guest's CPU differs from the host's: a file with masks for CPUID and MSRs (docs/cpu.md)
+    #[arg(long, value_name = "FILE")]
+    cpu_config: Option<PathBuf>,
     /// Pages for guest RAM: none, transparent or 2M
     #[arg(long, value_name = "PAGES", default_value = "none", value_parser = huge_pages)]
     huge_pages: HugePages,
@@ -75,7 +78,7 @@ struct GuestArgs {
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "smt",
-        "huge_pages", "pit",
+        "cpu_config", "huge_pages", "pit",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -250,6 +253,9 @@ impl GuestArgs {
         config.machine.smt = self.smt;
         config.machine.huge_pages = self.huge_pages;
         config.machine.pit = self.pit;
+        if let Some(path) = &self.cpu_config {
+            config.read_cpu_config(path)?;
+        }
         let has_root = self.cmdline.split_whitespace().any(|word| word.starts_with("root="))
             || self.disk.iter().any(|disk| disk.is_root)
             || self.pmem.iter().any(|pmem| pmem.is_root);

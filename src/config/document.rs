@@ -30,6 +30,11 @@ impl VmConfig {
         })
     }
 
+    /// Reads a CPU configuration from a file of its own.
+    pub(crate) fn read_cpu_config(&mut self, path: &Path) -> Result<(), Refusal> {
+        read("CPU configuration", path, |text| self.put(CPU_CONFIG, None, text))
+    }
+
     /// Replaces the whole configuration, but not its [`Self::defaults`], by what a configuration
     /// file or `PUT /vm` holds. All or nothing.
     pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
@@ -62,7 +67,7 @@ impl VmConfig {
         let place = |place: &str, part: &RawValue, why| within(json, place, part, why);
         if name == CPU_CONFIG && text.starts_with('"') {
             let path: PathBuf = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
-            return read("cpu-config", &path, |text| self.put(name, None, text));
+            return self.read_cpu_config(&path);
         }
         if !is_many(name) {
             return self.put(name, None, text.as_bytes()).map_err(|e| place(name, value, e));

@@ -206,6 +206,7 @@ impl VmConfig {
         self.check_boot(&kernel, initrd.as_ref())?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))?;
         self.serial_to().check()?;
+        parts::check_cpu(self.cpu())?;
         self.logger.as_ref().map_or(Ok(()), LoggerConfig::check)?;
         self.metrics.as_ref().map_or(Ok(()), MetricsConfig::check)
     }

@@ -2,6 +2,7 @@
 //! what KVM must be able to do. The JSON is that of Firecracker's custom CPU templates.
 use std::fmt::{self, Display};
 use std::num::ParseIntError;
+use std::str::FromStr;
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
@@ -205,8 +206,10 @@ impl Bitmap<64> {
     }
 }
 
-impl<const BITS: u32> Bitmap<BITS> {
-    fn parse(text: &str) -> Result<Self, String> {
+impl<const BITS: u32> FromStr for Bitmap<BITS> {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
         let refuse =
             |why: &dyn Display| format!("Failed to parse string [{text}] as a bitmap - {why}");
         let digits = text.strip_prefix("0b").unwrap_or(text);
@@ -243,8 +246,10 @@ impl<const BITS: u32> Display for Bitmap<BITS> {
     }
 }
 
-impl Number {
-    fn parse(text: &str) -> Result<Self, String> {
+impl FromStr for Number {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
         let (digits, base) = match (text.strip_prefix("0x"), text.strip_prefix("0b")) {
             (Some(digits), _) => (digits, 16),
             (_, Some(digits)) => (digits, 2),
@@ -267,8 +272,10 @@ impl Display for Number {
     }
 }
 
-impl Capability {
-    fn parse(text: &str) -> Result<Self, String> {
+impl FromStr for Capability {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
         let (digits, make): (_, fn(u32) -> Self) = match text.strip_prefix('!') {
             Some(digits) => (digits, Self::Waived),
             None => (text, Self::Needed),
@@ -296,12 +303,12 @@ fn unsigned(digits: &str, base: u32) -> Result<u32, ParseIntError> {
     u32::from_str_radix(digits, base)
 }
 
-/// JSON strings that are read by a type's `parse` and written by its `Display`.
+/// JSON strings that are read by a type's `FromStr` and written by its `Display`.
 macro_rules! text {
     ([$($generics:tt)*] $type:ty, $name:literal, $pattern:literal) => {
         impl<'de, $($generics)*> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                Self::parse(&String::deserialize(deserializer)?).map_err(D::Error::custom)
+                String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
             }
         }
 
@@ -336,7 +343,7 @@ mod tests {
     use super::*;
 
     fn bitmap(text: &str) -> Bitmap<32> {
-        Bitmap::parse(text).unwrap()
+        text.parse().unwrap()
     }
 
     fn refusal<T: serde::de::DeserializeOwned + fmt::Debug>(json: &str) -> String {
@@ -349,7 +356,7 @@ mod tests {
         assert_eq!(bitmap("1x_0x").apply_to(0xffff_fff6), 0xffff_fffc);
         assert_eq!(bitmap("").apply_to(7), 7);
         assert_eq!(bitmap("0b1xxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxxx_xxx0").apply_to(3), 0x8000_0002);
-        let wide = Bitmap::<64>::parse(&format!("0b1{}0", "x".repeat(62))).unwrap();
+        let wide: Bitmap<64> = format!("0b1{}0", "x".repeat(62)).parse().unwrap();
         assert_eq!(wide.apply_to(1), 1 << 63);
     }
 
@@ -359,9 +366,9 @@ mod tests {
             assert_eq!(bitmap(text).to_string(), text);
         }
         assert_eq!(bitmap("_1_").to_string(), "0bxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx1");
-        assert_eq!(Number::parse("0b101").unwrap().to_string(), "0x5");
+        assert_eq!("0b101".parse::<Number>().unwrap().to_string(), "0x5");
         for text in ["171", "!172"] {
-            assert_eq!(Capability::parse(text).unwrap().to_string(), text);
+            assert_eq!(text.parse::<Capability>().unwrap().to_string(), text);
         }
     }
 
