@@ -20,6 +20,7 @@ pub mod limiter;
 pub mod memory;
 pub mod metrics;
 pub mod sys;
+mod timer;
 pub mod virtio;
 
 pub use memory::GuestRam;

@@ -11,7 +11,6 @@
 //! clock.
 mod bucket;
 mod pool;
-mod timer;
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -24,9 +23,9 @@ use serde::{Deserialize, Serialize};
 pub use self::bucket::Bucket;
 pub use self::pool::Pool;
 use self::pool::Waiter;
-use self::timer::Timer;
-pub use self::timer::now_ns;
 use crate::io::Source;
+use crate::timer::Timer;
+pub use crate::timer::now_ns;
 use crate::virtio::model::DeviceError;
 
 /// Limits on bytes and on operations; either may be absent.

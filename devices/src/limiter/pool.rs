@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::bucket::Bucket;
-use super::timer::{Timer, now_ns};
 use super::{RateLimiter, TokenBucket};
+use crate::timer::{Timer, now_ns};
 
 /// Buckets for bytes and operations.
 #[derive(Debug, Default)]

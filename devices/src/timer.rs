@@ -10,34 +10,42 @@ const NS_PER_S: u64 = 1_000_000_000;
 
 /// Becomes readable at a time.
 #[derive(Debug)]
-pub(super) struct Timer(OwnedFd);
+pub(crate) struct Timer(OwnedFd);
 
 impl Timer {
-    pub(super) fn new() -> std::io::Result<Self> {
+    pub(crate) fn new() -> std::io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         Ok(Self(timerfd_create(TimerfdClockId::Monotonic, flags)?))
     }
 
     /// Will be readable at `at_ns` of the monotonic clock, and no earlier.
-    pub(super) fn set(&self, at_ns: u64) {
-        let zero = Timespec::default();
+    pub(crate) fn set(&self, at_ns: u64) {
         // 0 would disarm it.
-        let at_ns = at_ns.max(1);
+        self.settime(at_ns.max(1));
+    }
+
+    /// Will not be readable.
+    pub(crate) fn disarm(&self) {
+        self.settime(0);
+    }
+
+    fn settime(&self, at_ns: u64) {
+        let zero = Timespec::default();
         let part = |n: u64| i64::try_from(n).unwrap_or(i64::MAX);
         let it_value = Timespec { tv_sec: part(at_ns / NS_PER_S), tv_nsec: part(at_ns % NS_PER_S) };
         let time = Itimerspec { it_interval: zero, it_value };
         if let Err(e) = timerfd_settime(&self.0, TimerfdTimerFlags::ABSTIME, &time) {
-            log::error!("rate limit: cannot set a timer: {e}");
+            log::error!("cannot set a timer: {e}");
         }
     }
 
     /// Will be readable at once.
-    pub(super) fn fire(&self) {
+    pub(crate) fn fire(&self) {
         self.set(1);
     }
 
     /// Makes it quiet; whether it was readable.
-    pub(super) fn has_fired(&self) -> bool {
+    pub(crate) fn has_fired(&self) -> bool {
         rustix::io::read(&self.0, &mut [0; 8]).is_ok()
     }
 }
