@@ -19,6 +19,7 @@ pub mod legacy;
 pub mod limiter;
 pub mod memory;
 pub mod metrics;
+pub mod mmds;
 pub mod sys;
 mod timer;
 pub mod virtio;

@@ -17,6 +17,7 @@ use crate::io::Worker;
 use crate::limiter::{Groups, Limits, RateLimiter};
 use crate::memory::OwnMemory;
 use crate::metrics::{CounterSet, Group};
+use crate::mmds::Service;
 use crate::sys::map::Pages;
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
@@ -153,6 +154,8 @@ pub struct Env {
     pub pages: Pages,
     /// Limits that devices share, by the id of their group.
     pub rate_limit_groups: Groups,
+    /// The metadata service, if there is one.
+    pub mmds: Option<Arc<Service>>,
 }
 
 impl Env {

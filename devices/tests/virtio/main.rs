@@ -2,6 +2,8 @@
 mod block;
 mod conformance;
 mod driver;
+mod guest_tcp;
+mod mmds;
 mod net;
 mod pmem;
 mod rng;

@@ -1,5 +1,7 @@
 //! virtio-net (virtio 1.2, 5.1): one receive and one transmit queue over a [`Tap`]. This file is
-//! what the driver and the user see; `worker` moves the frames.
+//! what the driver and the user see; `worker` moves the frames; `detour` leads some of them to the
+//! metadata service.
+mod detour;
 mod worker;
 
 use std::borrow::Cow;
@@ -10,6 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::detour::Junction;
 use self::worker::{Limiters, NetWorker};
 use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id};
 use super::queue::{VirtQueue, split};
@@ -128,6 +131,8 @@ pub struct Net {
     features: u64,
     space: [u8; 12],
     counters: Arc<Counters>,
+    /// To the metadata service, if the interface leads there.
+    junction: Option<Junction>,
 }
 
 counters! {
@@ -203,6 +208,8 @@ impl Net {
         }
         features |= if mac.is_some() { feature::MAC } else { 0 };
         features |= if mtu.is_some() { feature::MTU } else { 0 };
+        let service = env.mmds.as_ref().filter(|service| service.is_on(&config.iface_id));
+        let junction = service.map(|service| Junction::new(service.clone(), mtu));
         Ok(Self {
             id: config.iface_id.clone(),
             tap: Arc::new(tap),
@@ -211,6 +218,7 @@ impl Net {
             features,
             space: config_space(mac.unwrap_or_default(), mtu.unwrap_or_default()),
             counters: Arc::default(),
+            junction,
         })
     }
 }
@@ -295,7 +303,7 @@ impl VirtioDevice for Net {
         &mut self,
         queues: Vec<VirtQueue>,
         features: u64,
-        _saved: Option<&Value>,
+        saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         let [rx, tx] = split(queues)?;
         let set = offloads_for(features);
@@ -304,9 +312,11 @@ impl VirtioDevice for Net {
             // Deleted meanwhile: the guest's interface is quiet then, but the guest lives.
             log::warn!("{} {}: cannot set offloads: {e}", Self::NAME, self.id);
         }
+        let detour = self.junction.as_ref().map(|junction| junction.open(saved.is_some()));
+        let detour = detour.transpose().map_err(DeviceError::host("metadata service"))?;
         let (tap, counters) = (self.tap.clone(), self.counters.clone());
         let limiters = Limiters { rx: self.rx_limits.limiter()?, tx: self.tx_limits.limiter()? };
-        Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, limiters, counters)))
+        Ok(Box::new(NetWorker::new(rx, tx, tap, is_mergeable, limiters, counters, detour)))
     }
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {

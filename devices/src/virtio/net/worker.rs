@@ -13,6 +13,7 @@ use serde_json::Value;
 use vm_memory::{Le16, VolatileSlice};
 
 use super::Counters;
+use super::detour::Detour;
 use crate::backend::tap::{self, HEADER_BYTES, Tap};
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::Limiter;
@@ -47,6 +48,8 @@ pub(super) struct NetWorker {
     tx_limiter: Limiter,
     tap: Arc<Tap>,
     counters: Arc<Counters>,
+    /// To the metadata service, if the interface leads there.
+    detour: Option<Detour>,
     /// The tap was deleted, or the peer of the socket is gone.
     is_gone: bool,
 }
@@ -59,6 +62,7 @@ impl NetWorker {
         is_mergeable: bool,
         limiters: Limiters,
         counters: Arc<Counters>,
+        detour: Option<Detour>,
     ) -> Self {
         let receiver = Receiver {
             queue: rx,
@@ -69,12 +73,19 @@ impl NetWorker {
             limiter: limiters.rx,
             counters: counters.clone(),
         };
-        Self { receiver, tx, tx_limiter: limiters.tx, tap, counters, is_gone: false }
+        Self { receiver, tx, tx_limiter: limiters.tx, tap, counters, detour, is_gone: false }
     }
 
     fn transmit(&mut self) {
-        let Self { tx, tx_limiter, tap, counters, is_gone, .. } = self;
+        let Self { tx, tx_limiter, tap, counters, detour, is_gone, .. } = self;
+        let mut was_detoured = false;
         tx.serve(|chain| {
+            let is_frame = is_frame(&chain);
+            // Costs nothing, as in Firecracker; what comes back does.
+            if detour.as_mut().is_some_and(|detour| is_frame && detour.takes(&chain)) {
+                was_detoured = true;
+                return Served::Used(0);
+            }
             if !tx_limiter.take(chain.readable().len().saturating_sub(HEADER_BYTES.into())) {
                 counters.tx_rate_limiter_throttled().inc();
                 return Served::Later;
@@ -83,17 +94,42 @@ impl NetWorker {
             Served::Used(0)
         });
         tx_limiter.settle();
+        if was_detoured {
+            self.receive();
+            self.set_timer();
+        }
     }
 
-    /// Goes on after a rate limit: one of the timers has fired.
+    /// Receives from the service, and from the tap while it is there.
+    fn receive(&mut self) {
+        let had_packet = self.detour.as_ref().is_some_and(Detour::has_packet);
+        let tap = (!self.is_gone).then_some(&*self.tap);
+        self.is_gone |= self.receiver.receive(tap, self.detour.as_mut());
+        if had_packet {
+            self.set_timer();
+        }
+    }
+
+    /// After everything by which something of the service may have come due.
+    fn set_timer(&mut self) {
+        if let Some(detour) = &mut self.detour {
+            detour.set_timer();
+        }
+    }
+
+    /// Goes on after a rate limit, or with what is due of the service: one of the timers has fired.
     fn go_on(&mut self) {
         if self.receiver.limiter.has_fired() {
             self.counters.rx_event_rate_limiter_count().inc();
-            self.is_gone |= self.receiver.receive(&self.tap);
+            self.receive();
         }
         if self.tx_limiter.has_fired() {
             self.counters.tx_rate_limiter_event_count().inc();
             self.transmit();
+        }
+        if self.detour.as_mut().is_some_and(Detour::tick) {
+            self.receive();
+            self.set_timer();
         }
     }
 
@@ -109,7 +145,8 @@ impl Worker for NetWorker {
         let rx: Source<'_> = (self.receiver.queue.kick_fd(), EventSet::IN);
         let tx: Source<'_> = (self.tx.kick_fd(), EventSet::IN);
         let tap: Source<'_> = (&*self.tap, EventSet::IN | EventSet::EDGE_TRIGGERED);
-        let timers = [self.receiver.limiter.source(), self.tx_limiter.source()];
+        let detour = self.detour.as_ref().map(Detour::source);
+        let timers = [self.receiver.limiter.source(), self.tx_limiter.source(), detour];
         [rx, tx, tap].into_iter().chain(timers.into_iter().flatten()).collect()
     }
 
@@ -123,11 +160,11 @@ impl Worker for NetWorker {
             RX_KICK => {
                 self.receiver.queue.consume_kick();
                 self.counters.rx_queue_event_count().inc();
-                self.is_gone = was_gone || self.receiver.receive(&self.tap);
+                self.receive();
             }
             TAP => {
                 self.counters.rx_tap_event_count().inc();
-                self.is_gone = was_gone || self.receiver.receive(&self.tap);
+                self.receive();
             }
             _ => self.go_on(),
         }
@@ -139,15 +176,23 @@ impl Worker for NetWorker {
 
     fn retire(mut self: Box<Self>) -> Retired {
         self.receiver.put_back();
+        if let Some(detour) = self.detour {
+            detour.close();
+        }
         Retired { queues: vec![self.receiver.queue, self.tx], state: Value::Null }
     }
+}
+
+/// Whether a chain is as long as frames are.
+fn is_frame(chain: &Chain<'_>) -> bool {
+    (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&chain.readable().len())
 }
 
 /// Sends one frame, or drops and counts it; true if the tap turns out to be gone.
 fn send(chain: &Chain<'_>, to: &Tap, counters: &Counters, is_gone: bool) -> bool {
     let frame = chain.readable();
     let mut slices = IoSlices::default();
-    let mut is_valid = (MIN_FRAME_BYTES..=MAX_FRAME_BYTES).contains(&frame.len());
+    let mut is_valid = is_frame(chain);
     let walked = frame.for_syscalls(|slice| is_valid = is_valid && slices.push(&slice).is_ok());
     if !is_valid || walked.is_err() {
         counters.tx_malformed_frames().inc();
@@ -213,13 +258,13 @@ enum Received {
 
 impl Receiver {
     /// Receives until there is no frame or no buffer left; true if the tap turns out to be gone.
-    fn receive(&mut self, tap: &Tap) -> bool {
+    fn receive(&mut self, tap: Option<&Tap>, mut detour: Option<&mut Detour>) -> bool {
         let mut is_gone = false;
         let mut turns = FRAMES_PER_TURN;
         self.queue.disable_kicks();
         while turns > 0 {
             turns = turns.saturating_sub(1);
-            match self.receive_one(tap) {
+            match self.receive_one(tap, detour.as_deref_mut()) {
                 Received::Progress => {}
                 Received::Starved => {
                     if !self.queue.enable_kicks() {
@@ -246,7 +291,11 @@ impl Receiver {
         is_gone
     }
 
-    fn receive_one(&mut self, tap: &Tap) -> Received {
+    fn receive_one(&mut self, tap: Option<&Tap>, detour: Option<&mut Detour>) -> Received {
+        let detour = detour.filter(|detour| detour.has_packet());
+        if tap.is_none() && detour.is_none() {
+            return Received::Empty;
+        }
         self.take_chains();
         if self.held.is_empty() || self.queue.is_latched() {
             return Received::Starved;
@@ -262,6 +311,10 @@ impl Receiver {
         if room == 0 || slices.push(&VolatileSlice::from(&mut beyond[..])).is_err() {
             return self.return_bad_chain();
         }
+        if let Some(detour) = detour {
+            return self.receive_detoured(detour, room);
+        }
+        let Some(tap) = tap else { return Received::Empty };
         match tap.read(&mut slices) {
             Ok(0) => Received::Gone,
             Ok(read) => {
@@ -276,6 +329,43 @@ impl Receiver {
                 if tap::is_gone(&e) { Received::Gone } else { Received::Empty }
             }
         }
+    }
+
+    /// Gives the driver a packet of the service. One that does not fit waits if more buffers may
+    /// make room for it: unlike a network, the service is in no hurry.
+    fn receive_detoured(&mut self, detour: &mut Detour, room: u64) -> Received {
+        let Some(packet) = detour.next_packet() else { return Received::Empty };
+        let len = packet.len() as u64;
+        let has_all = self.held.len() >= usize::from(self.queue.state().size);
+        if len > room && self.is_mergeable && room == self.held_bytes && !has_all {
+            detour.put_back(packet);
+            return Received::Starved;
+        }
+        self.limiter.charge(len.saturating_sub(HEADER_BYTES.into()));
+        let is_delivered = self.write(&packet, room) && self.deliver(len, room);
+        detour.note_sent(&packet, is_delivered);
+        Received::Progress
+    }
+
+    /// Writes a packet into the chains held, as far as there is room; false if that is not far enough.
+    fn write(&self, packet: &[u8], room: u64) -> bool {
+        if packet.len() as u64 > room {
+            self.counters.rx_fails().inc();
+            return false;
+        }
+        let mut rest = packet;
+        for held in &self.held {
+            if rest.is_empty() {
+                break;
+            }
+            let here = usize::try_from(held.bytes).unwrap_or(usize::MAX).min(rest.len());
+            let (now, later) = rest.split_at(here);
+            if held.buffers.writable(self.queue.mem()).write(now).is_err() {
+                break;
+            }
+            rest = later;
+        }
+        rest.is_empty()
     }
 
     /// Takes chains from the driver until the largest frame fits, or there are no more.
@@ -325,11 +415,12 @@ impl Receiver {
         Received::Progress
     }
 
-    /// Gives the driver a frame of `read` bytes, header included, that lies in the chains held.
-    fn deliver(&mut self, read: u64, room: u64) {
+    /// Gives the driver a frame of `read` bytes, header included, that lies in the chains held; false
+    /// if it does not fit.
+    fn deliver(&mut self, read: u64, room: u64) -> bool {
         if read > room || read < MIN_FRAME_BYTES || !self.write_num_buffers(read) {
             self.counters.rx_fails().inc();
-            return;
+            return false;
         }
         let mut left = read;
         while left > 0 {
@@ -338,6 +429,7 @@ impl Receiver {
         self.queue.publish();
         self.counters.rx_packets_count().inc();
         self.counters.rx_bytes_count().add(read.saturating_sub(HEADER_BYTES.into()));
+        true
     }
 
     /// Says in the header how many chains the frame fills (virtio 1.2, 5.1.6.4).
