@@ -64,3 +64,87 @@ impl VmConfig {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::error::chain;
+
+    fn put(config: &mut VmConfig, section: &str, id: Option<&str>, body: &Value) -> String {
+        let put = config.put(section, id, body.to_string().as_bytes());
+        put.map_or_else(|e| chain(&e), |()| String::new())
+    }
+
+    #[test]
+    fn a_group_must_be_there_before_its_devices() {
+        let mut config = VmConfig::new("builtin:demo");
+        let device = json!({"rate_limit_group": "slow"});
+        let refusal = put(&mut config, "entropy", None, &device);
+        assert!(refusal.contains("there is no rate limit group \"slow\""), "{refusal}");
+        assert_eq!(config.to_json()["entropy"], Value::Null);
+        let group = json!({"id": "slow", "rate_limiter": {"ops": {"size": 1, "refill_time": 2}}});
+        let refusal = put(&mut config, SECTION, Some("fast"), &group);
+        assert_eq!(refusal, Refusal::IdMismatch.to_string());
+        let refusal = put(&mut config, SECTION, None, &json!({"id": "a b"}));
+        assert!(refusal.contains("\"a b\" is not 1 to 64 letters"), "{refusal}");
+        assert_eq!(config.to_json()[SECTION], json!([]));
+        assert_eq!(put(&mut config, SECTION, Some("slow"), &group), "");
+        assert_eq!(put(&mut config, SECTION, Some("fast"), &json!({"id": "fast"})), "");
+        assert_eq!(put(&mut config, "entropy", None, &device), "");
+        assert_eq!(config.limit_pools().into_keys().collect::<Vec<_>>(), ["fast", "slow"]);
+        // One with the same id takes its place.
+        assert_eq!(put(&mut config, SECTION, Some("slow"), &json!({"id": "slow"})), "");
+        let shown = config.to_json();
+        assert_eq!(shown[SECTION][0], json!({"id": "slow", "rate_limiter": null}));
+        assert_eq!(shown["entropy"]["rate_limit_group"], "slow");
+    }
+
+    #[test]
+    fn the_start_refuses_what_the_library_did_not() {
+        let mut config = VmConfig::new("builtin:demo");
+        let group = Some("slow".to_owned());
+        let device = crate::rng::Config { rate_limit_group: group, ..Default::default() };
+        config.add::<crate::rng::Rng>(device).unwrap();
+        let refusal = chain(&config.check().unwrap_err());
+        assert!(refusal.contains("there is no rate limit group \"slow\""), "{refusal}");
+        let group = RateLimitGroup { id: "slow".into(), rate_limiter: None };
+        config.add_rate_limit_group(group).unwrap();
+        config.check().unwrap();
+    }
+
+    #[test]
+    fn a_document_may_name_them_in_any_order() {
+        let group = json!({"id": "slow", "rate_limiter": null});
+        let text =
+            format!(r#"{{"entropy": {{"rate_limit_group": "slow"}}, "{SECTION}": [{group}]}}"#);
+        let mut config = VmConfig::default();
+        config.put_all(text.as_bytes()).unwrap();
+        let shown = config.to_json();
+        assert_eq!(shown[SECTION], json!([group]));
+        let mut again = VmConfig::default();
+        again.put_all(shown.to_string().as_bytes()).unwrap();
+        assert_eq!(again.to_json(), shown);
+        let refusal = config.put_all(br#"{"entropy": {"rate_limit_group": "slow"}}"#).unwrap_err();
+        assert!(chain(&refusal).contains("no rate limit group \"slow\""));
+    }
+
+    #[test]
+    fn what_changes_is_shown_and_what_does_not_stays() {
+        let mut config = VmConfig::default();
+        let bucket = |size: u64| json!({"size": size, "one_time_burst": null, "refill_time": 9});
+        let limiter = json!({"bandwidth": bucket(1), "ops": bucket(2)});
+        let group = json!({"id": "g", "rate_limiter": limiter});
+        assert_eq!(put(&mut config, SECTION, Some("g"), &group), "");
+        let patch = json!({"id": "g", "rate_limiter": {"ops": bucket(3)}});
+        config.note_group_update(&serde_json::from_value(patch).unwrap());
+        let expected = json!({"bandwidth": bucket(1), "ops": bucket(3)});
+        assert_eq!(config.to_json()[SECTION][0]["rate_limiter"], expected);
+        let entropy = json!({"rate_limiter": limiter});
+        assert_eq!(put(&mut config, "entropy", None, &entropy), "");
+        let patch = json!({"rate_limiter": {"bandwidth": null, "ops": bucket(3)}});
+        config.note_update("entropy", "entropy", &patch);
+        assert_eq!(config.to_json()["entropy"]["rate_limiter"], expected);
+    }
+}

@@ -3,6 +3,7 @@ mod block;
 mod conformance;
 mod driver;
 mod guest_tcp;
+mod limits;
 mod mmds;
 mod net;
 mod pmem;
