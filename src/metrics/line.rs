@@ -42,17 +42,8 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
             "free_page_hint_fails",
         ],
     ),
-    (
-        "block",
-        &[
-            "no_avail_buffer",
-            "rate_limiter_event_count",
-            "rate_limiter_throttled_events",
-            "io_engine_throttled_events",
-            "remaining_reqs_count",
-        ],
-    ),
-    ("entropy", &["entropy_rate_limiter_throttled", "host_rng_fails", "rate_limiter_event_count"]),
+    ("block", &["no_avail_buffer", "io_engine_throttled_events", "remaining_reqs_count"]),
+    ("entropy", &["host_rng_fails"]),
     (
         "get_api_requests",
         &[
@@ -120,11 +111,7 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
         &[
             "mac_address_updates",
             "no_tx_avail_buffer",
-            "rx_event_rate_limiter_count",
-            "rx_rate_limiter_throttled",
             "tx_partial_reads",
-            "tx_rate_limiter_event_count",
-            "tx_rate_limiter_throttled",
             "tx_remaining_reqs_count",
             "tx_spoofed_mac_count",
         ],
@@ -188,7 +175,6 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
     ),
     ("seccomp", &["num_faults"]),
     ("signals", &["sigbus", "sigsegv", "sigxfsz", "sigxcpu", "sigpipe", "sighup", "sigill"]),
-    ("uart", &["rate_limiter_dropped_bytes"]),
     ("vmm", &["panic_count"]),
     (
         "vsock",

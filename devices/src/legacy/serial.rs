@@ -80,6 +80,8 @@ counters! {
         missed_read_count: Counter,
         /// Bytes of the guest that the host did not take.
         missed_write_count: Counter,
+        /// Bytes of the guest that were lost to a rate limit.
+        rate_limiter_dropped_bytes: Counter,
         /// Times output was handed to the host.
         flush_count: Counter,
         /// Accesses that the port refused.
@@ -107,8 +109,8 @@ impl SerialEvents for Tally {
 pub struct Serial {
     uart: vm_superio::Serial<Edge, Tally, Console>,
     counters: Arc<Counters>,
-    /// Of the bytes that the console has dropped, those counted.
-    dropped: u64,
+    /// What the console had told when it was counted last.
+    counted: console::Counters,
     /// Input waits at the host because the guest has no room for it.
     is_stalled: bool,
     /// Tells the worker that there is room again.
@@ -189,7 +191,13 @@ impl Serial {
         let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(SerialError::EventFd)?;
         let room = Arc::new(room);
         // Input that cannot be waited for, a file, is read when there is room: now.
-        let serial = Self { uart, counters, dropped: 0, is_stalled: false, room: room.clone() };
+        let serial = Self {
+            uart,
+            counters,
+            counted: console::Counters::default(),
+            is_stalled: false,
+            room: room.clone(),
+        };
         serial.tell_room();
         let serial = Arc::new(Mutex::new(serial));
         let input = SerialInput { serial: serial.clone(), host, room };
@@ -216,9 +224,11 @@ impl Serial {
     }
 
     fn count_dropped(&mut self) {
-        let dropped = self.output().dropped;
-        self.counters.missed_write_count().add(dropped.saturating_sub(self.dropped));
-        self.dropped = dropped;
+        let (now, before) = (self.output(), self.counted);
+        self.counters.missed_write_count().add(now.dropped.saturating_sub(before.dropped));
+        let limited = now.limited.saturating_sub(before.limited);
+        self.counters.rate_limiter_dropped_bytes().add(limited);
+        self.counted = now;
     }
 
     /// Lets the worker go on if it waits and the guest now has room.
