@@ -5,6 +5,7 @@
 mod ctl;
 mod firecracker;
 mod launch;
+mod limits;
 mod run;
 
 use std::ffi::OsString;

@@ -6,6 +6,7 @@ use std::time::Instant;
 use clap::Args;
 
 use super::launch::{Launch, Style, Timing};
+use super::limits::{GroupArg, LimitArgs};
 use super::{fail, launch};
 use crate::config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, SerialTo,
@@ -39,17 +40,21 @@ struct GuestArgs {
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
-    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user]; with vhost-user, PATH is the
-    /// socket of a process that serves it; the first is the root disk unless
-    /// another says so or the command line has root=
+    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user][,bw=N][,ops=N][,group=ID];
+    /// with vhost-user, PATH is the socket of a process that serves it; the first is the root disk unless
+    /// another says so or the command line has root=; bw (bytes, like 10M) and ops are its limits a second
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID]
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<PmemArg>,
-    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID]; the tap must exist
+    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N]
+    /// [,tx-ops=N][,tx-group=ID]; the tap must exist; rx is to the guest, tx from it
     #[arg(long, value_name = "NET")]
     net: Vec<NetArg>,
+    /// Limits that disks and interfaces share: id=ID[,bw=N][,ops=N]
+    #[arg(long, value_name = "GROUP")]
+    rate_limit_group: Vec<GroupArg>,
     /// Give the guest a source of entropy (virtio-rng)
     #[arg(long)]
     rng: bool,
@@ -78,7 +83,7 @@ struct GuestArgs {
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "smt",
-        "cpu_config", "huge_pages", "pit",
+        "cpu_config", "huge_pages", "pit", "rate_limit_group",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -264,6 +269,9 @@ impl GuestArgs {
             initrd_path: self.initrd,
             boot_args: Some(self.cmdline),
         });
+        for GroupArg(group) in self.rate_limit_group {
+            config.add_rate_limit_group(group)?;
+        }
         for (i, disk) in self.disk.into_iter().enumerate() {
             let is_root = disk.is_root || (i == 0 && !has_root && !is_demo);
             config.add::<block::Block>(disk.config(i, is_root))?;
@@ -290,7 +298,7 @@ fn huge_pages(s: &str) -> Result<HugePages, String> {
     }
 }
 
-/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user]`
+/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user][,bw=N][,ops=N][,group=ID]`
 #[derive(Clone, Debug)]
 struct DiskArg {
     path: PathBuf,
@@ -299,6 +307,7 @@ struct DiskArg {
     is_unsafe: bool,
     is_vhost_user: bool,
     id: Option<String>,
+    limits: LimitArgs,
 }
 
 impl FromStr for DiskArg {
@@ -314,6 +323,7 @@ impl FromStr for DiskArg {
             is_unsafe: false,
             is_vhost_user: false,
             id: None,
+            limits: LimitArgs::default(),
         };
         for word in words {
             match word.split_once('=') {
@@ -324,9 +334,11 @@ impl FromStr for DiskArg {
                 Some(("id", id)) => disk.id = Some(id.into()),
                 Some(("cache", "writeback")) => disk.is_unsafe = false,
                 Some(("cache", "unsafe")) => disk.is_unsafe = true,
+                Some((key, value)) if disk.limits.take(key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe, vhost-user"
+                        "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe, \
+                         vhost-user, bw=N, ops=N, group=ID"
                     ));
                 }
             }
@@ -347,6 +359,8 @@ impl DiskArg {
             is_root_device,
             is_read_only,
             cache_type,
+            rate_limiter: self.limits.limiter(),
+            rate_limit_group: self.limits.group,
             ..block::Config::new(id, self.path)
         };
         if self.is_vhost_user {
@@ -396,20 +410,24 @@ impl PmemArg {
     }
 }
 
-/// `tap=NAME[,mac=MAC][,mtu=N][,id=ID]`
+/// `tap=NAME[,mac=MAC][,mtu=N][,id=ID]`, and limits with `rx-` or `tx-` before them
 #[derive(Clone, Debug)]
 struct NetArg {
     tap: String,
     mac: Option<String>,
     mtu: Option<u16>,
     id: Option<String>,
+    rx: LimitArgs,
+    tx: LimitArgs,
 }
 
 impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let mut net = Self { tap: String::new(), mac: None, mtu: None, id: None };
+        let limits = LimitArgs::default;
+        let mut net =
+            Self { tap: String::new(), mac: None, mtu: None, id: None, rx: limits(), tx: limits() };
         for word in s.split(',') {
             match word.split_once('=') {
                 Some(("tap", tap)) => net.tap = tap.into(),
@@ -418,7 +436,13 @@ impl FromStr for NetArg {
                     net.mtu = Some(mtu.parse().map_err(|e| format!("mtu '{mtu}': {e}"))?);
                 }
                 Some(("id", id)) => net.id = Some(id.into()),
-                _ => return Err(format!("'{word}' is not one of tap=, mac=, mtu=, id=")),
+                Some((key, value)) if net.take_limit(key, value)? => {}
+                _ => {
+                    return Err(format!(
+                        "'{word}' is not one of tap=, mac=, mtu=, id=, rx-bw=, rx-ops=, rx-group=, \
+                         tx-bw=, tx-ops=, tx-group="
+                    ));
+                }
             }
         }
         if net.tap.is_empty() {
@@ -429,8 +453,24 @@ impl FromStr for NetArg {
 }
 
 impl NetArg {
+    fn take_limit(&mut self, key: &str, value: &str) -> Result<bool, String> {
+        match key.split_once('-') {
+            Some(("rx", key)) => self.rx.take(key, value),
+            Some(("tx", key)) => self.tx.take(key, value),
+            _ => Ok(false),
+        }
+    }
+
     fn config(self, index: usize) -> net::Config {
         let id = self.id.unwrap_or_else(|| format!("eth{index}"));
-        net::Config { guest_mac: self.mac, mtu: self.mtu, ..net::Config::new(id, self.tap) }
+        net::Config {
+            guest_mac: self.mac,
+            mtu: self.mtu,
+            rx_rate_limiter: self.rx.limiter(),
+            tx_rate_limiter: self.tx.limiter(),
+            rx_rate_limit_group: self.rx.group,
+            tx_rate_limit_group: self.tx.group,
+            ..net::Config::new(id, self.tap)
+        }
     }
 }
