@@ -1,6 +1,5 @@
 //! husk does what its OpenAPI document says, whatever it is sent: schemathesis makes requests of the
 //! document, good and bad ones, and judges the replies by it.
-use std::fs;
 use std::io;
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
@@ -59,7 +58,7 @@ fn harmless(husk: Husk, scratch: &Scratch, network: &Network) -> Husk {
 /// Runs schemathesis against the API of `vm`. It leaves out what `unwanted` names, for it would change the
 /// VM's state for good.
 fn check(vm: &TestVm, scratch: &Scratch, network: &Network, unwanted: &str) {
-    let before = resident_kib(vm);
+    let before = resident_kib(vm.pid()).unwrap();
     let document = vm.api().get("/openapi.json").json();
     let count = operations(&document).filter(|(_, path)| !ENDLESS.contains(path)).count();
     let address = network.within(|| bridge(vm.socket()));
@@ -81,7 +80,7 @@ fn check(vm: &TestVm, scratch: &Scratch, network: &Network, unwanted: &str) {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
     assert!(said.contains(&format!("Tested: {count}\n")), "not all {count} were tested\n{said}");
-    let after = resident_kib(vm);
+    let after = resident_kib(vm.pid()).unwrap();
     assert!(after < before + GROWTH_MAX_KIB, "{before} KiB have become {after}\n{said}");
 }
 
@@ -109,11 +108,4 @@ fn join(client: &TcpStream, socket: &PathBuf) -> io::Result<()> {
         let copied = io::copy(&mut &server, &mut &*client);
         copied.and_then(|_| client.shutdown(Shutdown::Both))
     })
-}
-
-/// What the process has in memory.
-fn resident_kib(vm: &TestVm) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }

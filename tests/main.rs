@@ -9,6 +9,7 @@
 )]
 
 mod api;
+mod attack;
 mod boot;
 mod cli;
 mod clients;

@@ -1,4 +1,5 @@
 //! From an HTTP request to a question for the VMM, and from its reply to an HTTP response.
+use std::cell::OnceCell;
 use std::convert::Infallible;
 use std::fmt;
 use std::pin::Pin;
@@ -36,6 +37,16 @@ pub(super) struct Api {
     pub(super) counters: Arc<metrics::Counters>,
     /// Bytes.
     pub(super) body_limit: usize,
+    /// The OpenAPI document, once somebody has asked for it: milliseconds go into making it.
+    pub(super) document: OnceCell<Bytes>,
+}
+
+impl Api {
+    fn document(&self) -> Bytes {
+        let document =
+            self.document.get_or_init(|| to_json(&openapi::document(&self.routes)).into());
+        document.clone()
+    }
 }
 
 /// A body this much too large is read to its end, so that the client gets to see the refusal rather
@@ -227,7 +238,7 @@ async fn answer(
         }
         Act::Events => follow(api, progress).await?,
         Act::Version => Answer::json(&Version { firecracker_version: FIRECRACKER_VERSION }),
-        Act::Document => Answer::json(&openapi::document(&api.routes)),
+        Act::Document => Answer::Json(api.document()),
     };
     let found = route.deprecated.find(body);
     let deprecated = found.map(|what| format!("{} {}: {what}", route.method.name(), route.path));

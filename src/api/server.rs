@@ -1,5 +1,5 @@
 //! The API thread: accepts connections, makes room for new ones, and goes when the VM has.
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::future::{Future, poll_fn};
 use std::io;
 use std::os::unix::net::UnixListener as StdListener;
@@ -14,6 +14,7 @@ use devices::backend::unix::{Listener, SocketName};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
+use rustix::io::Errno;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Notify, oneshot};
@@ -71,7 +72,7 @@ const STACK_SIZE: usize = 256 << 10;
 const HEAD_LIMIT: usize = 16 << 10;
 /// Readiness reports fetched at a time: tokio's default of 1024 takes 12 KiB.
 const IO_EVENTS: usize = 64;
-/// Before accepting again when the process is out of descriptors.
+/// Before accepting again when the host refuses and there is nothing to give up.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A running API thread. Dropping it cuts every connection; see [`Server::shutdown`].
@@ -130,8 +131,9 @@ fn run(
         options;
     let routes = Routes::new(sections);
     counters.requests.get_or_init(|| RequestCounters::new(&routes));
-    let api = Rc::new(Api { handle, routes, counters, refusals, body_limit });
-    let connections = Rc::new(Connections::new(connections_max));
+    let document = OnceCell::new();
+    let api = Rc::new(Api { handle, routes, counters, refusals, body_limit, document });
+    let connections = Rc::new(Connections::new(self::connections_max(connections_max)));
     let (name, socket) = listener.into_parts();
     let accept = accept(socket.into(), api, deadlines, connections.clone());
     LocalSet::new().block_on(runtime, async {
@@ -174,13 +176,28 @@ async fn accept(
                 // Let connections come and go one by one: a crowd takes no memory then.
                 tokio::task::yield_now().await;
             }
+            // One goes, and is gone when this task runs again; the one that waits gets its place.
+            Err(e) if is_short_of_resources(&e) && connections.evict() => {
+                tokio::task::yield_now().await;
+            }
             Err(e) => {
                 log::warn!("cannot accept an API connection: {e}");
-                connections.evict();
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+}
+
+fn is_short_of_resources(e: &io::Error) -> bool {
+    let errno = Errno::from_io_error(e);
+    errno.is_some_and(|e| [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM].contains(&e))
+}
+
+/// No more than `max`, and no more than leaves most of the process's descriptors to the VM.
+fn connections_max(max: usize) -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let share = descriptors.map_or(max, |count| usize::try_from(count / 4).unwrap_or(max));
+    max.min(share).max(1)
 }
 
 /// The connections there are.
@@ -202,7 +219,7 @@ struct Entry {
 impl Connections {
     fn new(max: usize) -> Self {
         let entries = RefCell::default();
-        Self { entries, max: max.max(1), next_id: Cell::new(0), changed: Notify::new() }
+        Self { entries, max, next_id: Cell::new(0), changed: Notify::new() }
     }
 
     fn start(self: &Rc<Self>, stream: UnixStream, api: &Rc<Api>, deadlines: Deadlines) {
@@ -219,8 +236,8 @@ impl Connections {
 
     /// Drops the connection that is worth least: one that no reply is owed to, the one that has
     /// been so for longest; failing that, one that waits for the VM's end or events; failing that,
-    /// any.
-    fn evict(&self) {
+    /// any. Returns whether there was one.
+    fn evict(&self) -> bool {
         let mut entries = self.entries.borrow_mut();
         let worth = |entry: &Entry| match entry.progress.phase() {
             Phase::Serving => 2,
@@ -232,11 +249,11 @@ impl Connections {
             .enumerate()
             .min_by_key(|(_, entry)| (worth(entry), entry.progress.since()))
             .map(|(index, _)| index);
-        if let Some(index) = least {
-            let entry = entries.swap_remove(index);
-            log::info!("API connection closed to make room: it was {:?}", entry.progress.phase());
-            entry.task.abort();
-        }
+        let Some(index) = least else { return false };
+        let entry = entries.swap_remove(index);
+        log::info!("API connection closed to make room: it was {:?}", entry.progress.phase());
+        entry.task.abort();
+        true
     }
 
     /// Ends connections, those that are owed a reply after it.

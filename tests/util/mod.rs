@@ -9,6 +9,7 @@
 //! Whoever waits here waits for an event with a deadline. A deadline that passes kills the process and fails the test
 //! with the process's whole output.
 
+mod attack;
 mod files;
 mod guest;
 mod http;
@@ -23,6 +24,7 @@ use std::fs::OpenOptions;
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
+pub(crate) use attack::{ATTACKS, Attack, ask, resident_kib, under};
 pub(crate) use files::{Scratch, ext4, files_in};
 pub(crate) use guest::{guest, guest_at};
 pub(crate) use http::{Api, Reply, operations};
