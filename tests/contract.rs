@@ -12,7 +12,7 @@ use serde_json::json;
 use crate::util::*;
 
 /// Requests of each endpoint, besides those for each corner of its schema.
-const EXAMPLES: &str = "60";
+const EXAMPLES: &str = "30";
 /// They may take for ever; their replies have tests of their own.
 const ENDLESS: [&str; 2] = ["/wait", "/events"];
 /// What any number of requests may leave behind, in KiB: buffers that have grown, an allocator's

@@ -10,6 +10,8 @@
 //!
 //! It knows nothing of husk's insides: all it has are processes, /proc and the socket.
 mod api;
+#[path = "../../tests/util/attack.rs"]
+mod attack;
 mod block;
 #[path = "../../resources/guest/compile.rs"]
 mod compile;
@@ -54,6 +56,8 @@ const GROUPS: &[Group] = &[
     Group { name: "memory", measure: memory::one },
     Group { name: "end", measure: start::to_end },
     Group { name: "api", measure: api::latencies },
+    Group { name: "configure", measure: api::configure },
+    Group { name: "attack", measure: api::under_attack },
     Group { name: "serial", measure: serial::output },
     Group { name: "block", measure: block::reads },
 ];
