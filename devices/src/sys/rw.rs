@@ -2,6 +2,7 @@
 //!
 //! std's and rustix's vectors are slices of `&mut [u8]`, which guest memory must never be: the
 //! guest writes to it at any time. So these calls go to libc.
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::marker::PhantomData;
@@ -142,6 +143,42 @@ impl<'a> IoSlices<'a> {
                 libc::writev(fd.as_fd().as_raw_fd(), vectors, count)
             }
         })
+    }
+
+    /// Sends once what a socket takes now, and cuts it off. Neither waits nor raises SIGPIPE.
+    pub fn send(&mut self, fd: impl AsFd) -> Result<usize> {
+        let (vectors, count) = self.raw()?;
+        let count = usize::try_from(count).map_err(|_| ErrorKind::InvalidInput)?;
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        let sent = retry(|| {
+            #[expect(unsafe_code, reason = "sendmsg")]
+            // SAFETY: a `msghdr` may be all zeros: no address, no control data. As for the vectors,
+            // see `read_exact_at`; sendmsg does not write to them.
+            unsafe {
+                let mut message: libc::msghdr = std::mem::zeroed();
+                message.msg_iov = vectors.cast_mut();
+                message.msg_iovlen = count;
+                libc::sendmsg(fd.as_fd().as_raw_fd(), &raw const message, flags)
+            }
+        })?;
+        self.advance(sent as u64);
+        Ok(sent)
+    }
+
+    /// Appends a copy of all bytes not yet transferred to `to`.
+    pub fn append_to(&mut self, to: &mut VecDeque<u8>) {
+        let mut piece = [0; 4096];
+        while let Some(vector) = self.pending().first() {
+            let len = vector.iov_len.min(piece.len());
+            #[expect(unsafe_code, reason = "a vector is memory again")]
+            // SAFETY: the memory behind a pushed slice lives as long as 'a, `advance` has only
+            // shortened it, and a `VolatileSlice` asks for no more.
+            let slice: VolatileSlice<'a> =
+                unsafe { VolatileSlice::new(vector.iov_base.cast(), len) };
+            let copied = slice.copy_to(&mut piece[..]);
+            to.extend(piece.get(..copied).unwrap_or_default());
+            self.advance(len as u64);
+        }
     }
 
     fn transfer_at(
@@ -318,6 +355,29 @@ mod tests {
             std::fs::read(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap(),
             [4, 5, 6]
         );
+    }
+
+    #[test]
+    fn sends_what_there_is_room_for_and_copies_the_rest() {
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let mut all: Vec<u8> = (0..1_000_000u32).map(|i| i.to_le_bytes()[1]).collect();
+        let expected = all.clone();
+        let mut slices = IoSlices::default();
+        for piece in all.chunks_mut(9_999) {
+            slices.push(&VolatileSlice::from(piece)).unwrap();
+        }
+        let sent = slices.send(&ours).unwrap();
+        assert_eq!(slices.bytes(), (expected.len() - sent) as u64);
+        assert_eq!(slices.send(&ours).unwrap_err().kind(), ErrorKind::WouldBlock);
+        let mut rest = VecDeque::from([7]);
+        slices.append_to(&mut rest);
+        assert_eq!(slices.bytes(), 0);
+        assert_eq!(rest.make_contiguous()[1..], expected[sent..]);
+        drop(theirs);
+        let mut byte = [1];
+        let mut slices = IoSlices::default();
+        slices.push(&VolatileSlice::from(&mut byte[..])).unwrap();
+        assert_eq!(slices.send(&ours).unwrap_err().kind(), ErrorKind::BrokenPipe);
     }
 
     #[test]
