@@ -180,6 +180,8 @@ impl MmioTransport {
     /// The device, when the VM around it is taken apart. Its worker is stopped first.
     pub fn into_device(mut self) -> Result<Box<dyn VirtioDevice>, DeviceError> {
         self.pause()?;
+        self.stage = Stage::Idle;
+        self.device.reset();
         Ok(self.device)
     }
 
@@ -338,6 +340,7 @@ impl MmioTransport {
             }
         }
         self.stage = Stage::Idle;
+        self.device.reset();
         self.registers = self.fresh_registers();
         self.notifier.reset();
         self.notifier.counters().reset_count().inc();

@@ -51,6 +51,9 @@ pub trait VirtioDevice: Send + Debug {
     fn own_memory(&mut self) -> Option<&mut dyn OwnMemory> {
         None
     }
+    /// The driver has reset the device, or its machine is being taken apart: nothing that it began
+    /// goes on. There is no worker.
+    fn reset(&mut self) {}
     /// Whether the worker may wait for the host longer than a moment. It then has a thread of its
     /// own, so that nobody waits with it.
     fn may_block(&self) -> bool {
