@@ -259,16 +259,19 @@ fn configuration_is_shown() {
     let drive = json!({"drive_id": "a", "path_on_host": disk, "is_root_device": false});
     api.put("/drives/a", drive).done();
     api.put("/entropy", json!({})).done();
+    let vsock = json!({"guest_cid": 3, "uds_path": scratch.path("v.sock")});
+    api.put("/vsock/vsock0", &vsock).done();
     let machine = api.get("/machine-config").json();
     assert_eq!((&machine["vcpu_count"], &machine["mem_size_mib"]), (&json!(2), &json!(64)));
     let check = |config: Value| {
-        for key in ["balloon", "cpu-config", "logger", "metrics", "mmds-config", "vsock"] {
+        for key in ["balloon", "cpu-config", "logger", "metrics", "mmds-config"] {
             assert_eq!(config.get(key), Some(&Value::Null), "{key}");
         }
         assert_eq!(config["machine-config"], machine);
         assert_eq!(config["boot-source"]["boot_args"], "how=hang");
         assert_eq!(config["drives"][0]["path_on_host"], json!(disk));
         assert!(config["entropy"].is_object());
+        assert_eq!(config["vsock"], vsock);
         assert_eq!(config["network-interfaces"], json!([]));
     };
     check(api.get("/vm/config").json());

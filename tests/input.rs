@@ -542,7 +542,6 @@ fn firecrackers_features_to_come_are_named() {
     let vm = Husk::api().start();
     let api = vm.api();
     for (fault, name) in [
-        (api.put("/vsock", "{}").fault(), "vsock"),
         (api.put("/balloon", "{}").fault(), "balloon"),
         (api.get("/balloon").fault(), "balloon"),
         (api.get("/balloon/statistics").fault(), "balloon"),

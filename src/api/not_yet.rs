@@ -18,7 +18,6 @@ pub(crate) const NOT_YET: &[Missing] = &[
     missing("balloon", Some("balloon"), "balloon", ALL),
     missing("memory-hotplug", Some("memory-hotplug"), "hotplug", ALL),
     missing("mmds-config", Some("mmds-config"), "mmds", ALL),
-    missing("vsock", Some("vsock"), "vsock", &["PUT"]),
     missing("snapshot", None, "snapshot", &["PUT"]),
 ];
 

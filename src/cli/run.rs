@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
-use crate::{block, net, pmem, rng};
+use crate::{block, net, pmem, rng, vsock};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
 /// the keyboard controller, a reboot at once after a panic.
@@ -58,6 +58,10 @@ struct GuestArgs {
     /// Give the guest a source of entropy (virtio-rng)
     #[arg(long)]
     rng: bool,
+    /// Streams between host and guest (virtio-vsock): cid=N,uds=PATH; the guest's address is N, 3 or more, and
+    /// the host reaches it through a Unix socket at PATH
+    #[arg(long, value_name = "VSOCK")]
+    vsock: Option<VsockArg>,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialTo,
@@ -82,8 +86,8 @@ struct GuestArgs {
     on_reboot: OnReboot,
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "smt",
-        "cpu_config", "huge_pages", "pit", "rate_limit_group",
+        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock",
+        "smt", "cpu_config", "huge_pages", "pit", "rate_limit_group",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -285,6 +289,9 @@ impl GuestArgs {
         if self.rng {
             config.add::<rng::Rng>(rng::Config::default())?;
         }
+        if let Some(VsockArg { cid, uds }) = self.vsock {
+            config.add::<vsock::Vsock>(vsock::Config::new(cid, uds))?;
+        }
         Ok(config)
     }
 }
@@ -472,5 +479,29 @@ impl NetArg {
             tx_rate_limit_group: self.tx.group,
             ..net::Config::new(id, self.tap)
         }
+    }
+}
+
+/// `cid=N,uds=PATH`
+#[derive(Clone, Debug)]
+struct VsockArg {
+    cid: u32,
+    uds: PathBuf,
+}
+
+impl FromStr for VsockArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let (mut cid, mut uds) = (None, None);
+        for word in s.split(',') {
+            match word.split_once('=') {
+                Some(("cid", n)) => cid = Some(n.parse().map_err(|e| format!("cid '{n}': {e}"))?),
+                Some(("uds", path)) if !path.is_empty() => uds = Some(path.into()),
+                _ => return Err(format!("'{word}' is not one of cid=N, uds=PATH")),
+            }
+        }
+        let (Some(cid), Some(uds)) = (cid, uds) else { return Err("want cid=N,uds=PATH".into()) };
+        Ok(Self { cid, uds })
     }
 }

@@ -7,3 +7,4 @@ pub mod stream;
 pub mod tap;
 pub mod unix;
 pub mod vhost_user;
+pub mod vsock;

@@ -11,12 +11,18 @@ pub mod block;
 pub mod net;
 pub mod pmem;
 pub mod rng;
+pub mod vsock;
 
 use model::{Row, View, row};
 
 /// Every device model husk knows.
-pub const MODELS: &[Row] =
-    &[row::<block::Block>(), row::<net::Net>(), row::<pmem::Pmem>(), row::<rng::Rng>()];
+pub const MODELS: &[Row] = &[
+    row::<block::Block>(),
+    row::<net::Net>(),
+    row::<pmem::Pmem>(),
+    row::<rng::Rng>(),
+    row::<vsock::Vsock>(),
+];
 
 /// The row whose name (config key) is `name`.
 pub fn model(name: &str) -> Option<&'static Row> {

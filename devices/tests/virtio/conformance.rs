@@ -7,7 +7,7 @@ use crate::driver::{
     ACPI, COMMAND_LINE, Desc, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, HIGH, INDIRECT, LOW, Machine,
     NEEDS_RESET, NEXT, Ring, WRITE, ram,
 };
-use crate::samples::{Host, sample};
+use crate::samples::{Host, sample, served};
 
 /// Data that any device may read and write.
 const SCRATCH: u64 = HIGH.0;
@@ -19,9 +19,9 @@ fn every_device(test: impl Fn(&'static str, Machine, Host)) {
     }
 }
 
-/// The last queue of a device: the one that needs nobody on the host to be served.
-fn served_queue(rings: &mut [Ring]) -> &mut Ring {
-    rings.last_mut().unwrap()
+/// The queue of a device that needs nobody on the host to be served.
+fn served_queue<'a>(m: &Machine, rings: &'a mut [Ring]) -> &'a mut Ring {
+    &mut rings[served(m.get(8), usize::from(m.queues()))]
 }
 
 /// A chain that any device completes in some way.
@@ -37,7 +37,7 @@ fn offers_the_modern_interface_and_works() {
         assert_eq!(m.features() & (F_VERSION_1 | F_INDIRECT | F_EVENT_IDX), 0x1_3000_0000);
         for features in [0, F_INDIRECT, F_EVENT_IDX] {
             let mut rings = m.start(features);
-            let ring = served_queue(&mut rings);
+            let ring = served_queue(&m, &mut rings);
             for count in 1..=40 {
                 add_some_chain(ring);
                 m.finish(ring, count);
@@ -51,7 +51,7 @@ fn offers_the_modern_interface_and_works() {
 fn all_features_offered_can_be_negotiated() {
     every_device(|name, m, _host| {
         let mut rings = m.start(m.features());
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         add_some_chain(ring);
         m.finish(ring, 1);
         assert_eq!(m.status(), 15, "{name}");
@@ -139,7 +139,7 @@ fn any_access_to_any_register_is_harmless() {
             }
         }
         let mut rings = m.start(0);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         add_some_chain(ring);
         m.finish(ring, 1);
     });
@@ -177,7 +177,7 @@ fn registers_have_no_effect_after_driver_ok() {
                 assert_eq!(m.get(0x44), 1, "{name}");
             }
         }
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         for count in 1..=20 {
             add_some_chain(ring);
             m.finish(ring, count);
@@ -209,7 +209,7 @@ fn kicks_are_harmless_whenever_and_wherever() {
         for _ in 0..10_000 {
             kick_all(&m);
         }
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         add_some_chain(ring);
         m.finish(ring, 1);
         m.set(0x70, 0);
@@ -222,7 +222,7 @@ fn kicks_are_harmless_whenever_and_wherever() {
 fn pause_keeps_what_was_queued_and_resume_serves_it() {
     every_device(|name, m, _host| {
         let mut rings = m.start(0);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         for round in 0..50 {
             m.transport.lock().unwrap().pause().unwrap();
             m.transport.lock().unwrap().pause().unwrap();
@@ -242,7 +242,7 @@ fn a_restored_device_goes_on_where_it_was() {
         let first = sample(row.name);
         let m = Machine::new(first.device);
         let mut rings = m.start(F_EVENT_IDX | F_INDIRECT);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         for count in 1..=20 {
             ring.set_used_event(count - 1);
             add_some_chain(ring);
@@ -270,10 +270,8 @@ fn a_restored_device_goes_on_where_it_was() {
         // And can be saved once more.
         m.transport.lock().unwrap().pause().unwrap();
         let again = serde_json::to_value(m.transport.lock().unwrap().save()).unwrap();
-        assert_eq!(
-            again["positions"].as_array().unwrap().last().unwrap(),
-            &serde_json::json!([22, 22])
-        );
+        let position = &again["positions"][usize::from(ring.queue)];
+        assert_eq!(position, &serde_json::json!([22, 22]));
     }
 }
 
@@ -306,8 +304,8 @@ fn every_stage_can_be_saved_and_restored() {
             assert_eq!(m.status(), status, "{}: {stage}", row.name);
             // Whatever it was, a reset makes it as new.
             let mut rings = m.start(0);
-            add_some_chain(served_queue(&mut rings));
-            m.finish(served_queue(&mut rings), 1);
+            add_some_chain(served_queue(&m, &mut rings));
+            m.finish(served_queue(&m, &mut rings), 1);
         }
     }
 }
@@ -390,8 +388,8 @@ fn latches(what: &str, attack: impl Fn(&Machine, &mut Ring)) {
             // Until the driver resets it.
             m.transport.lock().unwrap().resume().unwrap();
             let mut rings = m.start(0);
-            add_some_chain(served_queue(&mut rings));
-            m.finish(served_queue(&mut rings), 1);
+            add_some_chain(served_queue(&m, &mut rings));
+            m.finish(served_queue(&m, &mut rings), 1);
         }
     });
 }
@@ -604,7 +602,7 @@ fn nothing_is_written_after_a_reset() {
 fn used_rings_are_written_never_read() {
     every_device(|name, m, _host| {
         let mut rings = m.start(0);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         for count in 1..=40u16 {
             // Everything in the device's area is scribbled over but its index.
             m.mem.write_slice(&[0xff; 2], GuestAddress(ring.used)).unwrap();
@@ -622,7 +620,7 @@ fn interrupts_only_when_the_driver_wants_one() {
     every_device(|name, m, _host| {
         // By event index: none before the mark, one past it.
         let mut rings = m.start(F_EVENT_IDX);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         let before = m.irq.counts().0;
         ring.set_used_event(3);
         for _ in 0..3 {
@@ -642,7 +640,7 @@ fn interrupts_only_when_the_driver_wants_one() {
 
         // By flag.
         let mut rings = m.start(0);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         let before = m.irq.counts().0;
         m.mem.write_obj(1u16, GuestAddress(ring.avail)).unwrap();
         add_some_chain(ring);
@@ -659,7 +657,7 @@ fn interrupts_only_when_the_driver_wants_one() {
 fn removal_leaves_a_placeholder() {
     every_device(|name, m, _host| {
         let mut rings = m.start(0);
-        let ring = served_queue(&mut rings);
+        let ring = served_queue(&m, &mut rings);
         add_some_chain(ring);
         m.finish(ring, 1);
         let before = m.irq.counts().1;

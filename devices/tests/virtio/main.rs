@@ -9,3 +9,4 @@ mod net;
 mod pmem;
 mod rng;
 mod samples;
+mod vsock;
