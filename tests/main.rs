@@ -30,3 +30,4 @@ mod terminal;
 mod unheard;
 mod util;
 mod vhost_user;
+mod vsock;

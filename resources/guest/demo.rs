@@ -113,7 +113,7 @@ fn name(id: u32) -> &'static str {
         virtio::ID_RNG => "entropy",
         5 => "balloon",
         9 => "9p",
-        19 => "vsock",
+        virtio::ID_VSOCK => "vsock",
         24 => "memory",
         26 => "fs",
         27 => "pmem",

@@ -51,6 +51,7 @@ pub const MAGIC: u32 = 0x7472_6976;
 pub const ID_NET: u32 = 1;
 pub const ID_BLOCK: u32 = 2;
 pub const ID_RNG: u32 = 4;
+pub const ID_VSOCK: u32 = 19;
 pub const ID_MEM: u32 = 24;
 pub const ID_PMEM: u32 = 27;
 /// The one feature every modern driver must take.

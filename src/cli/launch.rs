@@ -7,6 +7,7 @@ use clap::Args;
 use devices::backend::file::is_shortage;
 use devices::backend::unix::StalePolicy;
 use devices::virtio::model::{ID_LEN_MAX, is_id};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 
 use crate::api::{self, Server};
@@ -101,6 +102,7 @@ impl Launch {
     /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
     pub(super) fn carry_out(self, started: Instant) -> Result<ExitCode, Refusal> {
         self.config.start_log()?;
+        allow_descriptors();
         let mut signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();
@@ -139,6 +141,14 @@ impl Launch {
             server.shutdown(LAST_WORDS);
         }
         Ok(report(&ending))
+    }
+}
+
+/// Allows this process as many descriptors as it may allow itself: each stream of a vsock device is one.
+fn allow_descriptors() {
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
+        log::debug!("cannot raise the limit on descriptors: {e}");
     }
 }
 

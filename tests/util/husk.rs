@@ -135,6 +135,11 @@ impl Husk {
         self.within(network).option("--net", format!("tap=tap0{more}"))
     }
 
+    /// Gives it this address for vsock, and the host this socket.
+    pub(crate) fn vsock(self, cid: u32, socket: &Path) -> Self {
+        self.option("--vsock", format!("cid={cid},uds={}", socket.display()))
+    }
+
     /// Runs it in a network.
     pub(crate) fn within(mut self, network: &Network) -> Self {
         self.network = Some(network.clone());
