@@ -165,6 +165,8 @@ fn config_file_boots_without_an_api() {
     let socket = scratch.path("api.sock");
     let end = husk().option("--api-sock", &socket).wait().code(0);
     assert!(end.output.contains("Listening"), "{end}");
+    let text = "Successfully started microvm that was configured from one single json";
+    assert!(end.output.contains(text), "{end}");
     assert_eq!(greetings(&scratch), 2);
     assert!(!socket.exists());
 }
@@ -194,8 +196,16 @@ fn bad_config_file_is_logged() {
     let scratch = Scratch::new();
     let file = scratch.file("vm.json", r#"{"boot-source": {"kernel_image_path": "/nowhere"}}"#);
     let end = Husk::firecracker(["--no-api", "--config-file"]).arg(&file).wait().quickly().code(3);
-    assert!(end.output.contains("Configuration for VMM from one single json failed"), "{end}");
+    let line = end.output.lines().find(|line| line.contains("from one single json failed: "));
+    assert!(line.expect(&end.output).contains("/nowhere"), "{end}");
     assert!(end.errors.contains("/nowhere"), "{end}");
+    // Readable, but more than the machine has room for.
+    let mut config = config(&scratch, "");
+    config["boot-source"]["initrd_path"] = json!(scratch.sparse("initrd", 1 << 30));
+    let file = scratch.file("vm.json", config.to_string());
+    let end = Husk::firecracker(["--no-api", "--config-file"]).arg(&file).wait().quickly().code(3);
+    let text = "Building VMM configured from cmdline json failed: ";
+    assert!(end.output.contains(text), "{end}");
 }
 
 #[test]

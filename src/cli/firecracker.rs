@@ -161,7 +161,9 @@ impl FirecrackerArgs {
         let starts = self.config_file.is_some();
         let config = self.config_file.as_deref().map(VmConfig::from_file).transpose();
         let mut config = config
-            .inspect_err(|_| log::error!("Configuration for VMM from one single json failed"))?
+            .inspect_err(|e| {
+                log::error!("Configuration for VMM from one single json failed: {e}");
+            })?
             .unwrap_or_default();
         config.defaults.on_reboot = OnReboot::Exit;
         config.defaults.has_boot_timer = self.boot_timer;

@@ -124,10 +124,11 @@ impl Launch {
         let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
         let server = server.transpose()?;
         if self.starts {
-            controller.start_now()?;
+            let started = controller.start_now();
             if self.style == Style::Firecracker {
-                log::info!("Successfully started microvm that was configured from one single json");
+                tell_of_start(&started);
             }
+            started?;
         }
         let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
         // What was asked too late is told so, before the socket goes.
@@ -149,6 +150,16 @@ fn allow_descriptors() {
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
         log::debug!("cannot raise the limit on descriptors: {e}");
+    }
+}
+
+/// Tells the log how the machine of a configuration file starts, in Firecracker's words.
+fn tell_of_start(started: &Result<(), Refusal>) {
+    match started {
+        Ok(()) => {
+            log::info!("Successfully started microvm that was configured from one single json");
+        }
+        Err(e) => log::error!("Building VMM configured from cmdline json failed: {e}"),
     }
 }
 
