@@ -3,3 +3,4 @@
 pub mod map;
 pub mod rw;
 pub mod tun;
+pub mod uring;

@@ -93,6 +93,11 @@ impl<'a> IoSlices<'a> {
         self.count.saturating_sub(self.first)
     }
 
+    /// The pieces not yet transferred, for whoever transfers them later.
+    pub(super) fn vectors(&mut self) -> &[libc::iovec] {
+        self.pending()
+    }
+
     /// Bytes not yet transferred.
     pub fn bytes(&self) -> u64 {
         self.bytes
