@@ -7,6 +7,8 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use serde_json::json;
+
 use crate::util::*;
 
 const MIB: u64 = 1 << 20;
@@ -26,6 +28,33 @@ fn block_does_all_a_driver_can_ask() {
         assert_eq!(end.value(done), "ok", "{done}\n{end}");
     }
     assert_eq!((end.value("range"), end.value("type")), ("refused", "unsupported"));
+}
+
+#[test]
+fn block_does_the_same_with_io_uring() {
+    let scratch = Scratch::new();
+    let disk = format!("{},io=async", scratch.sparse("disk.img", 16 * MIB).display());
+    let end = Husk::guest("block", "irq").option("--disk", &disk).wait().ok();
+    for done in ["read", "write", "verify", "flush", "discard", "zeroes"] {
+        assert_eq!(end.value(done), "ok", "{done}\n{end}");
+    }
+    assert_eq!((end.value("range"), end.value("type")), ("refused", "unsupported"));
+    // Reads in flight, and a reset: none may touch memory after it.
+    Husk::guest("reset", "rounds=5 resets=100").option("--disk", &disk).wait().ok();
+}
+
+#[test]
+fn block_with_io_uring_is_paused_in_the_middle_of_requests() {
+    let scratch = Scratch::new();
+    let disk = format!("{},io=async", scratch.sparse("disk.img", 16 * MIB).display());
+    let husk = Husk::guest("bench_block", "write scale=10").option("--disk", disk);
+    let vm = husk.listening().start();
+    vm.expect("name=rand4k-qd1");
+    for _ in 0..20 {
+        vm.api().patch("/vm", json!({"state": "Paused"})).done();
+        vm.api().patch("/vm", json!({"state": "Resumed"})).done();
+    }
+    vm.wait().ok();
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use event_manager::{
     EventManager, EventOps, EventSet, Events, MutEventSubscriber, RemoteEndpoint, SubscriberId,
@@ -41,6 +41,10 @@ pub trait Worker: Send {
     fn sources(&self) -> Vec<Source<'_>>;
     /// Handles one ready source. Must not block.
     fn ready(&mut self, source: usize) -> Watch;
+    /// Finishes what is in progress with the host, but not after `deadline`: false if it goes on.
+    fn finish(&mut self, _deadline: Instant) -> bool {
+        true
+    }
     /// Ends the worker: what it was lent, and what it must remember to go on later.
     fn retire(self: Box<Self>) -> Retired {
         Retired::default()
@@ -63,6 +67,18 @@ struct Slot {
     leases: Option<Arc<Leases>>,
 }
 
+impl Slot {
+    fn ready(&mut self, source: usize) -> Watch {
+        let _lease = self.leases.as_deref().map(Leases::take);
+        self.worker.ready(source)
+    }
+
+    fn finish(&mut self, deadline: Instant) -> bool {
+        let _lease = self.leases.as_deref().map(Leases::take);
+        self.worker.finish(deadline)
+    }
+}
+
 impl MutEventSubscriber for Slot {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         for (data, (fd, events)) in (0..).zip(self.worker.sources()) {
@@ -75,10 +91,7 @@ impl MutEventSubscriber for Slot {
 
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let source = usize::try_from(events.data()).unwrap_or(usize::MAX);
-        let lease = self.leases.as_deref().map(Leases::take);
-        let watch = self.worker.ready(source);
-        drop(lease);
-        if watch == Watch::Drop
+        if self.ready(source) == Watch::Drop
             && let Err(e) = ops.remove(Events::empty_raw(events.fd()))
         {
             log::warn!("cannot stop watching source {source}: {e:?}");
@@ -201,6 +214,8 @@ impl IoThread {
     pub fn take(&self, ticket: Ticket) -> Result<Box<dyn Worker>, IoError> {
         let tickets = self.tickets.clone();
         let claim = Arc::new(AtomicBool::new(false));
+        let now = Instant::now();
+        let deadline = now.checked_add(PATIENCE).unwrap_or(now);
         let claimed = claim.clone();
         let (sender, receiver) = sync_channel(1);
         self.endpoint.fire(move |ops| {
@@ -208,15 +223,22 @@ impl IoThread {
             // waited too long, that it stays.
             if !claimed.swap(true, Ordering::AcqRel) {
                 let id = lock(&tickets).remove(&ticket).ok_or(event_manager::Error::InvalidId);
-                let taken = id.and_then(|id| ops.remove_subscriber(id));
+                let taken = id.and_then(|id| ops.remove_subscriber(id)).map_err(IoError::Events);
+                let taken = taken.and_then(|mut slot| {
+                    if slot.finish(deadline) {
+                        return Ok(slot.worker);
+                    }
+                    lock(&tickets).insert(ticket, ops.add_subscriber(slot));
+                    Err(IoError::Busy)
+                });
                 // There is room for one, and the receiver is waiting for it.
-                let _ = sender.send(taken.map(|slot| slot.worker));
+                let _ = sender.send(taken);
             }
         })?;
         match receiver.recv_timeout(PATIENCE) {
-            Ok(taken) => Ok(taken?),
+            Ok(taken) => taken,
             Err(_) if claim.swap(true, Ordering::AcqRel) => {
-                Ok(receiver.recv().map_err(|_| IoError::Busy)??)
+                receiver.recv().map_err(|_| IoError::Busy)?
             }
             Err(_) => Err(IoError::Busy),
         }
@@ -297,7 +319,7 @@ mod tests {
         kick.write(1).unwrap();
         io.add(Box::new(Stuck { kick, busy, go_on: waits })).unwrap();
         is_busy.recv().unwrap();
-        let started = std::time::Instant::now();
+        let started = Instant::now();
         drop(io);
         assert!(started.elapsed() < 10 * PATIENCE);
         drop(go_on);

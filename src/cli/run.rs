@@ -40,9 +40,10 @@ struct GuestArgs {
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
-    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user][,bw=N][,ops=N][,group=ID];
-    /// with vhost-user, PATH is the socket of a process that serves it; the first is the root disk unless
-    /// another says so or the command line has root=; bw (bytes, like 10M) and ops are its limits a second
+    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user][,bw=N]
+    /// [,ops=N][,group=ID]; with vhost-user, PATH is the socket of a process that serves it; the first is
+    /// the root disk unless another says so or the command line has root=; bw (bytes, like 10M) and ops
+    /// are its limits a second
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID]
@@ -305,7 +306,7 @@ fn huge_pages(s: &str) -> Result<HugePages, String> {
     }
 }
 
-/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,vhost-user][,bw=N][,ops=N][,group=ID]`
+/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user][,bw=N][,ops=N][,group=ID]`
 #[derive(Clone, Debug)]
 struct DiskArg {
     path: PathBuf,
@@ -313,6 +314,7 @@ struct DiskArg {
     is_root: bool,
     is_unsafe: bool,
     is_vhost_user: bool,
+    io_engine: block::IoEngine,
     id: Option<String>,
     limits: LimitArgs,
 }
@@ -329,6 +331,7 @@ impl FromStr for DiskArg {
             is_root: false,
             is_unsafe: false,
             is_vhost_user: false,
+            io_engine: block::IoEngine::Sync,
             id: None,
             limits: LimitArgs::default(),
         };
@@ -341,11 +344,13 @@ impl FromStr for DiskArg {
                 Some(("id", id)) => disk.id = Some(id.into()),
                 Some(("cache", "writeback")) => disk.is_unsafe = false,
                 Some(("cache", "unsafe")) => disk.is_unsafe = true,
+                Some(("io", "sync")) => disk.io_engine = block::IoEngine::Sync,
+                Some(("io", "async")) => disk.io_engine = block::IoEngine::Async,
                 Some((key, value)) if disk.limits.take(key, value)? => {}
                 _ => {
                     return Err(format!(
                         "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe, \
-                         vhost-user, bw=N, ops=N, group=ID"
+                         io=sync, io=async, vhost-user, bw=N, ops=N, group=ID"
                     ));
                 }
             }
@@ -368,6 +373,7 @@ impl DiskArg {
             cache_type,
             rate_limiter: self.limits.limiter(),
             rate_limit_group: self.limits.group,
+            io_engine: self.io_engine,
             ..block::Config::new(id, self.path)
         };
         if self.is_vhost_user {

@@ -56,7 +56,7 @@ pub enum DiskError {
 /// An open, locked disk.
 #[derive(Debug)]
 pub struct Disk {
-    file: File,
+    file: Arc<File>,
     /// The open file description that carries the lock. Not `file` itself after [`Self::reopen`]
     /// of the same file: the lock of the first would refuse the second.
     lock: Arc<File>,
@@ -119,12 +119,27 @@ impl Disk {
         slices.write_all_at(&self.file, offset)
     }
 
+    /// The file, for whoever reads and writes it otherwise, and flushes it as [`Self::flush`] does:
+    /// not if it [`Self::has_lost_writes`], and saying so if it does ([`Self::note_flush`]).
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Whether a flush has failed.
+    pub fn has_lost_writes(&self) -> bool {
+        self.has_lost_writes.load(Ordering::Relaxed)
+    }
+
     /// Makes everything written so far survive a loss of power. Once this fails it always fails.
     pub fn flush(&self) -> std::io::Result<()> {
-        if self.has_lost_writes.load(Ordering::Relaxed) {
+        if self.has_lost_writes() {
             return Err(std::io::Error::other("an earlier flush failed"));
         }
-        let flushed = self.file.sync_data();
+        self.note_flush(self.file.sync_data())
+    }
+
+    /// Remembers a flush that failed.
+    pub fn note_flush(&self, flushed: std::io::Result<()>) -> std::io::Result<()> {
         if flushed.is_err() {
             self.has_lost_writes.store(true, Ordering::Relaxed);
         }
@@ -162,7 +177,7 @@ impl Disk {
     fn allocate(&self, mode: FallocateFlags, offset: u64, len: u64) -> std::io::Result<bool> {
         loop {
             let mode = mode | FallocateFlags::KEEP_SIZE;
-            match rustix::fs::fallocate(&self.file, mode, offset, len) {
+            match rustix::fs::fallocate(&*self.file, mode, offset, len) {
                 Ok(()) => return Ok(true),
                 Err(Errno::INTR) => {}
                 Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(false),
@@ -187,7 +202,7 @@ pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
 }
 
 /// Opens `path` and finds out what it is: the file, its identity and its size.
-fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskError> {
+fn look(path: &Path, access: Access) -> Result<(Arc<File>, (u64, u64), u64), DiskError> {
     let failed = |what, source| DiskError::Host { what, path: path.into(), source };
     let file = file::open(path, access, Kind::Disk)?;
     let metadata = file.metadata().map_err(|e| failed("look at", e))?;
@@ -197,7 +212,7 @@ fn look(path: &Path, access: Access) -> Result<(File, (u64, u64), u64), DiskErro
     if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
         return Err(DiskError::Size { path: path.into(), size });
     }
-    Ok((file, identity(&metadata), size))
+    Ok((Arc::new(file), identity(&metadata), size))
 }
 
 /// Locks `file` for `access`; the lock lasts as long as what this gives.

@@ -94,6 +94,40 @@ impl Buffers {
         Writable(Span::new(mem, &self.writable))
     }
 
+    /// Calls `f` with each piece of memory behind what the device may read, from `skip` bytes on, for
+    /// use by system calls only. The pieces, unlike those of [`Self::readable`], may outlive the
+    /// buffers.
+    pub(super) fn pieces_to_read<'m>(
+        &self,
+        mem: &'m GuestRam,
+        skip: u64,
+        f: impl FnMut(GuestSlice<'m>),
+    ) -> Result<(), Fault> {
+        let mut rest = Span::new(mem, &self.readable);
+        rest.take(skip)?;
+        rest.for_syscalls_on(mem, f)
+    }
+
+    /// The same with what the device may write, but for the last `tail` bytes.
+    pub(super) fn pieces_to_write<'m>(
+        &self,
+        mem: &'m GuestRam,
+        tail: u64,
+        f: impl FnMut(GuestSlice<'m>),
+    ) -> Result<(), Fault> {
+        let mut all = Span::new(mem, &self.writable);
+        let data = all.take(all.len.checked_sub(tail).ok_or(Fault)?)?;
+        data.for_syscalls_on(mem, f)
+    }
+
+    /// Takes over what `other` has.
+    pub(super) fn copy(&mut self, other: &Self) {
+        self.readable.clone_from(&other.readable);
+        self.writable.clone_from(&other.writable);
+        self.mixed = other.mixed;
+        self.bytes = other.bytes;
+    }
+
     /// Appends the chain that starts at `head` of `table` with `size` entries.
     pub(super) fn walk(
         &mut self,
@@ -196,6 +230,11 @@ impl<'a> Chain<'a> {
     /// What the device may write.
     pub fn writable(&self) -> Writable<'a> {
         self.buffers.writable(self.mem)
+    }
+
+    /// Where its data lies, to be kept beyond the serving of the queue.
+    pub(super) fn buffers(&self) -> &Buffers {
+        self.buffers
     }
 
     /// Whether a readable buffer follows a writable one, which no driver may do (2.7.4.2).
@@ -344,8 +383,17 @@ impl<'a> Span<'a> {
         })
     }
 
-    fn for_syscalls(&self, mut f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
-        self.each_buffer(|start, count| self.mem.for_syscalls(start, count, &mut f).ok_or(Fault))
+    fn for_syscalls(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
+        self.for_syscalls_on(self.mem, f)
+    }
+
+    /// The same with memory that may outlive the buffers.
+    fn for_syscalls_on<'m>(
+        &self,
+        mem: &'m GuestRam,
+        mut f: impl FnMut(GuestSlice<'m>),
+    ) -> Result<(), Fault> {
+        self.each_buffer(|start, count| mem.for_syscalls(start, count, &mut f).ok_or(Fault))
     }
 
     /// Calls `f` with start and length of each buffer, or of what is left of it.

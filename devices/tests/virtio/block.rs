@@ -1,4 +1,6 @@
 //! virtio-blk requests, honest and not.
+use std::cell::Cell;
+
 use devices::virtio::model;
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
@@ -29,6 +31,11 @@ const STATUS: u64 = HIGH.0 + 0x800;
 const DATA: u64 = HIGH.0 + 0x1000;
 const SECTORS: u64 = 64;
 
+thread_local! {
+    /// How the drives of a test read and write.
+    static ENGINE: Cell<&'static str> = const { Cell::new("Sync") };
+}
+
 /// A drive of 64 sectors, sector n filled with n, and its driver.
 struct Drive {
     machine: Machine,
@@ -41,7 +48,9 @@ impl Drive {
     fn new(change: &Value) -> Self {
         let content: Vec<u8> = (0..SECTORS).flat_map(|n| [u8::try_from(n).unwrap(); 512]).collect();
         let file = TempFile::new(&content);
-        let machine = Machine::new(open("drives", &config(&file, change)));
+        let mut config = config(&file, change);
+        config["io_engine"] = ENGINE.get().into();
+        let machine = Machine::new(open("drives", &config));
         let features = machine.features() & !F_EVENT_IDX;
         let ring = machine.start(features).remove(0);
         Self { machine, ring, file, count: 0 }
@@ -411,7 +420,6 @@ fn refuses_configurations_that_cannot_work() {
         (json!({"path_on_host": "/nowhere/disk"}), "path_on_host: cannot open /nowhere/disk"),
         (json!({"path_on_host": "/tmp"}), "path_on_host: /tmp is a directory"),
         (json!({"path_on_host": "/dev/zero"}), "path_on_host: /dev/zero is a character device"),
-        (json!({"io_engine": "Async"}), "io_engine: Async is not supported yet"),
         (json!({"socket": "/x"}), "path_on_host: belongs to the back end"),
         (json!({"partuuid": "a b"}), "partuuid: "),
         (json!({"partuuid": "x init=/bin/sh"}), "partuuid: "),
@@ -529,4 +537,29 @@ fn a_patch_that_is_refused_changes_nothing() {
     assert_eq!((drive.capacity(), drive.machine.irq.counts().1), (SECTORS, 0));
     assert_eq!(drive.request(IN, 63, 512), (OK, 513));
     assert_eq!(drive.machine.counter("update_fails"), 3);
+}
+
+#[test]
+fn all_of_it_holds_with_io_uring() {
+    ENGINE.set("Async");
+    for test in [
+        reads_and_writes_whole_sectors_anywhere,
+        data_may_lie_in_any_pieces,
+        serves_indirect_chains_of_the_longest_kind,
+        refuses_what_is_out_of_bounds,
+        malformed_requests_get_a_status_where_one_can_be_written,
+        unknown_requests_are_unsupported,
+        tells_its_id,
+        flushes_only_if_asked_to_offer_it,
+        a_read_only_drive_cannot_be_changed,
+        discards_and_writes_zeroes,
+        refuses_bad_ranges_before_the_first_has_effect,
+        a_file_that_shrinks_or_goes_is_an_error_or_nothing,
+        a_huge_sparse_file_has_its_last_sector,
+        bytes_per_wake_up_are_bounded_and_nothing_is_lost,
+        a_patch_changes_the_file_and_tells_the_driver,
+        a_patch_that_is_refused_changes_nothing,
+    ] {
+        test();
+    }
 }

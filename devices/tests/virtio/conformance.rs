@@ -1,5 +1,4 @@
 //! What every device must do, whatever it is: each test runs each row of the device table.
-use devices::virtio::MODELS;
 use devices::virtio::mmio::Saved;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -7,15 +6,15 @@ use crate::driver::{
     ACPI, COMMAND_LINE, Desc, F_EVENT_IDX, F_INDIRECT, F_VERSION_1, HIGH, INDIRECT, LOW, Machine,
     NEEDS_RESET, NEXT, Ring, WRITE, ram,
 };
-use crate::samples::{Host, sample, served};
+use crate::samples::{Host, kinds, sample, served};
 
 /// Data that any device may read and write.
 const SCRATCH: u64 = HIGH.0;
 
 fn every_device(test: impl Fn(&'static str, Machine, Host)) {
-    for row in MODELS {
-        let sample = sample(row.name);
-        test(row.name, Machine::new(sample.device), sample.host);
+    for name in kinds() {
+        let sample = sample(name);
+        test(name, Machine::new(sample.device), sample.host);
     }
 }
 
@@ -238,8 +237,8 @@ fn pause_keeps_what_was_queued_and_resume_serves_it() {
 
 #[test]
 fn a_restored_device_goes_on_where_it_was() {
-    for row in MODELS {
-        let first = sample(row.name);
+    for name in kinds() {
+        let first = sample(name);
         let m = Machine::new(first.device);
         let mut rings = m.start(F_EVENT_IDX | F_INDIRECT);
         let ring = served_queue(&m, &mut rings);
@@ -258,9 +257,9 @@ fn a_restored_device_goes_on_where_it_was() {
         drop((m, first.host));
 
         let saved: Saved = serde_json::from_str(&saved).unwrap();
-        let second = sample(row.name);
+        let second = sample(name);
         let m = Machine::with(second.device, mem, Some(&saved)).unwrap();
-        assert_eq!((m.status(), m.get(0x60)), (15, isr), "{}", row.name);
+        assert_eq!((m.status(), m.get(0x60)), (15, isr), "{}", name);
         assert_eq!(ring.used_idx(), 20);
         m.transport.lock().unwrap().resume().unwrap();
         m.irq.wait("used buffers", || ring.used_idx() == 21);
@@ -277,7 +276,7 @@ fn a_restored_device_goes_on_where_it_was() {
 
 #[test]
 fn every_stage_can_be_saved_and_restored() {
-    for row in MODELS {
+    for name in kinds() {
         type Stage = (&'static str, fn(&Machine));
         let prepare: [Stage; 4] = [
             ("untouched", |_| {}),
@@ -291,17 +290,17 @@ fn every_stage_can_be_saved_and_restored() {
             }),
         ];
         for (stage, prepare) in prepare {
-            let first = sample(row.name);
+            let first = sample(name);
             let m = Machine::new(first.device);
             prepare(&m);
             m.transport.lock().unwrap().pause().unwrap();
             let saved = m.transport.lock().unwrap().save();
             let (status, mem) = (m.status(), m.mem.clone());
             drop((m, first.host));
-            let second = sample(row.name);
+            let second = sample(name);
             let m = Machine::with(second.device, mem, Some(&saved)).unwrap();
             m.transport.lock().unwrap().resume().unwrap();
-            assert_eq!(m.status(), status, "{}: {stage}", row.name);
+            assert_eq!(m.status(), status, "{}: {stage}", name);
             // Whatever it was, a reset makes it as new.
             let mut rings = m.start(0);
             add_some_chain(served_queue(&m, &mut rings));
@@ -312,8 +311,8 @@ fn every_stage_can_be_saved_and_restored() {
 
 #[test]
 fn a_snapshot_that_does_not_fit_is_refused() {
-    for row in MODELS {
-        let first = sample(row.name);
+    for name in kinds() {
+        let first = sample(name);
         let m = Machine::new(first.device);
         m.start(0);
         m.transport.lock().unwrap().pause().unwrap();
@@ -322,8 +321,8 @@ fn a_snapshot_that_does_not_fit_is_refused() {
             let mut bad = good.clone();
             *bad.pointer_mut(path).unwrap() = value;
             let saved: Saved = serde_json::from_value(bad).unwrap();
-            let device = Machine::with(sample(row.name).device, ram(), Some(&saved));
-            assert!(device.is_err(), "{}: {path}", row.name);
+            let device = Machine::with(sample(name).device, ram(), Some(&saved));
+            assert!(device.is_err(), "{}: {path}", name);
         };
         refused("/positions", serde_json::json!([]));
         refused("/registers/queues", serde_json::json!([]));

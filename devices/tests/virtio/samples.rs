@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use devices::virtio::model::{Env, VirtioDevice};
-use devices::virtio::{model, net};
+use devices::virtio::{MODELS, model, net};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use serde_json::json;
 
@@ -22,16 +22,24 @@ pub(crate) struct Host {
     pub(crate) peer: Option<OwnedFd>,
 }
 
-/// A working device of the model called `name`.
+/// Every kind of device there is: each model, and what is quite different inside.
+pub(crate) fn kinds() -> impl Iterator<Item = &'static str> {
+    MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE])
+}
+
+const ASYNC_DRIVE: &str = "drives, Async";
+
+/// A working device of the kind called `name`.
 pub(crate) fn sample(name: &str) -> Sample {
     match name {
-        "drives" => {
+        "drives" | ASYNC_DRIVE => {
             let file = TempFile::new(&[7; 1 << 16]);
             let json = serde_json::json!({
                 "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
+                "io_engine": if name == ASYNC_DRIVE { "Async" } else { "Sync" },
             });
             let host = Host { _file: Some(file), ..Host::default() };
-            Sample { device: open(name, &json), host }
+            Sample { device: open("drives", &json), host }
         }
         "network-interfaces" => {
             let (ours, peer) = packet_pair();

@@ -1,18 +1,21 @@
 //! virtio-blk (virtio 1.2, 5.2) over a [`Disk`]. This file is what the driver and the user see;
 //! `request` executes what is in the queue.
+mod flight;
 mod request;
 mod vhost_user;
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Instant;
 
 use event_manager::EventSet;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use self::request::Executor;
+use self::flight::Flight;
+use self::request::{Executor, Outcome};
 use self::vhost_user::VhostUserBlock;
 use super::file::{claim, refused};
 use super::model::{
@@ -25,8 +28,10 @@ use crate::counters;
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::{Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
+use crate::sys::uring::Uring;
 
 const QUEUE_SIZE: u16 = 256;
+const NO_URING: &str = "io_engine: Async needs io_uring";
 /// Data buffers in one request: the queue less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 /// Bytes in one request, and bytes served before other devices get their turn.
@@ -70,7 +75,7 @@ pub enum IoEngine {
     /// One call at a time.
     #[default]
     Sync,
-    /// With io_uring. Not supported yet.
+    /// Many at a time, with io_uring.
     Async,
 }
 
@@ -136,9 +141,6 @@ impl Config {
     /// Refuses what is wrong whatever the host has; the path otherwise.
     fn check_words(&self) -> Result<&Path, DeviceError> {
         self.check_names()?;
-        if self.io_engine == IoEngine::Async {
-            return Err(DeviceError::field("io_engine", "Async is not supported yet"));
-        }
         let path = self.path_on_host.as_deref();
         path.ok_or_else(|| DeviceError::field("path_on_host", "is missing"))
     }
@@ -266,6 +268,9 @@ impl Model for Block {
             return vhost_user::check(config, socket);
         }
         let path = config.check_words()?;
+        if config.io_engine == IoEngine::Async {
+            Uring::check().map_err(DeviceError::host(NO_URING))?;
+        }
         Disk::check(path, config.access()).map_err(refused)
     }
 
@@ -327,7 +332,14 @@ impl VirtioDevice for Block {
         id.iter_mut().zip(self.config.drive_id.bytes()).for_each(|(to, from)| *to = from);
         let (disk, counters) = (self.disk.clone(), self.counters.clone());
         let limiter = self.limits.limiter()?;
-        let executor = Executor { disk, id, features, limiter, counters };
+        let flight = match self.config.io_engine {
+            IoEngine::Sync => None,
+            IoEngine::Async => {
+                let flight = Flight::new(requests.mem().clone());
+                Some(flight.map_err(DeviceError::host(NO_URING))?)
+            }
+        };
+        let executor = Executor { disk, id, features, limiter, flight, counters };
         Ok(Box::new(BlockWorker { requests, executor }))
     }
 
@@ -392,13 +404,30 @@ struct BlockWorker {
 
 const KICK: usize = 0;
 
+impl BlockWorker {
+    /// Gives the driver what the host has done meanwhile.
+    fn give_back(&mut self) {
+        let Self { requests, executor } = self;
+        let Some(flight) = &executor.flight else { return };
+        // EAGAIN if nothing has ended: the look at the ring tells, too.
+        let _ = flight.event().read();
+        while let Some((head, used)) = executor.ended(requests.mem()) {
+            requests.complete(head, used);
+        }
+        requests.notify();
+    }
+}
+
 impl Worker for BlockWorker {
     fn sources(&self) -> Vec<Source<'_>> {
         let kick: Source<'_> = (self.requests.kick_fd(), EventSet::IN);
-        [Some(kick), self.executor.limiter.source()].into_iter().flatten().collect()
+        let flight = self.executor.flight.as_ref();
+        let ended = flight.map(|flight| -> Source<'_> { (flight.event(), EventSet::IN) });
+        [Some(kick), self.executor.limiter.source(), ended].into_iter().flatten().collect()
     }
 
     fn ready(&mut self, source: usize) -> Watch {
+        self.give_back();
         let Self { requests, executor } = self;
         match source {
             KICK => executor.counters.queue_event_count().inc(),
@@ -410,15 +439,36 @@ impl Worker for BlockWorker {
             if budget == 0 {
                 return Served::Later;
             }
-            let Some((used, cost)) = executor.serve(&chain) else { return Served::Later };
+            let (served, cost) = match executor.serve(&chain) {
+                Outcome::Done { used, cost } => (Served::Used(used), cost),
+                Outcome::Begun { cost } => (Served::Pending, cost),
+                Outcome::Throttled => (Served::Later, 0),
+            };
             budget = budget.saturating_sub(cost);
-            Served::Used(used)
+            served
         });
+        if let Some(flight) = &mut executor.flight
+            && let Err(e) = flight.ring().submit()
+        {
+            log::error!("drive: io_uring: {e}");
+        }
         if budget == 0 {
             requests.kick_again();
         }
         executor.limiter.settle();
         Watch::Keep
+    }
+
+    fn finish(&mut self, deadline: Instant) -> bool {
+        loop {
+            self.give_back();
+            if self.executor.flight.as_mut().is_none_or(|flight| flight.ring().in_flight() == 0) {
+                return true;
+            }
+            if !self.executor.has_settled(deadline) {
+                return false;
+            }
+        }
     }
 
     fn retire(self: Box<Self>) -> Retired {

@@ -4,13 +4,16 @@
 //! A malformed request gets `IOERR` if its status byte can be reached, and comes back with nothing
 //! written if not. It never stops the queue.
 use std::sync::Arc;
+use std::time::Instant;
 
 use vm_memory::{Le32, Le64};
 
+use super::flight::{Flight, Kind};
 use super::{
     Counters, ID_BYTES, MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, MAX_REQUEST_BYTES,
     MAX_ZERO_SECTORS, MAX_ZERO_SEGMENTS, feature,
 };
+use crate::GuestRam;
 use crate::backend::disk::{Disk, SECTOR_SIZE, Unmap};
 use crate::limiter::Limiter;
 use crate::sys::rw::IoSlices;
@@ -33,8 +36,34 @@ pub(super) struct Executor {
     pub(super) id: [u8; ID_BYTES],
     pub(super) features: u64,
     pub(super) limiter: Limiter,
+    /// Requests that go on in the host, unless each is waited for.
+    pub(super) flight: Option<Flight>,
     pub(super) counters: Arc<Counters>,
 }
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It is done.
+    Done {
+        /// Bytes written to the driver's buffers.
+        used: u32,
+        /// What it cost, in bytes.
+        cost: u64,
+    },
+    /// It goes on in the host, and [`Executor::ended`] gives it back.
+    Begun {
+        /// What it costs, in bytes.
+        cost: u64,
+    },
+    /// A rate limit does not let it begin.
+    Throttled,
+}
+
+/// Bytes of a request before its data: type, reserved, sector (virtio 1.2, 5.2.6).
+pub(super) const HEADER_BYTES: u64 = 16;
+/// Bytes after it: the status.
+pub(super) const STATUS_BYTES: u64 = 1;
 
 /// Status bytes of requests that failed (virtio 1.2, 5.2.6).
 mod status {
@@ -44,27 +73,24 @@ mod status {
 }
 
 impl Executor {
-    /// Serves one request: the bytes written to the driver's buffers, and what it cost in bytes.
-    /// Nothing if a rate limit does not let it begin.
-    pub(super) fn serve(&self, chain: &Chain<'_>) -> Option<(u32, u64)> {
+    /// Serves one request.
+    pub(super) fn serve(&mut self, chain: &Chain<'_>) -> Outcome {
         let mut writable = chain.writable();
         let data = writable.len().checked_sub(1).and_then(|len| writable.take(len).ok());
         let Some(data) = data else {
             // Nowhere to put the status.
             self.counters.invalid_reqs_count().inc();
-            return Some((0, 0));
+            return Outcome::Done { used: 0, cost: 0 };
         };
         let room = data.len();
-        let result = if chain.is_mixed() {
-            Err(Failure::Invalid)
-        } else {
-            self.execute(chain.readable(), data)
-        };
+        let result =
+            if chain.is_mixed() { Err(Failure::Invalid) } else { self.execute(chain, data) };
         let (status, filled, cost) = match result {
-            Ok(Done { filled, cost }) => (status::OK, filled, cost),
+            Ok(Step::Begun { cost }) => return Outcome::Begun { cost },
+            Ok(Step::Done { filled, cost }) => (status::OK, filled, cost),
             Err(Failure::Throttled) => {
                 self.counters.rate_limiter_throttled_events().inc();
-                return None;
+                return Outcome::Throttled;
             }
             // How far the host got before it failed is not known: count it as far.
             Err(Failure::Host) => {
@@ -78,30 +104,86 @@ impl Executor {
             }
         };
         if writable.write_obj(status).is_err() {
-            return Some((0, cost));
+            return Outcome::Done { used: 0, cost };
         }
-        // The used length covers what was written from the start on without a gap.
-        let used = if filled == room { filled.saturating_add(1) } else { filled };
-        Some((u32::try_from(used).unwrap_or(u32::MAX), cost))
+        Outcome::Done { used: used_len(filled, room), cost }
     }
 
-    fn execute(&self, mut input: Readable<'_>, output: Writable<'_>) -> Result<Done, Failure> {
+    /// The next request that was begun and has ended: its head, and the bytes written to the
+    /// driver's buffers. Its status is there already.
+    pub(super) fn ended(&mut self, mem: &GuestRam) -> Option<(u16, u32)> {
+        let flight = self.flight.as_mut()?;
+        let (head, request, result) = flight.next()?;
+        let result = match request.kind {
+            Kind::Flush => self.disk.note_flush(result),
+            Kind::Read | Kind::Write => result,
+        };
+        let (what, agg, count) = match request.kind {
+            Kind::Read => ("read", Some(self.counters.read_agg()), self.counters.read_count()),
+            Kind::Write => ("write", Some(self.counters.write_agg()), self.counters.write_count()),
+            Kind::Flush => ("flush", None, self.counters.flush_count()),
+        };
+        if let Some(agg) = agg {
+            agg.since(request.begun);
+        }
+        let mut writable = request.buffers.writable(mem);
+        let room = writable.len().saturating_sub(STATUS_BYTES);
+        let (status, filled) = match result {
+            Ok(()) => {
+                count.inc();
+                match request.kind {
+                    Kind::Read => self.counters.read_bytes().add(request.bytes),
+                    Kind::Write => self.counters.write_bytes().add(request.bytes),
+                    Kind::Flush => {}
+                }
+                (status::OK, if request.kind == Kind::Read { request.bytes } else { 0 })
+            }
+            Err(e) => {
+                failed(what, request.offset, &e);
+                self.counters.execute_fails().inc();
+                (status::IOERR, 0)
+            }
+        };
+        let is_told = writable.take(room).and_then(|_data| writable.write_obj(status)).is_ok();
+        flight.recycle(request);
+        Some((head, if is_told { used_len(filled, room) } else { 0 }))
+    }
+
+    /// Waits for what goes on in the host; whether it has all ended in time. What has is for
+    /// [`Self::ended`].
+    pub(super) fn has_settled(&mut self, deadline: Instant) -> bool {
+        self.flight
+            .as_mut()
+            .is_none_or(|flight| flight.ring().submit().is_ok() && flight.ring().wait(deadline))
+    }
+
+    fn execute(&mut self, chain: &Chain<'_>, output: Writable<'_>) -> Result<Step, Failure> {
+        let mut input = chain.readable();
         let request = input.read_obj::<Le32>()?.to_native();
         let _reserved = input.read_obj::<Le32>()?;
         let sector = input.read_obj::<Le64>()?.to_native();
         match request {
-            kind::IN => self.read(sector, &input, &output),
-            kind::OUT => self.write(sector, &input, &output),
-            kind::FLUSH => self.flush(&input, &output),
+            kind::IN => self.read(chain, sector, &input, &output),
+            kind::OUT => self.write(chain, sector, &input, &output),
+            kind::FLUSH => self.flush(chain, &input, &output),
             kind::GET_ID => self.get_id(&input, output),
             kind::DISCARD | kind::WRITE_ZEROES => self.erase(request, input, &output),
             _ => Err(Failure::Unsupported),
         }
     }
 
-    fn read(&self, sector: u64, input: &Readable<'_>, to: &Writable<'_>) -> Result<Done, Failure> {
+    fn read(
+        &mut self,
+        chain: &Chain<'_>,
+        sector: u64,
+        input: &Readable<'_>,
+        to: &Writable<'_>,
+    ) -> Result<Step, Failure> {
         want(input.is_empty())?;
         let offset = self.offset(sector, to.len())?;
+        if self.flight.is_some() {
+            return self.begin(chain, Kind::Read, offset, to.len());
+        }
         let mut slices = IoSlices::default();
         let mut result = Ok(());
         to.for_syscalls(|slice| result = result.and_then(|()| slices.push_writable(&slice)))?;
@@ -111,17 +193,21 @@ impl Executor {
         self.counters.read_agg().time(read).map_err(|e| failed("read", offset, &e))?;
         self.counters.read_count().inc();
         self.counters.read_bytes().add(to.len());
-        Ok(Done { filled: to.len(), cost: to.len() })
+        Ok(Step::Done { filled: to.len(), cost: to.len() })
     }
 
     fn write(
-        &self,
+        &mut self,
+        chain: &Chain<'_>,
         sector: u64,
         from: &Readable<'_>,
         output: &Writable<'_>,
-    ) -> Result<Done, Failure> {
+    ) -> Result<Step, Failure> {
         want(output.is_empty() && self.disk.is_writable())?;
         let offset = self.offset(sector, from.len())?;
+        if self.flight.is_some() {
+            return self.begin(chain, Kind::Write, offset, from.len());
+        }
         let mut slices = IoSlices::default();
         let mut result = Ok(());
         from.for_syscalls(|slice| result = result.and_then(|()| slices.push(&slice)))?;
@@ -131,23 +217,45 @@ impl Executor {
         self.counters.write_agg().time(write).map_err(|e| failed("write", offset, &e))?;
         self.counters.write_count().inc();
         self.counters.write_bytes().add(from.len());
-        Ok(Done { filled: 0, cost: from.len() })
+        Ok(Step::Done { filled: 0, cost: from.len() })
     }
 
-    fn flush(&self, input: &Readable<'_>, output: &Writable<'_>) -> Result<Done, Failure> {
+    fn flush(
+        &mut self,
+        chain: &Chain<'_>,
+        input: &Readable<'_>,
+        output: &Writable<'_>,
+    ) -> Result<Step, Failure> {
         self.negotiated(feature::FLUSH)?;
         want(input.is_empty() && output.is_empty())?;
+        if self.flight.is_some() && !self.disk.has_lost_writes() {
+            return self.begin(chain, Kind::Flush, 0, 0);
+        }
         self.admit(0)?;
         self.disk.flush().map_err(|e| failed("flush", 0, &e))?;
         self.counters.flush_count().inc();
-        Ok(Done { filled: 0, cost: MAX_REQUEST_BYTES })
+        Ok(Step::Done { filled: 0, cost: MAX_REQUEST_BYTES })
     }
 
-    fn get_id(&self, input: &Readable<'_>, mut to: Writable<'_>) -> Result<Done, Failure> {
+    /// Hands a request that is in order to the host. What it costs there is no other device's.
+    fn begin(
+        &mut self,
+        chain: &Chain<'_>,
+        kind: Kind,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Step, Failure> {
+        self.admit(bytes)?;
+        let flight = self.flight.as_mut().ok_or(Failure::Host)?;
+        flight.begin(chain, kind, self.disk.file(), offset, bytes)?;
+        Ok(Step::Begun { cost: bytes })
+    }
+
+    fn get_id(&self, input: &Readable<'_>, mut to: Writable<'_>) -> Result<Step, Failure> {
         want(input.is_empty())?;
         self.admit(0)?;
         to.write(&self.id)?;
-        Ok(Done { filled: ID_BYTES as u64, cost: 0 })
+        Ok(Step::Done { filled: ID_BYTES as u64, cost: 0 })
     }
 
     /// DISCARD and WRITE_ZEROES: the data is a list of ranges. All are checked before the first has
@@ -157,7 +265,7 @@ impl Executor {
         request: u32,
         mut input: Readable<'_>,
         output: &Writable<'_>,
-    ) -> Result<Done, Failure> {
+    ) -> Result<Step, Failure> {
         let (feature, limits) = match request {
             kind::DISCARD => (feature::DISCARD, (MAX_DISCARD_SEGMENTS, MAX_DISCARD_SECTORS)),
             _ => (feature::WRITE_ZEROES, (MAX_ZERO_SEGMENTS, MAX_ZERO_SECTORS)),
@@ -189,7 +297,7 @@ impl Executor {
             kind::DISCARD => self.counters.discard_count().inc(),
             _ => self.counters.write_zeroes_count().inc(),
         }
-        Ok(Done { filled: 0, cost: MAX_REQUEST_BYTES })
+        Ok(Step::Done { filled: 0, cost: MAX_REQUEST_BYTES })
     }
 
     /// One `struct virtio_blk_discard_write_zeroes` (virtio 1.2, 5.2.6).
@@ -232,11 +340,20 @@ impl Executor {
     }
 }
 
-/// A request that succeeded: data bytes given to the driver, and its share of the budget.
+/// How far a request has come that is in order.
 #[derive(Clone, Copy, Debug)]
-struct Done {
-    filled: u64,
-    cost: u64,
+enum Step {
+    /// It succeeded: data bytes given to the driver, and its share of the budget.
+    Done { filled: u64, cost: u64 },
+    /// The host has it, with its share of the budget.
+    Begun { cost: u64 },
+}
+
+/// The used length covers what was written from the start on without a gap: `filled` bytes of data,
+/// and if these are all there is room for, the status.
+fn used_len(filled: u64, room: u64) -> u32 {
+    let used = if filled == room { filled.saturating_add(STATUS_BYTES) } else { filled };
+    u32::try_from(used).unwrap_or(u32::MAX)
 }
 
 /// Part of the disk, in bytes.
@@ -260,7 +377,7 @@ impl Default for Range {
 
 /// Why a request is not done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Failure {
+pub(super) enum Failure {
     /// It breaks the rules of the device.
     Invalid,
     /// The host could not do it.
