@@ -6,12 +6,14 @@ use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::metrics::CounterSet;
+use devices::observer::{Happening, Observer};
 use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::notifier::{self, Interrupt, Notifier};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::error::Refusal;
+use crate::events::Watch;
 use crate::metrics::{Interrupts, One, Source};
 use crate::parts::{Part, eventfd};
 
@@ -25,9 +27,17 @@ pub(crate) struct Attached {
     pub(crate) counters: Arc<notifier::Counters>,
     /// What the device itself counts.
     own_counters: Arc<dyn CounterSet>,
+    pub(crate) watch: Option<Arc<Watch>>,
 }
 
 impl Attached {
+    /// Tells what the user did to it.
+    pub(crate) fn notice(&self, what: Happening) {
+        if let Some(watch) = &self.watch {
+            watch.notice(what);
+        }
+    }
+
     /// What counts in it.
     pub(crate) fn sources(&self) -> impl Iterator<Item = Source> {
         let sets: [Arc<dyn CounterSet>; 2] = [self.counters.clone(), self.own_counters.clone()];
@@ -74,7 +84,7 @@ impl Slots<'_> {
     /// Gives the device with `index` its place: addresses and interrupt follow from the index, so a
     /// machine that is put together again looks the same.
     pub(crate) fn attach(&mut self, index: usize, part: Part) -> Result<Attached, Refusal> {
-        let Part { model, id, device, counters } = part;
+        let Part { model, id, device, counters, watch } = part;
         let full = Refusal::TooManyDevices(layout::VIRTIO_IRQS.len());
         let place = places().nth(index).ok_or(full)?;
         let line = register_irq(self.vm, place.irq)?;
@@ -87,7 +97,10 @@ impl Slots<'_> {
         };
         let own_counters = device.counters();
         let irq = Arc::new(Irq(line, self.interrupts.clone()));
-        let notifier = Notifier::new(irq, counters.clone());
+        let mut notifier = Notifier::new(irq, counters.clone());
+        if let Some(watch) = &watch {
+            notifier = notifier.observed_by(watch.clone());
+        }
         let transport =
             MmioTransport::new(device, self.memory.clone(), notifier, io, None).map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
@@ -105,7 +118,7 @@ impl Slots<'_> {
             let device = WindowDevice::new(transport.clone(), window);
             insert(self.mmio, base, WINDOW_SIZE, Arc::new(device));
         }
-        Ok(Attached { model, id, place, transport, counters, own_counters })
+        Ok(Attached { model, id, place, transport, counters, own_counters, watch })
     }
 }
 

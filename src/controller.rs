@@ -6,6 +6,7 @@
 //!                            │ ▲
 //!                            └─┘ Pause, Resume, a guest's reset
 //! ```
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
@@ -188,12 +189,18 @@ impl Controller {
 
     /// When [`Self::tick`] has something to do.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.metrics.due()
+        self.metrics.due().into_iter().chain(self.hub.due()).min()
+    }
+
+    /// Readable when devices have something to tell, and [`Self::tick`] something to do.
+    pub(crate) fn bell(&self) -> Option<BorrowedFd<'_>> {
+        self.hub.bell()
     }
 
     /// Does what is to be done from time to time.
     pub(crate) fn tick(&mut self) {
-        if self.due().is_some_and(|due| due <= Instant::now()) {
+        self.hub.heed();
+        if self.metrics.due().is_some_and(|due| due <= Instant::now()) {
             let sources = self.sources();
             self.metrics.tick(&sources);
         }
@@ -219,18 +226,21 @@ impl Controller {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        let parts = Parts::open(&config, names.io, quit)?;
+        let mut parts = Parts::open(&config, names.io, quit)?;
+        parts.observe(&mut self.hub)?;
         let serial_path = parts.serial_path.clone();
         let machine = Machine::assemble(&config, parts, names, started)?;
         if let Some(path) = &serial_path {
             announce(path);
+            self.hub.publish(What::SerialPath { path: path.clone() });
         }
+        let runs_since = Instant::now();
         machine.run();
         let live = Live { config, machine, serial_path, is_paused: false };
         self.metrics.adopt(metrics);
         self.metrics.start(&live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
-        self.hub.publish(What::Started);
+        self.hub.tell(runs_since, What::Started);
         Ok(())
     }
 
@@ -326,12 +336,12 @@ impl Controller {
             machine.dismantle().and_then(|parts| Machine::assemble(&config, parts, names, started));
         match machine {
             Ok(machine) => {
+                self.hub.publish(What::Rebooted);
                 if !is_paused {
                     machine.run();
                 }
                 self.phase =
                     Phase::Live(Box::new(Live { config, machine, serial_path, is_paused }));
-                self.hub.publish(What::Rebooted);
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),
         }

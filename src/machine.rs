@@ -14,6 +14,7 @@ use devices::legacy::boot_timer::{self, BootTimer};
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::limiter::RateLimiter;
+use devices::observer::Happening;
 use devices::virtio::model::DeviceError;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
@@ -151,11 +152,11 @@ impl Machine {
         let Self { vcpus, devices, rest: Rest(mut parts), .. } = self;
         // The vCPUs own the buses, and with them the other references to the transports.
         drop(vcpus);
-        for Attached { model, id, transport, counters, .. } in devices {
+        for Attached { model, id, transport, counters, watch, .. } in devices {
             let transport = Arc::into_inner(transport).ok_or(Refusal::Gone)?;
             let transport = transport.into_inner().unwrap_or_else(PoisonError::into_inner);
             match transport.into_device() {
-                Ok(device) => parts.devices.push(Part { model, id, device, counters }),
+                Ok(device) => parts.devices.push(Part { model, id, device, counters, watch }),
                 Err(source) => return Err(Refusal::Device { section: model, id, source }),
             }
         }
@@ -195,7 +196,9 @@ impl Machine {
         patch: &Value,
     ) -> Result<(), Refusal> {
         let device = &self.devices[self.position(name)?];
-        lock(&device.transport).update(view, patch).map_err(|e| name.refused(e))
+        lock(&device.transport).update(view, patch).map_err(|e| name.refused(e))?;
+        device.notice(Happening::Updated);
+        Ok(())
     }
 
     /// Changes the limits of a group, whichever device waits for them.
@@ -217,7 +220,7 @@ impl Machine {
         let position = self.position(name)?;
         let removed = lock(&self.devices[position].transport).remove();
         removed.map_err(|e| name.refused(e))?;
-        self.devices.remove(position);
+        self.devices.remove(position).notice(Happening::Removed);
         Ok(())
     }
 

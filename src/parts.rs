@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError, Topology};
 use devices::backend::console::Console;
@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
 use crate::error::Refusal;
+use crate::events::{Hub, Watch};
 use crate::metrics::MachineCounters;
 
 /// The guest that needs no files: an ELF image made from resources/guest/demo.rs.
@@ -27,6 +28,9 @@ const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 
 /// KVM's only API version since 2007.
 const KVM_API_VERSION: i32 = 12;
+
+/// What the serial port is called.
+const SERIAL: &str = "serial";
 
 /// A device with what names it.
 #[derive(Debug)]
@@ -36,6 +40,8 @@ pub(crate) struct Part {
     pub(crate) device: Box<dyn VirtioDevice>,
     /// What its transports count.
     pub(crate) counters: Arc<notifier::Counters>,
+    /// Tells of it, if anybody wants to know.
+    pub(crate) watch: Option<Arc<Watch>>,
 }
 
 /// Everything opened.
@@ -78,7 +84,9 @@ impl Parts {
             .map(|recipe| {
                 let (model, id) = (recipe.model(), recipe.id().to_owned());
                 match recipe.open(&env) {
-                    Ok(device) => Ok(Part { model, id, device, counters: Arc::default() }),
+                    Ok(device) => {
+                        Ok(Part { model, id, device, counters: Arc::default(), watch: None })
+                    }
                     Err(source) => Err(Refusal::Device { section: model, id, source }),
                 }
             })
@@ -112,6 +120,19 @@ impl Parts {
             env,
             counters,
         })
+    }
+
+    /// Tells `hub` from now on what happens to devices.
+    pub(crate) fn observe(&mut self, hub: &mut Hub) -> Result<(), Refusal> {
+        hub.forget_devices();
+        let mut watch =
+            |model, id: &str| hub.watch(model, id).map_err(Refusal::host("cannot make an eventfd"));
+        for part in &mut self.devices {
+            part.watch = Some(watch(part.model, &part.id)?);
+        }
+        let serial = watch(SERIAL, SERIAL)?;
+        self.serial.lock().unwrap_or_else(PoisonError::into_inner).observe(serial);
+        Ok(())
     }
 }
 

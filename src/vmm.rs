@@ -119,6 +119,9 @@ fn wait(
         PollFd::from_borrowed_fd(quit.as_fd(), PollFlags::IN),
         PollFd::from_borrowed_fd(signals.fd(), PollFlags::IN),
     ];
+    if let Some(bell) = controller.bell() {
+        fds.push(PollFd::from_borrowed_fd(bell, PollFlags::IN));
+    }
     if let Some(outcome) = controller.outcome() {
         fds.push(PollFd::from_borrowed_fd(outcome.bell().as_fd(), PollFlags::IN));
     }

@@ -17,6 +17,7 @@ mod contract;
 mod cpu;
 mod devices;
 mod docs;
+mod events;
 mod firecracker;
 mod input;
 mod library;

@@ -20,6 +20,7 @@ pub mod limiter;
 pub mod memory;
 pub mod metrics;
 pub mod mmds;
+pub mod observer;
 pub mod sys;
 mod timer;
 pub mod virtio;

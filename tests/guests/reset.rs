@@ -1,5 +1,5 @@
 //! Resets a block device with reads in flight and checks that none of them touches memory once the reset is done; then
-//! `resets=1000` resets back to back, then ordinary I/O. Options: `nth=0`, `rounds=20`.
+//! `resets=1000` resets back to back, bringing it up `ups=10` times, ordinary I/O. Options: `nth=0`, `rounds=20`.
 #![no_std]
 #![no_main]
 
@@ -56,7 +56,7 @@ fn run(boot: &'static BootInfo) -> Outcome {
         disk.device.set_status(0);
     }
     println!("resets={resets} us={}", clock::now_us() - begin);
-    for _ in 0..resets / 100 {
+    for _ in 0..number("ups", 10) {
         disk.reopen()?;
         disk.device.reset()?;
     }

@@ -23,6 +23,7 @@ use crate::backend::console::{self, Console, Input, Readiness};
 use crate::bus::BusDeviceMut;
 use crate::counters;
 use crate::io::{Watch, Worker};
+use crate::observer::{Happening, Observer};
 
 /// Ports in the block.
 pub const LEN: u64 = 8;
@@ -111,6 +112,8 @@ pub struct Serial {
     counters: Arc<Counters>,
     /// What the console had told when it was counted last.
     counted: console::Counters,
+    observer: Option<Arc<dyn Observer>>,
+    had_client: bool,
     /// Input waits at the host because the guest has no room for it.
     is_stalled: bool,
     /// Tells the worker that there is room again.
@@ -167,6 +170,11 @@ impl Serial {
         self.uart.writer().counters()
     }
 
+    /// Tells `observer` from now on of clients that come and go.
+    pub fn observe(&mut self, observer: Arc<dyn Observer>) {
+        self.observer = Some(observer);
+    }
+
     /// What is counted.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.counters
@@ -175,7 +183,7 @@ impl Serial {
     /// Waits up to `deadline` until all output is with the host: for the end of a VM.
     pub fn finish(&mut self, deadline: Duration) {
         self.uart.writer_mut().finish(deadline);
-        self.count_dropped();
+        self.note_output();
     }
 
     fn restore(
@@ -195,6 +203,8 @@ impl Serial {
             uart,
             counters,
             counted: console::Counters::default(),
+            observer: None,
+            had_client: false,
             is_stalled: false,
             room: room.clone(),
         };
@@ -220,15 +230,26 @@ impl Serial {
     fn flush(&mut self) {
         self.counters.flush_count().inc();
         self.uart.writer_mut().flush();
-        self.count_dropped();
+        self.note_output();
     }
 
-    fn count_dropped(&mut self) {
+    /// Counts what was lost, and tells of a client that has come or gone.
+    fn note_output(&mut self) {
         let (now, before) = (self.output(), self.counted);
         self.counters.missed_write_count().add(now.dropped.saturating_sub(before.dropped));
         let limited = now.limited.saturating_sub(before.limited);
         self.counters.rate_limiter_dropped_bytes().add(limited);
         self.counted = now;
+        let has_client = self.uart.writer().has_client();
+        if has_client != std::mem::replace(&mut self.had_client, has_client)
+            && let Some(observer) = &self.observer
+        {
+            observer.notice(if has_client {
+                Happening::Connected
+            } else {
+                Happening::Disconnected
+            });
+        }
     }
 
     /// Lets the worker go on if it waits and the guest now has room.
@@ -330,8 +351,10 @@ impl Worker for SerialInput {
         }
         let mut serial = self.serial();
         serial.uart.writer_mut().ready();
-        serial.count_dropped();
+        serial.note_output();
         serial.feed();
+        // The end of a client's input is the end of the client.
+        serial.note_output();
         Watch::Keep
     }
 }

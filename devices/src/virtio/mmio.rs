@@ -29,6 +29,7 @@ use crate::GuestRam;
 use crate::bus::BusDevice;
 use crate::io::{IoError, IoThread, Retired, Ticket, Worker};
 use crate::metrics::CounterSet;
+use crate::observer::Happening;
 
 /// Bytes of address space per window: registers, then the configuration space.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -298,6 +299,7 @@ impl MmioTransport {
         let queues = self.live_queues()?;
         self.run(queues, None)?;
         self.notifier.counters().activate_count().inc();
+        self.notifier.notice(Happening::Activated);
         Ok(())
     }
 
@@ -339,11 +341,15 @@ impl MmioTransport {
                 return;
             }
         }
-        self.stage = Stage::Idle;
+        // A driver that finds a device resets it first: nothing has happened to it.
+        let was_up = !matches!(std::mem::replace(&mut self.stage, Stage::Idle), Stage::Idle);
         self.device.reset();
         self.registers = self.fresh_registers();
         self.notifier.reset();
         self.notifier.counters().reset_count().inc();
+        if was_up {
+            self.notifier.notice(Happening::Reset);
+        }
     }
 
     fn fresh_registers(&self) -> Registers {

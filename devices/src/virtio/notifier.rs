@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::counters;
+use crate::observer::{Happening, Observer};
 
 /// Raises the device's interrupt in the guest. An irqfd in the VMM, a counter in tests.
 pub trait Interrupt: Send + Sync {
@@ -56,6 +57,7 @@ counters! {
 pub struct Notifier {
     line: Arc<dyn Interrupt>,
     counters: Arc<Counters>,
+    observer: Option<Arc<dyn Observer>>,
     status: AtomicU32,
     isr: AtomicU32,
     generation: AtomicU32,
@@ -77,6 +79,7 @@ impl Notifier {
         Self {
             line,
             counters,
+            observer: None,
             status: AtomicU32::new(0),
             isr: AtomicU32::new(0),
             generation: AtomicU32::new(0),
@@ -96,6 +99,20 @@ impl Notifier {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.isr.fetch_or(ISR_CONFIG_CHANGE, Ordering::SeqCst);
         self.interrupt_for_config();
+        self.notice(Happening::ConfigChanged);
+    }
+
+    /// The same, told of to `observer`.
+    pub fn observed_by(mut self, observer: Arc<dyn Observer>) -> Self {
+        self.observer = Some(observer);
+        self
+    }
+
+    /// Tells the observer.
+    pub(super) fn notice(&self, what: Happening) {
+        if let Some(observer) = &self.observer {
+            observer.notice(what);
+        }
     }
 
     fn interrupt_for_config(&self) {
@@ -113,6 +130,7 @@ impl Notifier {
         let was = self.status.fetch_or(status::NEEDS_RESET, Ordering::SeqCst);
         if was & status::NEEDS_RESET == 0 && was & status::DRIVER_OK != 0 {
             self.counters.event_fails().inc();
+            self.notice(Happening::NeedsReset);
             self.isr.fetch_or(ISR_CONFIG_CHANGE, Ordering::SeqCst);
             self.interrupt_for_config();
         }

@@ -21,6 +21,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::chain::{Buffers, Chain, ChainError};
 use super::notifier::Notifier;
 use crate::GuestRam;
+use crate::observer::Happening;
 
 const AVAIL_F_NO_INTERRUPT: u16 = 1;
 
@@ -335,6 +336,11 @@ impl VirtQueue {
     /// Tells the driver that the device cannot go on until it is reset.
     pub fn needs_reset(&self) {
         self.notifier.needs_reset();
+    }
+
+    /// Says to whoever observes the device that its host side is gone.
+    pub fn host_gone(&self) {
+        self.notifier.notice(Happening::HostGone);
     }
 
     /// The used index, of a queue that somebody else serves.

@@ -222,6 +222,11 @@ impl Console {
         self.limit = limit.and_then(|config| Bucket::new(config, now_ns()));
     }
 
+    /// Whether this is a socket with a client.
+    pub fn has_client(&self) -> bool {
+        matches!(self.kind, Kind::Socket(_)) && self.output.host().is_some()
+    }
+
     /// Readable when [`ready`](Self::ready) has something to do.
     pub fn events(&self) -> Arc<Readiness> {
         self.events.clone()

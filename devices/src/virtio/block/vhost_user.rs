@@ -254,6 +254,7 @@ impl Worker for Relay {
             return Watch::Keep;
         }
         self.counters.gone_count().inc();
+        self.requests.host_gone();
         log::warn!("drive: its back end is gone");
         self.requests.needs_reset();
         Watch::Drop

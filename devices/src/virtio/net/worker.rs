@@ -136,6 +136,7 @@ impl NetWorker {
     fn note_gone(&mut self) {
         self.is_gone = true;
         self.counters.tap_gone().inc();
+        self.tx.host_gone();
         log::warn!("network interface: the tap is gone; the guest's link is dead");
     }
 }
