@@ -22,6 +22,7 @@ mod firecracker;
 mod input;
 mod library;
 mod lifecycle;
+mod limits;
 mod linux;
 mod logger;
 mod memory;

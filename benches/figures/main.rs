@@ -19,6 +19,7 @@ mod compile;
 mod floor;
 mod guest;
 mod host;
+mod limits;
 mod memory;
 mod report;
 mod serial;
@@ -60,6 +61,7 @@ const GROUPS: &[Group] = &[
     Group { name: "attack", measure: api::under_attack },
     Group { name: "serial", measure: serial::output },
     Group { name: "block", measure: block::reads },
+    Group { name: "limits", measure: limits::accuracy },
 ];
 
 struct Options {
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).filter(|a| a != "--bench").collect();
     let done = match arguments.split_first() {
         Some((first, rest)) if first == "floor" => floor::main(rest).map_err(Into::into),
+        Some((first, _)) if first == limits::FLOOD => limits::flood(),
         _ => parse(arguments).and_then(|options| measure(&options)),
     };
     match done {
