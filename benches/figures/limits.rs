@@ -41,9 +41,9 @@ const DISK: &[Limit] = &[
         rate: 20e6,
     },
     Limit {
-        name: "disk, 10 MB/s in writes of 4 KiB",
+        name: "disk, 10 MB/s in writes of 16 KiB",
         options: "bw=10M",
-        guest: "device=write len=4096 depth=32",
+        guest: "device=write len=16384 depth=32",
         counts: Counts::Bytes,
         rate: 10e6,
     },

@@ -46,7 +46,7 @@ struct GuestArgs {
     /// are its limits a second
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
-    /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID]
+    /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<PmemArg>,
     /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N]
@@ -383,13 +383,14 @@ impl DiskArg {
     }
 }
 
-/// `PATH[,ro][,root][,id=ID]`
+/// `PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]`
 #[derive(Clone, Debug)]
 struct PmemArg {
     path: PathBuf,
     is_read_only: bool,
     is_root: bool,
     id: Option<String>,
+    limits: LimitArgs,
 }
 
 impl FromStr for PmemArg {
@@ -398,14 +399,25 @@ impl FromStr for PmemArg {
     fn from_str(s: &str) -> Result<Self, String> {
         let mut words = s.split(',');
         let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path first")?;
-        let mut pmem = Self { path: path.into(), is_read_only: false, is_root: false, id: None };
+        let mut pmem = Self {
+            path: path.into(),
+            is_read_only: false,
+            is_root: false,
+            id: None,
+            limits: LimitArgs::default(),
+        };
         for word in words {
             match word.split_once('=') {
                 None if word == "ro" => pmem.is_read_only = true,
                 None if word == "rw" => pmem.is_read_only = false,
                 None if word == "root" => pmem.is_root = true,
                 Some(("id", id)) => pmem.id = Some(id.into()),
-                _ => return Err(format!("'{word}' is not one of ro, rw, root, id=ID")),
+                Some((key, value)) if pmem.limits.take(key, value)? => {}
+                _ => {
+                    return Err(format!(
+                        "'{word}' is not one of ro, rw, root, id=ID, bw=N, ops=N, group=ID"
+                    ));
+                }
             }
         }
         Ok(pmem)
@@ -418,6 +430,8 @@ impl PmemArg {
         pmem::Config {
             root_device: self.is_root,
             read_only: self.is_read_only,
+            rate_limiter: self.limits.limiter(),
+            rate_limit_group: self.limits.group,
             ..pmem::Config::new(id, self.path)
         }
     }

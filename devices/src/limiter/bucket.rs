@@ -16,9 +16,9 @@ pub struct Bucket {
     fraction: u128,
     /// When `level` was right.
     at_ns: u64,
-    /// What somebody waits for. He is woken a little late, and what comes in between is his: so
-    /// much more fits.
-    awaited: u64,
+    /// Whether somebody waits. He may be woken late, on a busy host much later, and what comes in
+    /// between is his: as much again fits.
+    is_awaited: bool,
 }
 
 impl Bucket {
@@ -32,7 +32,7 @@ impl Bucket {
             level: i128::from(size).saturating_add(burst.into()),
             fraction: 0,
             at_ns: now_ns,
-            awaited: 0,
+            is_awaited: false,
         })
     }
 
@@ -44,7 +44,7 @@ impl Bucket {
         let Some(missing) = u128::try_from(missing).ok().filter(|&missing| missing > 0) else {
             return 0;
         };
-        self.awaited = need;
+        self.is_awaited = true;
         let parts = missing.saturating_mul(self.refill_ns).saturating_sub(self.fraction);
         u64::try_from(parts.div_ceil(self.size.into())).unwrap_or(u64::MAX)
     }
@@ -70,13 +70,14 @@ impl Bucket {
 
     /// Nobody waits any more.
     pub(super) fn forget_waiter(&mut self) {
-        self.awaited = 0;
+        self.is_awaited = false;
     }
 
     fn refill(&mut self, now_ns: u64) {
         let elapsed = now_ns.saturating_sub(self.at_ns);
         self.at_ns = self.at_ns.max(now_ns);
-        let full = i128::from(self.size).saturating_add(self.awaited.into());
+        let size = i128::from(self.size);
+        let full = if self.is_awaited { size.saturating_add(size) } else { size };
         if self.level < full {
             // 2^128 of them take longer than there is time.
             let parts =
@@ -200,8 +201,12 @@ mod tests {
             bucket.forget_waiter();
         }
         assert_eq!(now, 1000 * 1_000_000 + 300_000);
-        // But what nobody waits for does not pile up.
-        assert_eq!(bucket.take_up_to(10, now + SECOND), 1);
+        // But no more than as much again piles up, and nothing if nobody waits.
+        bucket.charge(1, now);
+        assert!(bucket.wait_ns(1, now) > 0);
+        assert_eq!(bucket.take_up_to(10, now + SECOND), 2);
+        bucket.forget_waiter();
+        assert_eq!(bucket.take_up_to(10, now + 2 * SECOND), 1);
     }
 
     #[test]
