@@ -167,7 +167,13 @@ impl Drive {
 
 #[test]
 fn a_change_lets_a_drive_that_waits_go_on() {
-    let limits = json!({"rate_limiter": {
+    for engine in ["Sync", "Async"] {
+        change_a_drive_that_waits(engine);
+    }
+}
+
+fn change_a_drive_that_waits(engine: &str) {
+    let limits = json!({"io_engine": engine, "rate_limiter": {
         "ops": {"size": 1, "refill_time": NEVER_MS},
         "bandwidth": {"size": 4096, "refill_time": NEVER_MS},
     }});
