@@ -33,3 +33,4 @@ mod unheard;
 mod util;
 mod vhost_user;
 mod vsock;
+mod wire;

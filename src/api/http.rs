@@ -102,7 +102,9 @@ async fn handle(
     let outcome = match (body, found) {
         (Ok(body), Ok((route, id))) => answer(api, progress, route, id, &body).await,
         (Err(fault), _) => Err(fault),
-        (_, Err(unknown)) => Err(unknown.into()),
+        (Ok(body), Err(unknown)) => {
+            Err(wrong_body(&parts.method, &body).unwrap_or_else(|| unknown.into()))
+        }
     };
     match &outcome {
         Ok(Reply { answer, deprecated }) => {
@@ -213,6 +215,16 @@ async fn read_body(
     };
     let patience = progress.deadlines().body;
     tokio::time::timeout(patience, read).await.unwrap_or(Err(Fault::TooSlow(patience)))
+}
+
+/// What is wrong with a body whatever the path: Firecracker says it first.
+fn wrong_body(method: &hyper::Method, body: &[u8]) -> Option<Fault> {
+    match (method, body) {
+        (&hyper::Method::PUT, []) => Some(Fault::NoBody(Method::Put)),
+        (&hyper::Method::PATCH, []) => Some(Fault::NoBody(Method::Patch)),
+        (&hyper::Method::GET, [_, ..]) => Some(Fault::NeedlessBody),
+        _ => None,
+    }
 }
 
 async fn answer(

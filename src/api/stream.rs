@@ -297,7 +297,7 @@ fn refusal(status_line: &str) -> Vec<u8> {
         Some("414") => "The request's path is too long.",
         _ => "Invalid HTTP request.",
     };
-    let text = format!("{what} All previous unanswered requests will be dropped.");
+    let text = format!("{what}\nAll previous unanswered requests will be dropped.");
     let body = serde_json::json!({ "error": text, "fault_message": text }).to_string();
     format!(
         "{status_line}\r\nServer: Firecracker API\r\nConnection: close\r\n\

@@ -72,7 +72,7 @@ impl Api {
         stream
     }
 
-    fn request(&self, method: &str, path: &str, body: &str) -> Reply {
+    pub(crate) fn request(&self, method: &str, path: &str, body: &str) -> Reply {
         let mut stream = self.connect();
         stream.write_all(&request(method, path, body)).unwrap();
         Reply::read(&mut BufReader::new(stream))
