@@ -22,6 +22,7 @@ use vm_memory::{
 
 pub use self::lease::{Lease, Leases};
 pub use self::own::{FileMemory, OwnMemory, Piece, Placement, PluggedMemory, Slots};
+use crate::sys::map::Pages;
 use crate::{GuestBitmap, GuestSlice};
 
 /// All of a guest's memory. Clones are the same memory.
@@ -46,6 +47,17 @@ enum Memory {
     Ram(Arc<MmapRegion<GuestBitmap>>),
     Plugged(Arc<PluggedMemory>),
     File(Arc<FileMemory>),
+}
+
+/// What is behind a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Backing {
+    /// Anonymous memory of this process.
+    Private(Pages),
+    /// A file in memory, which others map too.
+    Shared(Pages),
+    /// A file that does not change with the memory, or must not.
+    File,
 }
 
 impl GuestRam {
@@ -139,6 +151,22 @@ impl GuestRegion {
         Self { start, memory: Memory::File(memory) }
     }
 
+    /// What is behind it, for whoever gives pages of it back.
+    pub(crate) fn backing(&self) -> Backing {
+        let ram = match &self.memory {
+            Memory::Ram(ram) => ram,
+            Memory::Plugged(plugged) => return Backing::Private(plugged.mapping().pages()),
+            Memory::File(_) => return Backing::File,
+        };
+        let is_huge = ram.flags() & libc::MAP_HUGETLB != 0;
+        let pages = if is_huge { Pages::Huge2M } else { Pages::Normal };
+        match ram.file_offset() {
+            _ if ram.flags() & libc::MAP_SHARED != 0 => Backing::Shared(pages),
+            Some(_) => Backing::File,
+            None => Backing::Private(pages),
+        }
+    }
+
     fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
         match &self.memory {
             Memory::Ram(ram) => ram.get_slice(usize::try_from(offset).ok()?, count).ok(),
@@ -201,7 +229,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::sys::map::{ALIGNMENT, Access, Mapping, Pages};
+    use crate::sys::map::{ALIGNMENT, Access, Mapping};
 
     const OWN: GuestAddress = GuestAddress(1 << 32);
 

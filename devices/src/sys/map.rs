@@ -64,6 +64,7 @@ impl Access {
 pub struct Mapping {
     start: NonNull<u8>,
     len: usize,
+    pages: Pages,
     bitmap: GuestBitmap,
 }
 
@@ -78,7 +79,8 @@ unsafe impl Sync for Mapping {}
 impl Mapping {
     /// Anonymous private memory of `len` bytes, all zero, none of it taken from the host yet.
     pub fn anonymous(len: u64, pages: Pages, access: Access) -> Result<Self> {
-        let mapping = Self::reserve(len)?;
+        let mut mapping = Self::reserve(len)?;
+        mapping.pages = pages;
         let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         if pages == Pages::Huge2M {
             flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
@@ -131,7 +133,7 @@ impl Mapping {
                 rustix::mm::munmap(start.wrapping_byte_add(len), behind)?;
             }
             let start = NonNull::new(start.cast()).ok_or_else(too_big)?;
-            Ok(Self { start, len, bitmap: GuestBitmap::with_len(len) })
+            Ok(Self { start, len, pages: Pages::Normal, bitmap: GuestBitmap::with_len(len) })
         }
     }
 
@@ -143,6 +145,19 @@ impl Mapping {
     /// Whether it has no bytes: never.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Which pages are behind it.
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    /// The same mapping, said to be of other pages: for tests where the host has none of them.
+    #[cfg(test)]
+    pub(crate) fn saying(self, pages: Pages) -> Self {
+        let mut mapping = self;
+        mapping.pages = pages;
+        mapping
     }
 
     /// Where the byte at `offset` is in this process: for KVM.
