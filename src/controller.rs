@@ -417,6 +417,7 @@ impl Live {
         if row.is_many && id_in(&patch).is_some_and(|other| other != id) {
             return Err(Refusal::IdMismatch);
         }
+        self.config.check_update(row.name, id, &patch)?;
         let name = Name { model: row.name, id };
         self.machine.update(name, view.map(|view| view.path), &patch)?;
         self.config.note_update(row.name, id, &patch);

@@ -35,11 +35,11 @@ pub enum Refusal {
         why: String,
     },
     /// A device refused its configuration or could not be made.
-    #[error("{section} {id}: {source}")]
+    #[error("{}: {source}", device(section, id))]
     Device {
         /// The device's model.
         section: &'static str,
-        /// Its id.
+        /// Its id; the model's name where there can be only one.
         id: String,
         /// What it said.
         source: DeviceError,
@@ -161,6 +161,11 @@ impl Refusal {
             _ => ExitCode::Config,
         }
     }
+}
+
+/// How to call a device.
+fn device(section: &str, id: &str) -> String {
+    if section == id { section.to_owned() } else { format!("{section} {id}") }
 }
 
 /// There is no request whose body could be wrong.

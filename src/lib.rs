@@ -34,7 +34,7 @@ pub use config::{
     MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
-pub use devices::virtio::{block, net, pmem, rng, vsock};
+pub use devices::virtio::{balloon, block, net, pmem, rng, vsock};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};

@@ -490,6 +490,7 @@ fn with_all_devices(scratch: &Scratch, network: &Network, guest: &str, cmdline: 
     let read_only = scratch.sparse("read-only.img", MIB);
     let husk = Husk::guest(guest, cmdline).disk(disk).read_only_disk(read_only).arg("--rng");
     let husk = husk.vsock(3, &scratch.path("all.sock"));
+    let husk = husk.option("--balloon", "1,deflate-on-oom,stats=1,hinting,reporting");
     husk.network(network, ",mac=02:00:00:00:00:07,mtu=1500")
 }
 
@@ -497,8 +498,8 @@ fn with_all_devices(scratch: &Scratch, network: &Network, guest: &str, cmdline: 
 fn registers_follow_the_specification() {
     let (scratch, network) = (Scratch::new(), Network::with_tap());
     let end = with_all_devices(&scratch, &network, "regs", "").wait().ok();
-    assert_eq!(end.value("devices"), "5");
-    assert_eq!(end.values("features_ok_without_version_1"), ["false"; 5]);
+    assert_eq!(end.value("devices"), "6");
+    assert_eq!(end.values("features_ok_without_version_1"), ["false"; 6]);
 }
 
 #[test]

@@ -10,6 +10,7 @@
 
 mod api;
 mod attack;
+mod balloon;
 mod boot;
 mod cli;
 mod clients;

@@ -234,11 +234,12 @@ async fn answer(
     id: Option<String>,
     body: &[u8],
 ) -> Result<Reply, Fault> {
-    match (&route.body, body.is_empty()) {
-        (None, false) => return Err(Fault::NeedlessBody),
-        (Some(_), true) => return Err(Fault::NoBody(route.method)),
-        _ => (),
-    }
+    let body = match (&route.body, body) {
+        (Some(_), b"") if route.is_body_optional => b"{}",
+        (Some(_), b"") => return Err(Fault::NoBody(route.method)),
+        (None, [_, ..]) => return Err(Fault::NeedlessBody),
+        (_, body) => body,
+    };
     let answer = match route.act {
         Act::Ask(make) => of_route(route, ask(api, make(body)?).await?),
         Act::Section(name) => {

@@ -15,7 +15,6 @@ pub(crate) struct Missing {
 
 /// All of it.
 pub(crate) const NOT_YET: &[Missing] = &[
-    missing("balloon", Some("balloon"), "balloon", ALL),
     missing("memory-hotplug", Some("memory-hotplug"), "hotplug", ALL),
     missing("mmds-config", Some("mmds-config"), "mmds", ALL),
     missing("snapshot", None, "snapshot", &["PUT"]),

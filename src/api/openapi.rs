@@ -81,7 +81,7 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
     }
     if let Some(shape) = route.body {
         operation["requestBody"] = json!({
-            "required": true,
+            "required": !route.is_body_optional,
             "content": { "application/json": { "schema": schema(shape, generator) } },
         });
     }

@@ -34,6 +34,8 @@ pub(crate) struct Section {
     pub(crate) put: Option<SchemaFn>,
     /// What `PATCH` takes.
     pub(crate) patch: Option<SchemaFn>,
+    /// Whether a `PATCH` need not have a body: none means `{}`.
+    pub(crate) is_patch_optional: bool,
     /// Whether `DELETE` takes it away.
     pub(crate) is_removable: bool,
     /// What clients should no longer send.
@@ -52,6 +54,7 @@ impl Section {
         get: None,
         put: None,
         patch: None,
+        is_patch_optional: false,
         is_removable: false,
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
@@ -115,6 +118,8 @@ pub(crate) struct Route {
     pub(crate) summary: Cow<'static, str>,
     /// What the request's body is.
     pub(crate) body: Option<Shape>,
+    /// Whether it may be absent: that means `{}`.
+    pub(crate) is_body_optional: bool,
     pub(crate) reply: Content,
     pub(crate) act: Act,
     /// Whether more path may follow, and is ignored.
@@ -311,7 +316,7 @@ fn split(path: &str) -> Vec<&str> {
 }
 
 fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
-    let Section { name, path, id, about, deprecated, logged, .. } = *section;
+    let Section { name, path, id, about, is_patch_optional, deprecated, logged, .. } = *section;
     let plain = format!("/{path}");
     let one = if id == Id::Needed { format!("/{path}/{ID_PLACE}") } else { plain.clone() };
     let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
@@ -319,6 +324,7 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
         path: Cow::Owned(path.to_owned()),
         summary: Cow::Owned(format!("{verb} {name}. {about}")),
         body: body.map(Shape::Type),
+        is_body_optional: method == Method::Patch && is_patch_optional,
         reply,
         act: Act::Section(name),
         ignores_rest: id == Id::Ignored,
@@ -342,6 +348,7 @@ const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act
         path: Cow::Borrowed(path),
         summary: Cow::Borrowed(summary),
         body: None,
+        is_body_optional: false,
         reply,
         act,
         ignores_rest: false,
@@ -362,6 +369,7 @@ const fn change(
         path: Cow::Borrowed(path),
         summary: Cow::Borrowed(summary),
         body: Some(body),
+        is_body_optional: false,
         reply: Content::Nothing,
         act: Act::Ask(ask),
         ignores_rest: false,
@@ -490,7 +498,6 @@ pub(crate) mod tests {
         assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
         assert_eq!(text("GET", "/mmds/x"), "mmds-config is not supported yet");
         assert_eq!(text("PUT", "/snapshot/load"), "snapshot is not supported yet");
-        assert_eq!(text("PATCH", "/balloon/statistics"), "balloon is not supported yet");
         assert_eq!(
             text("DELETE", "/machine-config"),
             "Invalid request method and/or path: DELETE machine-config."

@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
-use crate::{block, net, pmem, rng, vsock};
+use crate::{balloon, block, net, pmem, rng, vsock};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
 /// the keyboard controller, a reboot at once after a panic.
@@ -63,6 +63,9 @@ struct GuestArgs {
     /// the host reaches it through a Unix socket at PATH
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<VsockArg>,
+    /// Give the guest a balloon: MIB[,deflate-on-oom][,stats=SECONDS][,hinting][,reporting]
+    #[arg(long, value_name = "BALLOON", value_parser = parse_balloon)]
+    balloon: Option<balloon::Config>,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
     serial: SerialTo,
@@ -87,7 +90,7 @@ struct GuestArgs {
     on_reboot: OnReboot,
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
-        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock",
+        "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock", "balloon",
         "smt", "cpu_config", "huge_pages", "pit", "rate_limit_group",
     ])]
     config_file: Option<PathBuf>,
@@ -293,6 +296,9 @@ impl GuestArgs {
         if let Some(VsockArg { cid, uds }) = self.vsock {
             config.add::<vsock::Vsock>(vsock::Config::new(cid, uds))?;
         }
+        if let Some(balloon) = self.balloon {
+            config.add::<balloon::Balloon>(balloon)?;
+        }
         Ok(config)
     }
 }
@@ -304,6 +310,31 @@ fn huge_pages(s: &str) -> Result<HugePages, String> {
         "2M" | "2m" => Ok(HugePages::Hugetlb2M),
         _ => Err("want none, transparent or 2M".into()),
     }
+}
+
+/// `MIB[,deflate-on-oom][,stats=SECONDS][,hinting][,reporting]`
+fn parse_balloon(s: &str) -> Result<balloon::Config, String> {
+    let mut words = s.split(',');
+    let amount = words.next().unwrap_or_default();
+    let amount_mib = amount.parse().map_err(|e| format!("MiB '{amount}': {e}"))?;
+    let mut config = balloon::Config { amount_mib, ..balloon::Config::default() };
+    for word in words {
+        match word.split_once('=') {
+            None if word == "deflate-on-oom" => config.deflate_on_oom = true,
+            None if word == "hinting" => config.free_page_hinting = true,
+            None if word == "reporting" => config.free_page_reporting = true,
+            Some(("stats", interval)) => {
+                let seconds = interval.parse().map_err(|e| format!("stats '{interval}': {e}"))?;
+                config.stats_polling_interval_s = seconds;
+            }
+            _ => {
+                return Err(format!(
+                    "'{word}' is not one of deflate-on-oom, stats=SECONDS, hinting, reporting"
+                ));
+            }
+        }
+    }
+    Ok(config)
 }
 
 /// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user][,bw=N][,ops=N][,group=ID]`

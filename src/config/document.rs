@@ -50,6 +50,8 @@ impl VmConfig {
         for (name, value) in sections {
             config.put_section(json, &name, value)?;
         }
+        // Only now, because sections come in any order.
+        config.check_ram()?;
         *self = config;
         Ok(())
     }
@@ -70,11 +72,11 @@ impl VmConfig {
             return self.read_cpu_config(&path);
         }
         if !is_many(name) {
-            return self.put(name, None, text.as_bytes()).map_err(|e| place(name, value, e));
+            return self.put_alone(name, None, text.as_bytes()).map_err(|e| place(name, value, e));
         }
         let members: Vec<&RawValue> = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
         for (i, member) in members.into_iter().enumerate() {
-            self.put(name, None, member.get().as_bytes())
+            self.put_alone(name, None, member.get().as_bytes())
                 .map_err(|e| place(&format!("{name}[{i}]"), member, e))?;
         }
         Ok(())

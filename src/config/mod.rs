@@ -98,6 +98,15 @@ impl VmConfig {
     /// Stores one section, as `PUT` by the API. Checked against the host as far as is possible
     /// without keeping anything.
     pub fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
+        let mut changed = self.clone();
+        changed.put_alone(section, id, body)?;
+        changed.check_ram()?;
+        *self = changed;
+        Ok(())
+    }
+
+    /// The same, whatever the other sections say.
+    fn put_alone(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {
         if let Some(fixed) = fixed(section) {
             return fixed.put(self, id, body);
         }
@@ -109,7 +118,13 @@ impl VmConfig {
     /// Changes part of a section before start.
     pub fn patch(&mut self, section: &str, body: &[u8]) -> Result<(), Refusal> {
         match fixed(section).and_then(|fixed| fixed.patch) {
-            Some(patch) => patch(self, body),
+            Some(patch) => {
+                let mut changed = self.clone();
+                patch(&mut changed, body)?;
+                changed.check_ram()?;
+                *self = changed;
+                Ok(())
+            }
             None if virtio::model(section).is_some()
                 || virtio::view(section).is_some()
                 || section == RATE_LIMIT_GROUPS =>
@@ -216,7 +231,18 @@ impl VmConfig {
     pub(crate) fn check_values(&self) -> Result<(), Refusal> {
         self.machine.check()?;
         self.check_groups()?;
+        self.check_ram()?;
         self.serial.check_values()
+    }
+
+    /// Refuses devices that need more RAM than there is.
+    fn check_ram(&self) -> Result<(), Refusal> {
+        self.devices.iter().try_for_each(|recipe| self.check_ram_for(&**recipe))
+    }
+
+    fn check_ram_for(&self, recipe: &dyn Recipe) -> Result<(), Refusal> {
+        let checked = recipe.check_ram(self.machine.mem_size_mib);
+        checked.map_err(|e| device_refusal(recipe.model(), Some(recipe.id()), e))
     }
 
     /// Refuses a kernel, an initrd or a command line that has no room in this machine.
@@ -247,20 +273,31 @@ impl VmConfig {
         self.boot_source.as_ref().is_some_and(|s| s.kernel_image_path == Path::new(DEMO_GUEST))
     }
 
+    /// Refuses a run-time change of a device that does not fit the VM.
+    pub(crate) fn check_update(&self, model: &str, id: &str, patch: &Value) -> Result<(), Refusal> {
+        match self.updated(model, id, patch) {
+            Some((_, changed)) => self.check_ram_for(&*changed),
+            None => Ok(()),
+        }
+    }
+
     /// Keeps what a run-time change of a device says, for `GET /vm/config`.
     pub(crate) fn note_update(&mut self, model: &str, id: &str, patch: &Value) {
-        let Some(row) = virtio::model(model) else { return };
-        let Some(recipe) = self.devices.iter_mut().find(|r| r.model() == model && r.id() == id)
-        else {
-            return;
-        };
-        let (mut all, Some(changes)) = (recipe.to_json(), patch.as_object()) else { return };
-        for (field, value) in changes.iter().filter(|(_, value)| !value.is_null()) {
+        if let Some((position, changed)) = self.updated(model, id, patch) {
+            self.devices[position] = changed;
+        }
+    }
+
+    /// A device as a run-time change makes it, and its position. None if the change is of nothing that
+    /// is configured.
+    fn updated(&self, model: &str, id: &str, patch: &Value) -> Option<(usize, Box<dyn Recipe>)> {
+        let row = virtio::model(model)?;
+        let position = self.devices.iter().position(|r| r.model() == model && r.id() == id)?;
+        let mut all = self.devices[position].to_json();
+        for (field, value) in patch.as_object()?.iter().filter(|(_, value)| !value.is_null()) {
             merge(&mut all[field], value);
         }
-        if let Ok(changed) = (row.parse)(all.to_string().as_bytes()) {
-            *recipe = changed;
-        }
+        Some((position, (row.parse)(all.to_string().as_bytes()).ok()?))
     }
 
     /// What boots, or what to do about it.

@@ -210,6 +210,7 @@ pub(crate) fn sections() -> impl Iterator<Item = Section> {
             about: view.about,
             get: view.shown,
             patch: view.patch.map(|patch| patch.schema),
+            is_patch_optional: view.patch.is_some_and(|patch| patch.is_optional),
             ..Section::PLAIN
         }))
     });

@@ -327,6 +327,12 @@ impl<'a> Writable<'a> {
         self.0.take(len).map(Writable)
     }
 
+    /// Where the bytes left are, in order, for a device to which that is what matters. Not checked to
+    /// be RAM.
+    pub fn buffers(&self) -> impl Iterator<Item = Buffer> + use<'a> {
+        self.0.buffers()
+    }
+
     /// Calls `f` with each piece of host memory behind the bytes left, in order.
     pub fn for_each(&self, f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {
         self.0.for_each(f)
@@ -372,6 +378,21 @@ impl<'a> Span<'a> {
         }
         self.len = rest;
         Ok(taken)
+    }
+
+    fn buffers(&self) -> impl Iterator<Item = Buffer> + use<'a> {
+        let mut left = self.len;
+        let mut skip = self.skip;
+        self.buffers.iter().map_while(move |buffer| {
+            let here = u64::from(buffer.len.saturating_sub(skip)).min(left);
+            // One that wraps around is no RAM wherever it is said to be.
+            let addr = GuestAddress(buffer.addr.0.saturating_add(skip.into()));
+            let part = Buffer { addr, len: u32::try_from(here).ok()? };
+            let is_in = left > 0;
+            left = left.saturating_sub(here);
+            skip = 0;
+            is_in.then_some(part)
+        })
     }
 
     fn for_each(&self, mut f: impl FnMut(GuestSlice<'a>)) -> Result<(), Fault> {

@@ -7,6 +7,7 @@ pub mod model;
 pub mod notifier;
 pub mod queue;
 
+pub mod balloon;
 pub mod block;
 pub mod net;
 pub mod pmem;
@@ -22,6 +23,7 @@ pub const MODELS: &[Row] = &[
     row::<pmem::Pmem>(),
     row::<rng::Rng>(),
     row::<vsock::Vsock>(),
+    row::<balloon::Balloon>(),
 ];
 
 /// The row whose name (config key) is `name`.

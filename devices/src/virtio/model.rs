@@ -141,6 +141,10 @@ pub trait Model: VirtioDevice + Sized + 'static {
     fn needs_shared_memory(_config: &Self::Config) -> bool {
         false
     }
+    /// Refuses a configuration that cannot be in a VM with so much RAM.
+    fn check_ram(_config: &Self::Config, _ram_mib: u64) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// Opens the host side.
     fn open(config: &Self::Config, env: &Env) -> Result<Self, DeviceError>;
     /// The same, of a model whose devices are not all of one type.
@@ -210,6 +214,8 @@ pub struct PatchType {
     pub schema: SchemaFn,
     /// Reads one.
     pub parse: fn(json: &[u8]) -> Result<Value, DeviceError>,
+    /// Whether a request need not have a body: none means `{}`.
+    pub is_optional: bool,
 }
 
 impl PatchType {
@@ -221,7 +227,13 @@ impl PatchType {
                 let patch: T = serde_json::from_slice(json)?;
                 Ok(serde_json::to_value(patch)?)
             },
+            is_optional: false,
         }
+    }
+
+    /// The same, where a request need not have a body.
+    pub const fn optional(self) -> Self {
+        Self { is_optional: true, ..self }
     }
 }
 
@@ -261,6 +273,9 @@ pub enum DeviceError {
     /// Another interface has the address. Firecracker's words.
     #[error("The guest MAC address {0} is already in use.")]
     MacInUse(String),
+    /// The balloon does not do as told.
+    #[error(transparent)]
+    Balloon(#[from] super::balloon::BalloonError),
     /// The host does not give what the device needs.
     #[error("{what}: {source}")]
     Host {
@@ -300,7 +315,10 @@ impl DeviceError {
 
     /// Whether the user's words are at fault, rather than the host.
     pub fn is_config(&self) -> bool {
-        matches!(self, Self::Json(_) | Self::Field { .. } | Self::MacInUse(_) | Self::Fixed)
+        matches!(
+            self,
+            Self::Json(_) | Self::Field { .. } | Self::MacInUse(_) | Self::Balloon(_) | Self::Fixed
+        )
     }
 }
 
@@ -367,6 +385,8 @@ pub trait Recipe: Debug + Send + Sync {
     fn rate_limit_groups(&self) -> Vec<(&'static str, &str)>;
     /// See [`Model::check`].
     fn check(&self) -> Result<(), DeviceError>;
+    /// See [`Model::check_ram`].
+    fn check_ram(&self, ram_mib: u64) -> Result<(), DeviceError>;
     /// Opens the host side.
     fn open(&self, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError>;
     /// The configuration, as `GET /vm/config` shows it.
@@ -408,6 +428,9 @@ impl<M: Model> Recipe for Configured<M> {
     }
     fn check(&self) -> Result<(), DeviceError> {
         M::check(&self.0)
+    }
+    fn check_ram(&self, ram_mib: u64) -> Result<(), DeviceError> {
+        M::check_ram(&self.0, ram_mib)
     }
     fn open(&self, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
         M::open_any(&self.0, env)

@@ -370,6 +370,11 @@ impl VirtQueue {
         })
     }
 
+    /// Tells the driver that the device's configuration space changed.
+    pub fn announce_config_change(&self) {
+        self.notifier.config_change();
+    }
+
     /// Makes the kick descriptor readable again.
     pub fn kick_again(&self) {
         if let Err(e) = self.kick.write(1) {

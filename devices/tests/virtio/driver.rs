@@ -108,6 +108,8 @@ pub(crate) struct Machine {
     pub(crate) irq: Arc<Irq>,
     pub(crate) transport: Arc<Mutex<MmioTransport>>,
     pub(crate) bus: Bus,
+    /// Features that are negotiated whatever a test asks for.
+    pub(crate) always: u64,
 }
 
 pub(crate) fn ram() -> GuestRam {
@@ -151,7 +153,7 @@ impl Machine {
             let device = Arc::new(WindowDevice::new(transport.clone(), window));
             bus.insert(base, WINDOW_SIZE, device).unwrap();
         }
-        Ok(Self { mem, irq, transport, bus })
+        Ok(Self { mem, irq, transport, bus, always: 0 })
     }
 
     pub(crate) fn device(&self) -> (&dyn BusDevice, u64) {
@@ -187,13 +189,13 @@ impl Machine {
         data
     }
 
-    /// Resets the device and negotiates `features` beside VERSION_1.
+    /// Resets the device and negotiates `features` beside VERSION_1 and those of `always`.
     pub(crate) fn negotiate(&self, features: u64) {
         self.set(0x70, 0);
         assert_eq!(self.status(), 0);
         self.set(0x70, 1);
         self.set(0x70, 3);
-        let features = features | F_VERSION_1;
+        let features = features | self.always | F_VERSION_1;
         for page in 0..2u32 {
             self.set(0x24, page);
             self.set(0x20, u32::try_from(features >> (32 * page) & 0xffff_ffff).unwrap());

@@ -1,4 +1,5 @@
 //! Virtio devices, driven through their registers and rings as a driver would drive them.
+mod balloon;
 mod block;
 mod conformance;
 mod driver;

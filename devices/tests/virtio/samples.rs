@@ -60,6 +60,13 @@ pub(crate) fn sample(name: &str) -> Sample {
             Sample { device, host }
         }
         "entropy" => Sample { device: open(name, &serde_json::json!({})), host: Host::default() },
+        "balloon" => {
+            let json = serde_json::json!({
+                "amount_mib": 1, "deflate_on_oom": true, "stats_polling_interval_s": 1,
+                "free_page_hinting": true, "free_page_reporting": true,
+            });
+            Sample { device: open(name, &json), host: Host::default() }
+        }
         _ => panic!("no sample of {name}: add one here"),
     }
 }
