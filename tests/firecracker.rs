@@ -96,6 +96,54 @@ fn log_has_the_lines_that_tools_look_for() {
     assert_eq!(greetings(&scratch), 1);
 }
 
+#[test]
+fn deprecated_fields_are_told_by_a_header_and_in_the_log() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("api.sock");
+    let vm = listening(&socket, &["--id", "vm-1", "--show-level"]);
+    let api = Api::new(&socket);
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 64});
+    let vsock = json!({"guest_cid": 3, "uds_path": scratch.path("vsock")});
+    let with = |body: &Value, field: &str, value: &str| {
+        let mut body = body.clone();
+        body[field] = json!(value);
+        body
+    };
+    for (reply, is_deprecated) in [
+        (api.put("/machine-config", &machine), false),
+        (api.put("/machine-config", with(&machine, "cpu_template", "None")), true),
+        (api.patch("/machine-config", json!({"cpu_template": "None"})), true),
+        (api.patch("/machine-config", json!({"vcpu_count": 2})), false),
+        (api.put("/vsock", &vsock), false),
+        (api.put("/vsock/vsock0", with(&vsock, "vsock_id", "vsock0")), true),
+    ] {
+        reply.done();
+        assert_eq!(
+            reply.head.contains("\r\nDeprecation: true\r\n"),
+            is_deprecated,
+            "{}",
+            reply.head
+        );
+    }
+    // What is refused is not told of.
+    let refused = api.patch("/machine-config", json!({"cpu_template": "T9"}));
+    assert!(refused.status == 400 && !refused.head.contains("Deprecation"), "{}", refused.head);
+    vm.signal(Signal::TERM);
+    let end = vm.wait().code(143);
+    let told: Vec<&str> = end
+        .output
+        .lines()
+        .filter_map(|line| line.split_once("[vm-1:fc_api:WARN] "))
+        .map(|l| l.1)
+        .collect();
+    let expected = [
+        "PUT /machine-config: cpu_template field is deprecated.",
+        "PATCH /machine-config: cpu_template field is deprecated.",
+        "PUT /vsock: vsock_id field is deprecated.",
+    ];
+    assert_eq!(told, expected, "{end}");
+}
+
 /// `2026-01-31T23:59:59.123456789 [vm-1:main] text`
 #[track_caller]
 fn check_log_line(line: &str) {
