@@ -131,7 +131,15 @@ fn what_kvm_does_not_have_is_refused_at_the_start() {
     let vm = Husk::api().start();
     let api = vm.api();
     api.put("/boot-source", boot_source()).done();
+    // Linear addresses of 33 bits, which no processor has.
+    let addresses = json!({"register": "eax", "bitmap": "0b0010_0001_xxxx_xxxx"});
     for (config, refusal) in [
+        (
+            json!({"cpuid_modifiers": [
+                {"leaf": "0x80000008", "subleaf": "0x0", "flags": 0, "modifiers": [addresses]}]}),
+            "cpu-config: cpuid_modifiers: KVM refuses the CPUID that the changes make: Invalid \
+             argument (os error 22)",
+        ),
         (
             json!({"kvm_capabilities": ["3", "4242"]}),
             "cpu-config: kvm_capabilities: Missing KVM capabilities: 4242",

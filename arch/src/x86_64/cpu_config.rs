@@ -136,6 +136,9 @@ pub enum CpuError {
         /// Which part of it.
         subleaf: u32,
     },
+    /// KVM does not let a vCPU have the CPUID that the changes make.
+    #[error("KVM refuses the CPUID that the changes make: {0}")]
+    CpuidRefused(kvm_ioctls::Error),
     /// KVM does not have the MSR.
     #[error("Template changes an MSR entry not supported by KVM: Register Address: {0:#x}")]
     NoMsr(u32),
@@ -157,7 +160,7 @@ impl CpuError {
         match self {
             Self::Vendor { .. } | Self::Model { .. } => None,
             Self::NoCapability(_) => Some("kvm_capabilities"),
-            Self::NoLeaf { .. } => Some("cpuid_modifiers"),
+            Self::NoLeaf { .. } | Self::CpuidRefused(_) => Some("cpuid_modifiers"),
             Self::NoMsr(_) | Self::MsrRefused { .. } => Some("msr_modifiers"),
         }
     }

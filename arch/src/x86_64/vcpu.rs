@@ -99,6 +99,8 @@ const CAPABILITIES: [(Cap, &str); 6] = [
 #[derive(Clone, Debug)]
 pub struct HostCpu {
     cpuid: CpuId,
+    /// Whether the user had a say in it.
+    is_cpuid_changed: bool,
     msrs: Vec<MsrModifier>,
     has_tsc_deadline: bool,
 }
@@ -122,7 +124,12 @@ impl HostCpu {
         has_tsc_deadline: bool,
     ) -> Result<Self, CpuError> {
         config.apply_to(&mut supported)?;
-        Ok(Self { cpuid: supported, msrs: config.msr_modifiers.clone(), has_tsc_deadline })
+        Ok(Self {
+            cpuid: supported,
+            is_cpuid_changed: !config.cpuid_modifiers.is_empty(),
+            msrs: config.msr_modifiers.clone(),
+            has_tsc_deadline,
+        })
     }
 
     fn cpuid_for(&self, apic_id: u8, topology: Topology) -> Result<CpuId, SetupError> {
@@ -145,7 +152,10 @@ impl HostCpu {
         entry: Option<&Entry>,
     ) -> Result<(), SetupError> {
         let cpuid = self.cpuid_for(apic_id, topology)?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(|e| match self.is_cpuid_changed {
+            true => CpuError::CpuidRefused(e).into(),
+            false => kvm("KVM_SET_CPUID2")(e),
+        })?;
         set_msrs(vcpu)?;
         self.msrs.iter().try_for_each(|modifier| change_msr(vcpu, modifier))?;
         let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
