@@ -60,8 +60,7 @@ pub struct Disk {
     /// The open file description that carries the lock. Not `file` itself after [`Self::reopen`]
     /// of the same file: the lock of the first would refuse the second.
     lock: Arc<File>,
-    /// Device and inode.
-    identity: (u64, u64),
+    identity: Identity,
     size: u64,
     access: Access,
     /// A flush failed: what was written before may be lost, so no later flush may claim success.
@@ -197,12 +196,15 @@ pub enum Unmap {
 }
 
 /// What tells a file from others: device and inode.
-pub(crate) fn identity(metadata: &std::fs::Metadata) -> (u64, u64) {
+pub(crate) type Identity = (u64, u64);
+
+/// Of a file.
+pub(crate) fn identity(metadata: &std::fs::Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
 /// Opens `path` and finds out what it is: the file, its identity and its size.
-fn look(path: &Path, access: Access) -> Result<(Arc<File>, (u64, u64), u64), DiskError> {
+fn look(path: &Path, access: Access) -> Result<(Arc<File>, Identity, u64), DiskError> {
     let failed = |what, source| DiskError::Host { what, path: path.into(), source };
     let file = file::open(path, access, Kind::Disk)?;
     let metadata = file.metadata().map_err(|e| failed("look at", e))?;

@@ -177,7 +177,7 @@ impl Uring {
     }
 
     /// The next operation that has ended, if one has.
-    pub fn next(&mut self) -> Option<Ended> {
+    pub fn next_ended(&mut self) -> Option<Ended> {
         loop {
             let entry = self.ring.as_mut()?.completion().next()?;
             let index = usize::try_from(entry.user_data()).unwrap_or(usize::MAX);
@@ -215,7 +215,7 @@ impl Drop for Uring {
     fn drop(&mut self) {
         let deadline = Instant::now().checked_add(PATIENCE).unwrap_or_else(Instant::now);
         while self.in_flight() > 0 && self.wait(deadline) {
-            while self.next().is_some() {}
+            while self.next_ended().is_some() {}
         }
         if self.in_flight() > 0 {
             log::error!("requests to a file are left to a host that does not answer");
@@ -256,7 +256,7 @@ impl Slot {
     fn heed(&mut self, result: i32) -> Progress {
         let Some(job) = &mut self.job else { return Progress::Nothing };
         let result = match (u64::try_from(result), &mut job.transfer) {
-            (Err(_), _) if matches!(-i64::from(result), EINTR | EAGAIN) => {
+            (Err(_), _) if matches!(result.saturating_neg(), libc::EINTR | libc::EAGAIN) => {
                 return Progress::GoOn(job.token);
             }
             (Err(_), _) => Err(Error::from_raw_os_error(result.saturating_neg())),
@@ -295,9 +295,6 @@ impl Slot {
         }
     }
 }
-
-const EINTR: i64 = libc::EINTR as i64;
-const EAGAIN: i64 = libc::EAGAIN as i64;
 
 #[cfg(test)]
 mod tests {
@@ -342,7 +339,7 @@ mod tests {
         let deadline = Instant::now() + Duration::from_secs(30);
         ring.submit().unwrap();
         loop {
-            if let Some(ended) = ring.next() {
+            if let Some(ended) = ring.next_ended() {
                 return ended;
             }
             assert!(ring.wait(deadline), "nothing has ended");

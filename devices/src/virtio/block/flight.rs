@@ -106,7 +106,7 @@ impl Flight {
     /// The next request that has ended: its head, and how it went.
     pub(super) fn next(&mut self) -> Option<(u16, Request, std::io::Result<()>)> {
         loop {
-            let ended = self.ring.next()?;
+            let ended = self.ring.next_ended()?;
             let place = self.requests.get_mut(usize::from(ended.token));
             if let Some(request) = place.and_then(Option::take) {
                 return Some((ended.token, request, ended.result));
