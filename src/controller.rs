@@ -15,6 +15,7 @@ use devices::virtio;
 use devices::virtio::model::{DeviceError, Row, View};
 use serde_json::{Value, json};
 
+use crate::boot::{BootPhases, Stopwatch};
 use crate::config::{OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
 use crate::error::Refusal;
 use crate::events::{Hub, What};
@@ -49,6 +50,8 @@ struct Live {
     /// What leads to the serial port, if it is a pseudo-terminal or a socket.
     serial_path: Option<PathBuf>,
     is_paused: bool,
+    /// How long the last start took.
+    boot: BootPhases,
 }
 
 enum Phase {
@@ -112,7 +115,7 @@ impl Controller {
                 Ok(Value::Null)
             }
             Request::FlushMetrics => done(self.flush_metrics()),
-            Request::Metrics => Ok(self.metrics.text(&self.sources()).into()),
+            Request::Metrics => Ok(self.metrics.text(&self.sources(), self.boot()).into()),
             Request::Describe => Ok(self.describe()),
             Request::Config => Ok(self.config()?.to_json()),
             Request::Subscribe(sink) => {
@@ -206,6 +209,14 @@ impl Controller {
         }
     }
 
+    /// How long the last start took, if there was one.
+    fn boot(&self) -> Option<&BootPhases> {
+        match &self.phase {
+            Phase::Live(live) => Some(&live.boot),
+            Phase::Configuring(_) | Phase::Ended(_) => None,
+        }
+    }
+
     /// What counts in the machine, if there is one.
     fn sources(&self) -> Vec<Source> {
         match &self.phase {
@@ -221,6 +232,7 @@ impl Controller {
 
     fn start_with(&mut self, config: VmConfig) -> Result<(), Refusal> {
         let Identity { names, started, quit, announce, .. } = self.identity.clone();
+        let mut watch = Stopwatch::start(started);
         // Opened by now, or wanted by the request to start, which may yet be refused.
         let metrics = match self.metrics.is_open() {
             true => None,
@@ -228,15 +240,17 @@ impl Controller {
         };
         let mut parts = Parts::open(&config, names.io, quit)?;
         parts.observe(&mut self.hub)?;
+        watch.phases.opened_us = watch.lap();
         let serial_path = parts.serial_path.clone();
-        let machine = Machine::assemble(&config, parts, names, started)?;
+        let machine = Machine::assemble(&config, parts, names, &mut watch)?;
         if let Some(path) = &serial_path {
             announce(path);
             self.hub.publish(What::SerialPath { path: path.clone() });
         }
         let runs_since = Instant::now();
         machine.run();
-        let live = Live { config, machine, serial_path, is_paused: false };
+        let boot = finish(watch);
+        let live = Live { config, machine, serial_path, is_paused: false, boot };
         self.metrics.adopt(metrics);
         self.metrics.start(&live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
@@ -330,18 +344,22 @@ impl Controller {
             return;
         };
         // Paused just as the guest reset itself: it then waits at its first instruction.
-        let Live { config, machine, serial_path, is_paused } = *live;
+        let Live { config, machine, serial_path, is_paused, .. } = *live;
         let Identity { names, started, .. } = self.identity;
-        let machine =
-            machine.dismantle().and_then(|parts| Machine::assemble(&config, parts, names, started));
+        let mut watch = Stopwatch::start(started);
+        let machine = machine.dismantle().and_then(|parts| {
+            watch.phases.opened_us = watch.lap();
+            Machine::assemble(&config, parts, names, &mut watch)
+        });
         match machine {
             Ok(machine) => {
                 self.hub.publish(What::Rebooted);
                 if !is_paused {
                     machine.run();
                 }
-                self.phase =
-                    Phase::Live(Box::new(Live { config, machine, serial_path, is_paused }));
+                let boot = finish(watch);
+                let live = Live { config, machine, serial_path, is_paused, boot };
+                self.phase = Phase::Live(Box::new(live));
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),
         }
@@ -381,11 +399,12 @@ impl Controller {
     }
 
     fn describe(&self) -> Value {
-        let serial_path = match &self.phase {
-            Phase::Live(live) => live.serial_path.clone(),
-            Phase::Configuring(_) | Phase::Ended(_) => None,
-        };
-        json!(InstanceInfo::new(self.identity.id.clone(), self.state(), serial_path))
+        let mut info = InstanceInfo::new(self.identity.id.clone(), self.state());
+        if let Phase::Live(live) = &self.phase {
+            info.serial_path = live.serial_path.clone();
+            info.boot = Some(live.boot);
+        }
+        json!(info)
     }
 }
 
@@ -468,6 +487,13 @@ fn device(section: &str) -> Option<(&'static Row, Option<&'static View>)> {
 fn no_route(method: &'static str, section: &str, id: Option<&str>) -> Refusal {
     let path = id.map_or_else(|| section.to_owned(), |id| format!("{section}/{id}"));
     Refusal::Route { method, path }
+}
+
+/// The guest runs: so long it took.
+fn finish(mut watch: Stopwatch) -> BootPhases {
+    watch.phases.running_us = watch.lap();
+    log::info!("{}", watch.phases);
+    watch.phases
 }
 
 fn done(result: Result<(), Refusal>) -> Reply {

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::Serialize;
 
+use crate::boot::BootPhases;
+
 /// The version of Firecracker whose API this is.
 pub(crate) const FIRECRACKER_VERSION: &str = "1.17.0";
 
@@ -24,17 +26,21 @@ pub struct InstanceInfo {
     /// Firecracker.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub serial_path: Option<PathBuf>,
+    /// How long the phases of the last start of a started VM took. Not in Firecracker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot: Option<BootPhases>,
 }
 
 impl InstanceInfo {
-    pub(crate) fn new(id: String, state: State, serial_path: Option<PathBuf>) -> Self {
+    pub(crate) fn new(id: String, state: State) -> Self {
         Self {
             app_name: "Firecracker",
             id,
             state,
             vmm_version: FIRECRACKER_VERSION,
             husk_version: env!("CARGO_PKG_VERSION"),
-            serial_path,
+            serial_path: None,
+            boot: None,
         }
     }
 }

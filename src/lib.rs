@@ -6,6 +6,7 @@
 mod api;
 mod attach;
 mod bell;
+mod boot;
 pub mod cli;
 mod config;
 mod controller;
@@ -29,6 +30,7 @@ pub use arch::{
     Bitmap, Capability, CpuConfig, CpuTemplate, CpuidModifier, MsrModifier, Number, Register,
     RegisterModifier,
 };
+pub use boot::BootPhases;
 pub use config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
     MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,

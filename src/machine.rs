@@ -4,7 +4,7 @@
 //! Order matters: memory slots come before the interrupt controllers, because KVM waits for a grace
 //! period of several milliseconds when a slot is set after them.
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use arch::{Entry, Platform, Topology, layout};
 use devices::GuestRam;
@@ -24,6 +24,7 @@ use kvm_ioctls::{VcpuFd, VmFd};
 use serde_json::Value;
 
 use crate::attach::{Attached, Slots, insert, places, register_irq};
+use crate::boot::Stopwatch;
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::memory;
@@ -82,24 +83,25 @@ pub(crate) struct ThreadNames {
 }
 
 impl Machine {
-    /// Puts a machine together; its vCPUs are parked at the first instruction. `started` is when
-    /// husk was.
+    /// Puts a machine together; its vCPUs are parked at the first instruction.
     pub(crate) fn assemble(
         config: &VmConfig,
         mut parts: Parts,
         names: ThreadNames,
-        started: Instant,
+        watch: &mut Stopwatch,
     ) -> Result<Self, Refusal> {
         let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
-        let boot_us = started.elapsed().as_micros();
+        let boot_us = watch.since_start();
         vm.set_tss_address(usize_of(layout::KVM_TSS)).map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        watch.phases.vm_us = watch.lap();
         let ram = memory::map(&config.machine, config.sharing())?;
         memory::register(&vm, &ram)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
         let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
+        watch.phases.memory_us = watch.lap();
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
             // With the speaker port, whose gate kernels calibrate their clocks by.
@@ -108,6 +110,7 @@ impl Machine {
         }
         disable_pmu(&vm);
         let kernel = parts.kernel.load(&ram)?;
+        watch.phases.kernel_us = watch.lap();
 
         let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
@@ -125,6 +128,7 @@ impl Machine {
             .map(|(index, part)| slots.attach(index, part))
             .collect::<Result<Vec<_>, _>>()?;
 
+        watch.phases.devices_us = watch.lap();
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
         let places: Vec<_> = devices.iter().map(|d| d.place).collect();
         let mut cmdline = command_line(config);
@@ -140,6 +144,7 @@ impl Machine {
         let unclaimed = Unclaimed::default();
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
+        watch.phases.vcpus_us = watch.lap();
         let protocol = kernel.protocol;
         log::info!("assembled: {protocol} kernel at {:#x}, command line: {cmdline}", kernel.addr);
         let rest = Rest(parts);

@@ -142,6 +142,17 @@ fn prometheus_reads_what_counts_for_the_whole_life() {
     let info = json!({"id": "anonymous-instance", "version": env!("CARGO_PKG_VERSION")});
     assert_eq!(sample(&samples, "husk_info", &info), 1.0);
 
+    // The phases of the last boot, of which there were three.
+    let boot = api.get("/").json()["boot"].clone();
+    let phases = boot.as_object().unwrap();
+    assert_eq!(phases.len(), 8);
+    let since_husk = phases["configured_us"].as_u64().unwrap();
+    assert!(since_husk > phases["kernel_us"].as_u64().unwrap(), "{boot}");
+    assert!(phases["vcpus_us"].as_u64() > Some(0) && phases["memory_us"].as_u64() > Some(0));
+    let memory = sample(&samples, "husk_boot_seconds", &json!({"phase": "memory"}));
+    assert!((memory * 1e6 - phases["memory_us"].as_f64().unwrap()).abs() < 1.0);
+    vm.expect_error("started in ");
+
     // To look changes nothing; each line tells its part, and all of them the whole.
     api.act("FlushMetrics").done();
     api.act("FlushMetrics").done();

@@ -23,6 +23,7 @@ use self::line::Previous;
 use self::output::Output;
 pub(crate) use self::prometheus::MIME;
 use crate::api::RequestCounters;
+use crate::boot::BootPhases;
 use crate::config::MetricsConfig;
 use crate::error::Refusal;
 use crate::vcpu;
@@ -243,8 +244,8 @@ impl Metrics {
     }
 
     /// Everything as Prometheus reads it.
-    pub(crate) fn text(&self, machine: &[Source]) -> String {
-        let process = prometheus::Process { id: &self.id, uptime: self.started.elapsed() };
+    pub(crate) fn text(&self, machine: &[Source], boot: Option<&BootPhases>) -> String {
+        let process = prometheus::Process { id: &self.id, uptime: self.started.elapsed(), boot };
         prometheus::write(&process, &self.sources(machine), self.counters.requests.get())
     }
 

@@ -16,6 +16,7 @@ use devices::metrics::{Kind, Value};
 
 use super::{One, Source};
 use crate::api::RequestCounters;
+use crate::boot::BootPhases;
 
 /// What media type this is.
 pub(crate) const MIME: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -24,6 +25,7 @@ pub(crate) const MIME: &str = "text/plain; version=0.0.4; charset=utf-8";
 pub(super) struct Process<'a> {
     pub(super) id: &'a str,
     pub(super) uptime: Duration,
+    pub(super) boot: Option<&'a BootPhases>,
 }
 
 /// The text.
@@ -37,6 +39,10 @@ pub(super) fn write(
     page.add(Shape::gauge("husk_info", "Which VM, and which husk"), &labels(&info), 1);
     let uptime = seconds(process.uptime.as_nanos());
     page.add(Shape::gauge("husk_uptime_seconds", "Time since husk started"), "", uptime);
+    for (phase, us) in process.boot.into_iter().flat_map(BootPhases::named) {
+        let shape = Shape::gauge("husk_boot_seconds", "How long a phase of the last start took");
+        page.add(shape, &labels(&[("phase", phase)]), seconds(u128::from(us) * 1000));
+    }
     for source in sources {
         let vcpu;
         let labels = match &source.one {
