@@ -114,9 +114,11 @@ impl Listener {
             }
             bound => bound.map_err(host("bind"))?,
         }
+        // At once: there are clients that connect as soon as they see the file, and only once.
+        let listening = rustix::net::listen(&fd, BACKLOG);
         let name = SocketName::of(path).map_err(host("look at the new socket"))?;
         let listener = Self { name, fd };
-        rustix::net::listen(&listener.fd, BACKLOG).map_err(host("listen"))?;
+        listening.map_err(host("listen"))?;
         drop(lock);
         Ok(listener)
     }
