@@ -36,8 +36,7 @@ fn a_change_frees_a_guest_that_waits_for_its_disk() {
     let disk = scratch.sparse("disk.img", MIB);
     let vm = Husk::api().start();
     let api = vm.api();
-    let source =
-        json!({"kernel_image_path": guest("bench_limits"), "boot_args": "warm_ms=1 ms=100"});
+    let source = json!({"kernel_image_path": guest("bench_limits"), "boot_args": "warm_ms=1 ms=1 least=100"});
     api.put("/boot-source", source).done();
     let drive = json!({"drive_id": "d", "path_on_host": disk, "is_root_device": false,
                        "rate_limiter": twenty()});
@@ -64,7 +63,7 @@ fn a_change_frees_a_guest_that_waits_for_its_disk() {
 fn a_group_holds_two_disks_back_and_lets_both_go() {
     let scratch = Scratch::new();
     let disk = |name| format!("{},group=slow", scratch.sparse(name, MIB).display());
-    let vm = Husk::guest("bench_limits", "nth=1 warm_ms=1 ms=100")
+    let vm = Husk::guest("bench_limits", "nth=1 warm_ms=1 ms=1 least=100")
         .option("--disk", disk("a.img"))
         .option("--disk", disk("b.img"))
         .option("--rate-limit-group", "id=slow,ops=1")

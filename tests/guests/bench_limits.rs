@@ -1,6 +1,6 @@
 //! Asks for as much as it gets, and says at which rate that is: `name=… ops=… bytes=… ns=…`. Options: `device=read`
 //! (`write`, `send`, `receive`, `entropy`), `len=4096` bytes a request, `depth=8` at once, `warm_ms=1000` before it
-//! counts, `ms=10000` while it does, `nth=0` device of its kind.
+//! counts, `ms=10000` while it does, `least=1` operations though it take longer, `nth=0` device of its kind.
 //!
 //! Time and work are counted from one completion to another, so that nothing is cut off at either end.
 #![no_std]
@@ -50,6 +50,7 @@ fn run(boot: &'static BootInfo) -> Outcome {
     source.kick();
     let warm_ns = number("warm_ms", 1000) * 1_000_000;
     let count_ns = number("ms", 10_000) * 1_000_000;
+    let least = number("least", 1);
     let start = clock::now_ns();
     let (mut begin, mut end, mut ops, mut bytes) = (0, start, 0_u64, 0_u64);
     loop {
@@ -63,7 +64,7 @@ fn run(boot: &'static BootInfo) -> Outcome {
         } else {
             ops += 1;
             bytes += len;
-            if now - begin >= count_ns {
+            if now - begin >= count_ns && ops >= least {
                 break;
             }
         }
