@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
+use devices::mmds::Mmds;
 use devices::virtio;
 use devices::virtio::model::{DeviceError, Row, View};
 use serde_json::{Value, json};
@@ -66,6 +67,8 @@ pub(crate) struct Controller {
     phase: Phase,
     hub: Hub,
     metrics: Metrics,
+    /// The guest's metadata, whether it can reach them or not.
+    mmds: Arc<Mmds>,
     waiting: Vec<Respond>,
 }
 
@@ -79,9 +82,10 @@ impl Controller {
     pub(crate) fn new(identity: Identity, config: VmConfig) -> Self {
         let hub = Hub::new(identity.started);
         let Identity { id, started, counters, .. } = identity.clone();
-        let metrics = Metrics::new(id, started, counters);
+        let mmds = Arc::new(Mmds::new(config.defaults.mmds_size_limit));
+        let metrics = Metrics::new(id, started, counters, mmds.counters());
         let phase = Phase::Configuring(Box::new(config));
-        Self { identity, phase, hub, metrics, waiting: Vec::new() }
+        Self { identity, phase, hub, metrics, mmds, waiting: Vec::new() }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
@@ -116,6 +120,9 @@ impl Controller {
             }
             Request::FlushMetrics => done(self.flush_metrics()),
             Request::Metrics => Ok(self.metrics.text(&self.sources(), self.boot()).into()),
+            Request::Metadata => Ok(self.metadata()?.show()),
+            Request::PutMetadata { data } => done(self.put_metadata(data)),
+            Request::PatchMetadata { patch } => done(Ok(self.metadata()?.patch(&patch)?)),
             Request::Describe => Ok(self.describe()),
             Request::Config => Ok(self.config()?.to_json()),
             Request::Subscribe(sink) => {
@@ -190,6 +197,16 @@ impl Controller {
         self.metrics.flush(&sources)
     }
 
+    /// The guest's metadata, as long as there may be a guest.
+    fn metadata(&self) -> Result<&Mmds, Refusal> {
+        self.config().map(|_| &*self.mmds)
+    }
+
+    /// Replaces the guest's metadata.
+    pub(crate) fn put_metadata(&self, data: Value) -> Result<(), Refusal> {
+        Ok(self.metadata()?.put(data)?)
+    }
+
     /// When [`Self::tick`] has something to do.
     pub(crate) fn due(&self) -> Option<Instant> {
         self.metrics.due().into_iter().chain(self.hub.due()).min()
@@ -238,7 +255,7 @@ impl Controller {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        let mut parts = Parts::open(&config, names.io, quit)?;
+        let mut parts = Parts::open(&config, names.io, quit, &self.mmds)?;
         parts.observe(&mut self.hub)?;
         watch.phases.opened_us = watch.lap();
         let serial_path = parts.serial_path.clone();

@@ -110,6 +110,12 @@ pub enum Refusal {
     /// Paused twice, resumed twice.
     #[error("The microVM is already {0}.")]
     AlreadyIn(&'static str),
+    /// The metadata service cannot be as it is configured.
+    #[error(transparent)]
+    MetadataService(#[from] devices::mmds::ConfigError),
+    /// The guest's metadata cannot be that.
+    #[error(transparent)]
+    Metadata(#[from] devices::mmds::StoreError),
     /// The host does not give what the VM needs.
     #[error("{what}: {source}")]
     Host {

@@ -36,6 +36,7 @@ pub use config::{
     MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
+pub use devices::mmds::{Config as MmdsConfig, Version as MmdsVersion};
 pub use devices::virtio::{balloon, block, net, pmem, rng, vsock};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};

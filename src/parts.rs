@@ -13,6 +13,7 @@ use devices::backend::file::{self, Access};
 use devices::io::IoThread;
 use devices::legacy::boot_timer::BootTimer;
 use devices::legacy::serial::Serial;
+use devices::mmds::{Config as MmdsConfig, Mmds, Service};
 use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::notifier;
 use kvm_ioctls::Kvm;
@@ -69,6 +70,7 @@ impl Parts {
         config: &VmConfig,
         io_thread: &str,
         quit: Arc<dyn Fn() + Send + Sync>,
+        mmds: &Arc<Mmds>,
     ) -> Result<Self, Refusal> {
         let boot_timer = config.defaults.has_boot_timer.then(|| Mutex::new(BootTimer::start()));
         let source = config.boot_source()?;
@@ -79,6 +81,7 @@ impl Parts {
         let mut env = Env::default();
         env.rate_limit_groups = config.limit_pools();
         env.pages = config.machine.huge_pages.into();
+        env.mmds = config.mmds.clone().map(|config| open_mmds(mmds, config)).transpose()?;
         let devices = config
             .devices()
             .map(|recipe| {
@@ -134,6 +137,11 @@ impl Parts {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).observe(serial);
         Ok(())
     }
+}
+
+fn open_mmds(mmds: &Arc<Mmds>, config: MmdsConfig) -> Result<Arc<Service>, Refusal> {
+    let service = Service::new(mmds.clone(), config);
+    service.map(Arc::new).map_err(Refusal::host("metadata service"))
 }
 
 /// An eventfd as this crate uses them.

@@ -67,6 +67,18 @@ pub enum Request {
     FlushMetrics,
     /// The metrics as Prometheus reads them, in one string.
     Metrics,
+    /// The guest's metadata: `GET /mmds`.
+    Metadata,
+    /// Set the guest's metadata.
+    PutMetadata {
+        /// Any JSON.
+        data: Value,
+    },
+    /// Change the guest's metadata (RFC 7396).
+    PatchMetadata {
+        /// Any JSON.
+        patch: Value,
+    },
     /// Who and in what state: `GET /`.
     Describe,
     /// The whole configuration: `GET /vm/config`.

@@ -12,7 +12,7 @@ use crate::util::*;
 
 const MIB: u64 = 1 << 20;
 
-fn boot_source(name: &str, cmdline: &str) -> Value {
+pub(crate) fn boot_source(name: &str, cmdline: &str) -> Value {
     json!({"kernel_image_path": guest(name), "boot_args": cmdline})
 }
 

@@ -292,7 +292,6 @@ fn flags_that_mean_nothing_yet_are_refused() {
     for args in [
         &["--enable-pci"][..],
         &["--snapshot-version"],
-        &["--metadata", "metadata"],
         &["--seccomp-filter", "filter"],
         &["--describe-snapshot", "snapshot"],
     ] {

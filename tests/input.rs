@@ -542,7 +542,6 @@ fn firecrackers_features_to_come_are_named() {
     let vm = Husk::api().start();
     let api = vm.api();
     for (fault, name) in [
-        (api.put("/mmds/config", "{}").fault(), "mmds-config"),
         (api.put("/hotplug/memory", "{}").fault(), "memory-hotplug"),
         (api.put("/snapshot/create", "{}").fault(), "snapshot"),
     ] {

@@ -201,11 +201,22 @@ fn linux_talks_to_the_host_over_a_tap() {
     const PORT: u16 = 8000;
     let scratch = Scratch::new();
     let network = Network::with_tap();
+    let large: String =
+        (0..150_001u32).map(|i| char::from(b"metadata"[(i % 7 + i % 2) as usize])).collect();
+    let metadata = json!({"latest": {
+        "large": large, "meta-data": {"instance-id": "i-7", "network": {}, "tags": "none"},
+    }});
+    let metadata = scratch.file("metadata.json", metadata.to_string());
     let script = "\
+ip route add 169.254.169.254 dev eth0
+wget -q -O /tmp/large http://169.254.169.254:80/latest/large && echo large=$(sha256sum </tmp/large) &
+echo list=$(wget -q -O - http://169.254.169.254:80/latest/meta-data)
+echo id=$(wget -q -O - http://169.254.169.254:80/latest/meta-data/instance-id)
 ping -c 3 172.16.0.1 >/dev/null && echo ping=ok
 wget -q -O /tmp/down http://172.16.0.1:8000/ && echo down=$(sha256sum </tmp/down)
 mkdir /tmp/www && head -c 700000 /dev/urandom >/tmp/www/up
 echo up=$(sha256sum </tmp/www/up)
+wait
 httpd -p 80 -h /tmp/www && echo SERVING
 read -r word
 ";
@@ -229,7 +240,9 @@ read -r word
         stream.write_all(&body).unwrap();
     });
     let vm = from_initrd(&scratch, script, "husk.ip=172.16.0.2/24")
-        .network(&network, ",mac=02:00:00:00:00:07")
+        .network(&network, ",mac=02:00:00:00:00:07,mmds=V1")
+        .option("--metadata", metadata)
+        .option("--mmds-size-limit", "200000")
         .typing()
         .start();
     vm.expect_within("SERVING", BOOT);
@@ -246,6 +259,9 @@ read -r word
     vm.type_in("\n");
     let end = vm.wait_within(BOOT).code(0);
     assert_eq!(end.value("ping"), "ok");
+    assert_eq!(end.value("list"), "instance-id network/ tags");
+    assert_eq!(end.value("id"), "i-7");
+    assert_eq!(sum(&end, "large"), sha256(large.as_bytes()));
     assert_eq!(sum(&end, "down"), sha256(&down));
     assert_eq!(sum(&end, "up"), sha256(&up));
 }
@@ -271,12 +287,23 @@ fn a_shell_hears_what_is_typed_and_ctrl_alt_del() {
 #[test]
 fn the_api_boots_pauses_resumes_and_shuts_down() {
     let scratch = Scratch::new();
-    let script = script_disk(&scratch, "i=0; while sleep 1; do i=$((i + 1)); echo tick=$i; done\n");
-    let vm = Husk::api().start();
+    let network = Network::with_tap();
+    let script = "\
+m=http://169.254.169.254:80 i=0
+ip route add 169.254.169.254 dev eth0
+wget -q -O - $m/now 2>&1
+token=$(printf 'PUT /latest/api/token HTTP/1.0\\r\\nX-metadata-token-ttl-seconds: 600\\r\\n\\r\\n' |
+    nc 169.254.169.254 80 | tail -n 1)
+get() { wget -q -O - --header \"X-metadata-token: $token\" \"$@\"; }
+echo json=$(get --header 'Accept: application/json' $m/)
+while sleep 1; do i=$((i + 1)); echo tick=$i now=$(get $m/now); done
+";
+    let script = script_disk(&scratch, script);
+    let vm = Husk::api().within(&network).start();
     let api = vm.api();
     let (kernel, initrd) = (product("vmlinux"), product("initrd.cpio"));
     api.put("/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": 256 })).done();
-    let boot_args = cmdline("husk.run=/dev/vda");
+    let boot_args = cmdline("husk.run=/dev/vda husk.ip=172.16.0.2/24");
     let source = json!({
         "kernel_image_path": kernel, "initrd_path": initrd, "boot_args": boot_args,
     });
@@ -287,10 +314,18 @@ fn the_api_boots_pauses_resumes_and_shuts_down() {
     });
     api.put("/drives/script", drive).done();
     api.put("/entropy", "{}").done();
+    api.put("/network-interfaces/eth0", json!({"iface_id": "eth0", "host_dev_name": "tap0"}))
+        .done();
+    api.put("/mmds/config", json!({"network_interfaces": ["eth0"], "version": "V2"})).done();
+    api.put("/mmds", json!({"now": "first"})).done();
     let mut events = api.follow("/events");
     assert_eq!(events.next().unwrap()["state"], "Not started");
     api.act("InstanceStart").done();
-    vm.expect_within("tick=1", BOOT);
+    vm.expect_within("HTTP/1.1 401 Unauthorized", BOOT);
+    vm.expect(r#"json={"now":"first"}"#);
+    vm.expect("tick=1 now=first");
+    api.patch("/mmds", json!({"now": "second"})).done();
+    vm.expect("now=second");
 
     api.patch("/vm", json!({ "state": "Paused" })).done();
     assert_eq!(api.state(), "Paused");
@@ -298,8 +333,9 @@ fn the_api_boots_pauses_resumes_and_shuts_down() {
     // Silence cannot be waited for but by waiting: two ticks' time.
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(vm.serial.len(), heard, "a paused guest says nothing");
+    api.put("/mmds", json!({"now": "third"})).done();
     api.patch("/vm", json!({ "state": "Resumed" })).done();
-    vm.expect("tick=");
+    vm.expect("now=third");
 
     api.act("Shutdown").done();
     let waited = api.get("/wait").json();

@@ -28,6 +28,7 @@ mod linux;
 mod logger;
 mod memory;
 mod metrics;
+mod mmds;
 mod signals;
 mod terminal;
 mod unheard;

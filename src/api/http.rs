@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use devices::mmds::StoreError;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
 use hyper::header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, SERVER};
@@ -118,7 +119,7 @@ async fn handle(
             if let Some(counted) = counted {
                 counted.fails.inc();
             }
-            let status = StatusCode::BAD_REQUEST;
+            let status = fault.status();
             log::log!(api.refusals, "Received Error. Status code: {status}. Message: {fault}");
         }
     }
@@ -147,6 +148,14 @@ enum Fault {
 }
 
 impl Fault {
+    /// Firecracker's: one for all but one.
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::Refused(Refusal::Metadata(StoreError::TooLarge)) => StatusCode::PAYLOAD_TOO_LARGE,
+            _ => StatusCode::BAD_REQUEST,
+        }
+    }
+
     /// Whether there may be bytes left that are no request.
     fn ends_connection(&self) -> bool {
         matches!(
@@ -324,9 +333,10 @@ fn respond(
             (StatusCode::OK, Frames::Lines { first, rest }, Some("application/x-ndjson"))
         }
         Err(fault) => {
+            let status = fault.status();
             let fault_message = fault.to_string();
             let bytes = Bytes::from(to_json(&FaultMessage { fault_message }));
-            (StatusCode::BAD_REQUEST, Frames::One(bytes), Some("application/json"))
+            (status, Frames::One(bytes), Some("application/json"))
         }
     };
     let mut response = Response::new(ReplyBody { frames, _in_progress: in_progress });

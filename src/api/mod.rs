@@ -32,7 +32,7 @@ mod socket;
 mod stream;
 
 pub(crate) use counters::RequestCounters;
-pub(crate) use deprecated::Deprecated;
+pub(crate) use deprecated::{Deprecated, DeprecatedValue};
 pub(crate) use not_yet::NOT_YET;
 #[cfg(test)]
 pub(crate) use route::Routes;

@@ -16,7 +16,6 @@ pub(crate) struct Missing {
 /// All of it.
 pub(crate) const NOT_YET: &[Missing] = &[
     missing("memory-hotplug", Some("memory-hotplug"), "hotplug", ALL),
-    missing("mmds-config", Some("mmds-config"), "mmds", ALL),
     missing("snapshot", None, "snapshot", &["PUT"]),
 ];
 

@@ -71,6 +71,9 @@ fn operation(route: &Route, generator: &mut SchemaGenerator) -> Value {
         Content::Lines(shape) => ("200", content("application/x-ndjson", schema(shape, generator))),
     };
     operation["responses"][status] = response;
+    if route.is_limited {
+        operation["responses"]["413"] = json!({ "$ref": "#/components/responses/Fault" });
+    }
     if !route.deprecated.is_nothing() {
         operation["responses"][status]["headers"] = json!({
             "Deprecation": {
@@ -186,7 +189,7 @@ mod tests {
             assert_eq!(operation["requestBody"].is_object(), route.body.is_some());
             assert_eq!(operation["parameters"].is_array(), route.path.contains('{'));
             let responses = operation["responses"].as_object().unwrap();
-            assert_eq!(responses.len(), 2, "{}", route.path);
+            assert_eq!(responses.len(), 2 + usize::from(route.is_limited), "{}", route.path);
         }
         let described: usize = document["paths"]
             .as_object()

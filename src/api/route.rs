@@ -69,7 +69,6 @@ pub(crate) enum Logged {
     /// The same, at level Debug and below; else that there is this to be seen.
     AtDebug(&'static str),
     /// Nothing, ever: it may hold secrets.
-    #[cfg_attr(not(test), expect(dead_code, reason = "for MMDS, whose data are the guest's"))]
     Never,
 }
 
@@ -128,6 +127,8 @@ pub(crate) struct Route {
     pub(crate) deprecated: Deprecated,
     /// How much of the request's body the log shows.
     pub(crate) logged: Logged,
+    /// Whether what it sets may be too large: then the status is 413.
+    pub(crate) is_limited: bool,
 }
 
 /// What a piece of JSON looks like.
@@ -195,6 +196,26 @@ const ROUTES: &[Route] = &[
         |body| Ok(Request::Launch { body: body.to_vec() }),
     ),
     change(Method::Patch, "/vm", "Pause the microVM, or let it go on", shape::<Vm>(), set_state),
+    get(
+        "/mmds",
+        "The guest's metadata",
+        Content::Json(Shape::Type(any_json)),
+        Act::Ask(|_| Ok(Request::Metadata)),
+    ),
+    private(change(
+        Method::Put,
+        "/mmds",
+        "Set the guest's metadata",
+        Shape::Type(any_json),
+        |body| Ok(Request::PutMetadata { data: parse(body)? }),
+    )),
+    private(change(
+        Method::Patch,
+        "/mmds",
+        "Change the guest's metadata (RFC 7396)",
+        Shape::Type(any_json),
+        |body| Ok(Request::PatchMetadata { patch: parse(body)? }),
+    )),
     get(
         "/events",
         "What happens to the microVM until its end, one JSON object a line",
@@ -330,6 +351,7 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
         ignores_rest: id == Id::Ignored,
         deprecated,
         logged,
+        is_limited: false,
     };
     let get = section
         .get
@@ -354,6 +376,7 @@ const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act
         ignores_rest: false,
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
+        is_limited: false,
     }
 }
 
@@ -375,7 +398,15 @@ const fn change(
         ignores_rest: false,
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
+        is_limited: false,
     }
+}
+
+/// Sets data of the guest, which may be secrets, and have a limit.
+const fn private(mut route: Route) -> Route {
+    route.logged = Logged::Never;
+    route.is_limited = true;
+    route
 }
 
 const fn shape<T: schemars::JsonSchema>() -> Shape {
@@ -386,6 +417,10 @@ fn event_line(generator: &mut SchemaGenerator) -> Schema {
     let state = generator.subschema_for::<StateLine>();
     let event = generator.subschema_for::<Event>();
     json_schema!({ "oneOf": [state, event] })
+}
+
+fn any_json(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({ "description": "Any JSON" })
 }
 
 fn anything(_: &mut SchemaGenerator) -> Schema {
@@ -496,7 +531,7 @@ pub(crate) mod tests {
     fn refuses_what_is_in_no_table() {
         assert_eq!(text("GET", "/nope"), "Invalid request method and/or path: GET nope.");
         assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
-        assert_eq!(text("GET", "/mmds/x"), "mmds-config is not supported yet");
+        assert_eq!(text("GET", "/mmds/x"), "Invalid request method and/or path: GET mmds/x.");
         assert_eq!(text("PUT", "/snapshot/load"), "snapshot is not supported yet");
         assert_eq!(
             text("DELETE", "/machine-config"),

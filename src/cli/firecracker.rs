@@ -6,7 +6,7 @@ use std::time::Instant;
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
 use super::launch::{self, Launch, Style};
-use super::run::MetricsArgs;
+use super::run::{MetricsArgs, MmdsArgs};
 use super::{fail, refuse_arguments};
 use crate::config::{LogLevel, LoggerConfig, OnReboot, VmConfig};
 use crate::error::Refusal;
@@ -55,9 +55,8 @@ struct FirecrackerArgs {
     timing: launch::Timing,
     #[command(flatten)]
     metrics: MetricsArgs,
-    /// Limit of a metadata store; there is none yet
-    #[arg(long, value_name = "BYTES")]
-    mmds_size_limit: Option<usize>,
+    #[command(flatten)]
+    mmds: MmdsArgs,
     #[command(flatten)]
     unsupported: Unsupported,
     /// A page at 0xc0000000 whose first byte the guest sets to 123 when it has booted; the log says when
@@ -78,9 +77,6 @@ struct Unsupported {
     #[arg(long, value_name = "FILE")]
     seccomp_filter: Option<PathBuf>,
     /// Not supported yet
-    #[arg(long, value_name = "FILE")]
-    metadata: Option<PathBuf>,
-    /// Not supported yet
     #[arg(long)]
     enable_pci: bool,
     /// Not supported yet
@@ -100,7 +96,6 @@ impl Unsupported {
                 self.seccomp_filter.is_some(),
                 ": husk installs no filter of its own",
             ),
-            ("--metadata", self.metadata.is_some(), ""),
             ("--enable-pci", self.enable_pci, ": there is no PCI bus, all devices are virtio-mmio"),
             ("--snapshot-version", self.snapshot_version, ": there are no snapshots"),
             ("--describe-snapshot", self.describe_snapshot.is_some(), ": there are no snapshots"),
@@ -168,12 +163,21 @@ impl FirecrackerArgs {
         config.defaults.on_reboot = OnReboot::Exit;
         config.defaults.has_boot_timer = self.boot_timer;
         self.metrics.apply(&mut config)?;
+        let metadata = self.mmds.apply(&mut config, self.http_api_max_payload_size);
         let api = (!self.no_api).then_some(launch::Api {
             path: self.api_sock,
             body_limit: self.http_api_max_payload_size,
         });
         let timing = self.timing;
-        let launch = Launch { config, starts, api, id: self.id, style: Style::Firecracker, timing };
+        let launch = Launch {
+            config,
+            starts,
+            api,
+            id: self.id,
+            style: Style::Firecracker,
+            timing,
+            metadata,
+        };
         let code = launch.carry_out(started)?;
         log::info!("Vmm is stopping.");
         Ok(code)

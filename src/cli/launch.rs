@@ -54,6 +54,8 @@ pub(super) struct Launch {
     pub(super) id: String,
     pub(super) style: Style,
     pub(super) timing: Timing,
+    /// The guest's metadata from a file.
+    pub(super) metadata: Option<PathBuf>,
 }
 
 /// When the process was started, as whoever started it says: microseconds of the monotonic clock, of
@@ -120,6 +122,10 @@ impl Launch {
         self.timing.report(started, &counters.api_server);
         let mut controller = Controller::new(identity, self.config);
         controller.open_configured_metrics()?;
+        if let Some(path) = &self.metadata {
+            controller.put_metadata(VmConfig::read_metadata(path)?)?;
+            log::info!("Successfully added metadata to mmds from file");
+        }
         let (handle, requests) = Requests::channel()?;
         let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
         let server = server.transpose()?;

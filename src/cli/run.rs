@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
-use crate::{balloon, block, net, pmem, rng, vsock};
+use crate::{MmdsVersion, balloon, block, net, pmem, rng, vsock};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
 /// the keyboard controller, a reboot at once after a panic.
@@ -49,8 +49,9 @@ struct GuestArgs {
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<PmemArg>,
-    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N]
-    /// [,tx-ops=N][,tx-group=ID]; the tap must exist; rx is to the guest, tx from it
+    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]][,rx-bw=N][,rx-ops=N]
+    /// [,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
+    /// --metadata at 169.254.169.254, for guests with a token (V2) or any; rx is to the guest, tx from it
     #[arg(long, value_name = "NET")]
     net: Vec<NetArg>,
     /// Limits that disks and interfaces share: id=ID[,bw=N][,ops=N]
@@ -129,6 +130,25 @@ impl MetricsArgs {
     }
 }
 
+/// What the guest may know.
+#[derive(Args, Debug)]
+pub(super) struct MmdsArgs {
+    /// Metadata for the guest, a file with JSON; how it reaches them is configured by mmds-config
+    #[arg(long, value_name = "FILE")]
+    metadata: Option<PathBuf>,
+    /// Largest size of the guest's metadata as JSON; that of a request's body by default
+    #[arg(long, value_name = "BYTES")]
+    mmds_size_limit: Option<usize>,
+}
+
+impl MmdsArgs {
+    /// Puts the limit where the configuration has it; gives the file.
+    pub(super) fn apply(self, config: &mut VmConfig, body_limit: usize) -> Option<PathBuf> {
+        config.defaults.mmds_size_limit = self.mmds_size_limit.unwrap_or(body_limit);
+        self.metadata
+    }
+}
+
 impl LogArgs {
     fn start(&self) -> Result<(), Refusal> {
         crate::logger::init(self.log_level, crate::logger::Stream::Error, None);
@@ -153,6 +173,8 @@ pub(super) struct RunArgs {
     id: String,
     #[command(flatten)]
     metrics: MetricsArgs,
+    #[command(flatten)]
+    mmds: MmdsArgs,
     #[command(flatten)]
     log: LogArgs,
 }
@@ -188,6 +210,8 @@ pub(super) struct ApiArgs {
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
+    mmds: MmdsArgs,
+    #[command(flatten)]
     log: LogArgs,
 }
 
@@ -209,11 +233,19 @@ impl RunArgs {
         let launched = self.log.start().and_then(|()| {
             let mut config = self.guest.config()?;
             self.metrics.apply(&mut config)?;
+            let metadata = self.mmds.apply(&mut config, launch::BODY_LIMIT);
             let api =
                 self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
             let timing = Timing::default();
-            let launch =
-                Launch { config, starts: true, api, id: self.id, style: Style::Husk, timing };
+            let launch = Launch {
+                config,
+                starts: true,
+                api,
+                id: self.id,
+                style: Style::Husk,
+                timing,
+                metadata,
+            };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
@@ -227,10 +259,18 @@ impl ApiArgs {
             config.defaults.serial = self.serial;
             config.defaults.has_boot_timer = self.boot_timer;
             self.metrics.apply(&mut config)?;
+            let metadata = self.mmds.apply(&mut config, self.max_payload);
             let api = Some(launch::Api { path: self.api_sock, body_limit: self.max_payload });
             let timing = Timing::default();
-            let launch =
-                Launch { config, starts: false, api, id: self.id, style: Style::Husk, timing };
+            let launch = Launch {
+                config,
+                starts: false,
+                api,
+                id: self.id,
+                style: Style::Husk,
+                timing,
+                metadata,
+            };
             launch.carry_out(started)
         });
         launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
@@ -252,6 +292,7 @@ impl GuestArgs {
             serial: self.serial,
             on_reboot: self.on_reboot,
             has_boot_timer: self.boot_timer,
+            ..Defaults::default()
         };
         if let Some(path) = &self.config_file {
             let mut config = VmConfig::from_file(path)?;
@@ -288,7 +329,12 @@ impl GuestArgs {
             config.add::<pmem::Pmem>(pmem.config(i))?;
         }
         for (i, net) in self.net.into_iter().enumerate() {
-            config.add::<net::Net>(net.config(i))?;
+            let mmds = net.mmds;
+            let net = net.config(i);
+            if let Some(version) = mmds {
+                config.add_to_mmds(&net.iface_id, version)?;
+            }
+            config.add::<net::Net>(net)?;
         }
         if self.rng {
             config.add::<rng::Rng>(rng::Config::default())?;
@@ -468,13 +514,14 @@ impl PmemArg {
     }
 }
 
-/// `tap=NAME[,mac=MAC][,mtu=N][,id=ID]`, and limits with `rx-` or `tx-` before them
+/// `tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]]`, and limits with `rx-` or `tx-` before them
 #[derive(Clone, Debug)]
 struct NetArg {
     tap: String,
     mac: Option<String>,
     mtu: Option<u16>,
     id: Option<String>,
+    mmds: Option<MmdsVersion>,
     rx: LimitArgs,
     tx: LimitArgs,
 }
@@ -483,9 +530,15 @@ impl FromStr for NetArg {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let limits = LimitArgs::default;
-        let mut net =
-            Self { tap: String::new(), mac: None, mtu: None, id: None, rx: limits(), tx: limits() };
+        let mut net = Self {
+            tap: String::new(),
+            mac: None,
+            mtu: None,
+            id: None,
+            mmds: None,
+            rx: LimitArgs::default(),
+            tx: LimitArgs::default(),
+        };
         for word in s.split(',') {
             match word.split_once('=') {
                 Some(("tap", tap)) => net.tap = tap.into(),
@@ -494,10 +547,13 @@ impl FromStr for NetArg {
                     net.mtu = Some(mtu.parse().map_err(|e| format!("mtu '{mtu}': {e}"))?);
                 }
                 Some(("id", id)) => net.id = Some(id.into()),
+                None if word == "mmds" => net.mmds = Some(MmdsVersion::V2),
+                Some(("mmds", "V1")) => net.mmds = Some(MmdsVersion::V1),
+                Some(("mmds", "V2")) => net.mmds = Some(MmdsVersion::V2),
                 Some((key, value)) if net.take_limit(key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of tap=, mac=, mtu=, id=, rx-bw=, rx-ops=, rx-group=, \
+                        "'{word}' is not one of tap=, mac=, mtu=, id=, mmds=, rx-bw=, rx-ops=, rx-group=, \
                          tx-bw=, tx-ops=, tx-group="
                     ));
                 }

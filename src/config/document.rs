@@ -7,11 +7,12 @@ use std::path::{Path, PathBuf};
 
 use devices::backend::file::{self, Access, Kind};
 use serde::Deserialize;
+use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::RATE_LIMIT_GROUPS;
 use super::VmConfig;
-use super::sections::{is_known, is_many, parse};
+use super::sections::{MMDS_CONFIG, is_known, is_many, parse};
 use crate::api::NOT_YET;
 use crate::error::Refusal;
 
@@ -35,6 +36,11 @@ impl VmConfig {
         read("CPU configuration", path, |text| self.put(CPU_CONFIG, None, text))
     }
 
+    /// Reads the guest's metadata from a file.
+    pub(crate) fn read_metadata(path: &Path) -> Result<Value, Refusal> {
+        read("metadata", path, |text| parse(text))
+    }
+
     /// Replaces the whole configuration, but not its [`Self::defaults`], by what a configuration
     /// file or `PUT /vm` holds. All or nothing.
     pub fn put_all(&mut self, json: &[u8]) -> Result<(), Refusal> {
@@ -45,6 +51,8 @@ impl VmConfig {
             RATE_LIMIT_GROUPS => 0,
             // Last, so that it holds whatever template the machine names, as in Firecracker.
             CPU_CONFIG => 2,
+            // After the interfaces that it names.
+            MMDS_CONFIG => 2,
             _ => 1,
         });
         for (name, value) in sections {
@@ -236,7 +244,7 @@ mod tests {
             .unwrap_err();
         assert_eq!(config.to_json(), before);
         config.put_all(b"{}").unwrap();
-        assert_eq!(config.to_json()["entropy"], serde_json::Value::Null);
+        assert_eq!(config.to_json()["entropy"], Value::Null);
         assert_eq!(config.serial_to(), crate::SerialTo::None);
     }
 }

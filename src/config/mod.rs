@@ -16,8 +16,9 @@ mod serial;
 use std::path::{Path, PathBuf};
 
 use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
-use devices::virtio;
+use devices::mmds;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
+use devices::virtio::{self, net};
 use serde_json::Value;
 
 pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
@@ -45,11 +46,18 @@ pub struct Defaults {
     pub on_reboot: OnReboot,
     /// Whether there is a boot timer, which the guest tells that it has booted.
     pub has_boot_timer: bool,
+    /// Bytes that the guest's metadata may have as JSON.
+    pub mmds_size_limit: usize,
 }
 
 impl Default for Defaults {
     fn default() -> Self {
-        Self { serial: SerialTo::Stdio, on_reboot: OnReboot::Restart, has_boot_timer: false }
+        Self {
+            serial: SerialTo::Stdio,
+            on_reboot: OnReboot::Restart,
+            has_boot_timer: false,
+            mmds_size_limit: mmds::DEFAULT_SIZE_LIMIT,
+        }
     }
 }
 
@@ -71,6 +79,8 @@ pub struct VmConfig {
     pub logger: Option<LoggerConfig>,
     /// Where the metrics are written to, if anywhere.
     pub metrics: Option<MetricsConfig>,
+    /// How the guest reaches its metadata, if it does.
+    pub mmds: Option<mmds::Config>,
     rate_limit_groups: Vec<RateLimitGroup>,
     devices: Vec<Box<dyn Recipe>>,
 }
@@ -93,6 +103,25 @@ impl VmConfig {
     /// Adds a device, or replaces the one with the same id.
     pub fn add<M: Model>(&mut self, config: M::Config) -> Result<(), Refusal> {
         self.insert(recipe::<M>(config))
+    }
+
+    /// Makes an interface lead to the guest's metadata; all of them by the same version.
+    pub(crate) fn add_to_mmds(&mut self, id: &str, version: mmds::Version) -> Result<(), Refusal> {
+        let mmds = self.mmds.get_or_insert_with(|| mmds::Config {
+            version,
+            network_interfaces: Vec::new(),
+            ipv4_address: None,
+            imds_compat: false,
+        });
+        mmds.network_interfaces.push(id.into());
+        match mmds.version == version {
+            true => Ok(()),
+            false => Err(Refusal::Field {
+                section: sections::MMDS_CONFIG,
+                field: "version",
+                why: "all interfaces that lead to the metadata must have the same".into(),
+            }),
+        }
     }
 
     /// Stores one section, as `PUT` by the API. Checked against the host as far as is possible
@@ -159,6 +188,11 @@ impl VmConfig {
     /// Forgets a device.
     pub(crate) fn remove(&mut self, model: &str, id: &str) {
         self.devices.retain(|recipe| recipe.model() != model || recipe.id() != id);
+        // What `GET /vm/config` shows can be put again.
+        if let Some(mmds) = self.mmds.as_mut().filter(|_| model == net::Net::NAME) {
+            mmds.network_interfaces.retain(|interface| interface != id);
+        }
+        self.mmds.take_if(|mmds| mmds.network_interfaces.is_empty());
     }
 
     /// Everything as JSON, with explicit nulls, also for what husk does not have yet.
@@ -232,6 +266,7 @@ impl VmConfig {
         self.machine.check()?;
         self.check_groups()?;
         self.check_ram()?;
+        self.mmds.as_ref().map_or(Ok(()), |mmds| self.check_mmds(mmds))?;
         self.serial.check_values()
     }
 
@@ -243,6 +278,13 @@ impl VmConfig {
     fn check_ram_for(&self, recipe: &dyn Recipe) -> Result<(), Refusal> {
         let checked = recipe.check_ram(self.machine.mem_size_mib);
         checked.map_err(|e| device_refusal(recipe.model(), Some(recipe.id()), e))
+    }
+
+    /// Refuses a metadata service that is nowhere, or that no interface leads to.
+    fn check_mmds(&self, mmds: &mmds::Config) -> Result<(), Refusal> {
+        let interfaces = self.devices.iter().filter(|recipe| recipe.model() == net::Net::NAME);
+        let interfaces: Vec<_> = interfaces.map(|recipe| recipe.id()).collect();
+        Ok(mmds.check(&interfaces)?)
     }
 
     /// Refuses a kernel, an initrd or a command line that has no room in this machine.

@@ -1,5 +1,6 @@
 //! The table of sections that are not virtio devices.
 use arch::CpuConfig;
+use devices::mmds;
 use devices::virtio;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -9,8 +10,11 @@ use super::{
     BootSource, LoggerConfig, MachineConfig, MetricsConfig, RATE_LIMIT_GROUPS, RateLimitGroup,
     SerialConfig, VmConfig,
 };
-use crate::api::{Deprecated, Id, Logged, Section};
+use crate::api::{Deprecated, DeprecatedValue, Id, Logged, Section};
 use crate::error::Refusal;
+
+/// Name of the section of the metadata service, which names interfaces.
+pub(super) const MMDS_CONFIG: &str = "mmds-config";
 
 /// Applies JSON to a configuration.
 type Apply = fn(&mut VmConfig, &[u8]) -> Result<(), Refusal>;
@@ -151,6 +155,34 @@ pub(super) const SECTIONS: &[Fixed] = &[
         },
         patch: None,
         show: |config| json!(config.logger),
+    },
+    Fixed {
+        section: Section {
+            name: MMDS_CONFIG,
+            path: "mmds/config",
+            about: "How the guest reaches its metadata",
+            put: Some(|g| g.subschema_for::<mmds::Config>()),
+            deprecated: Deprecated {
+                value: Some(DeprecatedValue {
+                    field: "version",
+                    value: "V1",
+                    is_default: true,
+                    instead: "V2",
+                }),
+                ..Deprecated::NOTHING
+            },
+            ..Section::PLAIN
+        },
+        put: |config, body| {
+            let mut mmds: mmds::Config = parse(body)?;
+            config.check_mmds(&mmds)?;
+            // As Firecracker shows it.
+            mmds.ipv4_address = Some(mmds.address());
+            config.mmds = Some(mmds);
+            Ok(())
+        },
+        patch: None,
+        show: |config| json!(config.mmds),
     },
     Fixed {
         section: Section {

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use devices::legacy::serial;
 use devices::metrics::{Group, Kind};
+use devices::mmds::Mmds;
 use devices::virtio::{MODELS, notifier};
 
 use super::*;
@@ -23,7 +24,7 @@ fn groups() -> Vec<(&'static str, Group)> {
     }
     groups.push(("The serial port", serial::Counters::GROUP));
     let machine = MachineCounters::new(1);
-    let metrics = Metrics::new("t".into(), Instant::now(), Arc::default());
+    let metrics = Metrics::new("t".into(), Instant::now(), Arc::default(), Mmds::new(0).counters());
     for source in machine.sources().chain(metrics.sources(&[])) {
         groups.push(("", *source.set.group()));
     }

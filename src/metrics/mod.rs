@@ -148,6 +148,7 @@ pub(crate) struct Metrics {
     started: Instant,
     counters: Arc<Counters>,
     flushes: Arc<output::Counters>,
+    mmds: Arc<dyn CounterSet>,
     file: Option<File>,
 }
 
@@ -162,8 +163,13 @@ pub(crate) struct File {
 }
 
 impl Metrics {
-    pub(crate) fn new(id: String, started: Instant, counters: Arc<Counters>) -> Self {
-        Self { id, started, counters, flushes: Arc::default(), file: None }
+    pub(crate) fn new(
+        id: String,
+        started: Instant,
+        counters: Arc<Counters>,
+        mmds: Arc<dyn CounterSet>,
+    ) -> Self {
+        Self { id, started, counters, flushes: Arc::default(), mmds, file: None }
     }
 
     /// Opens the file that lines are to go to, if there is to be one; [`Self::adopt`] makes it that.
@@ -251,12 +257,13 @@ impl Metrics {
 
     fn sources(&self, machine: &[Source]) -> Vec<Source> {
         let counters = &self.counters;
-        let own: [Arc<dyn CounterSet>; 5] = [
+        let own: [Arc<dyn CounterSet>; 6] = [
             counters.api_server.clone(),
             counters.deprecated.clone(),
             counters.latencies.clone(),
             crate::logger::counters().clone(),
             self.flushes.clone(),
+            self.mmds.clone(),
         ];
         own.into_iter().map(Source::only).chain(machine.iter().cloned()).collect()
     }
