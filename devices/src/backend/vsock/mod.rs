@@ -7,6 +7,7 @@
 //!   guest asks:  listener at uds_path_53 ◄──connect── [Muxer] ◄──REQUEST─── guest
 //! ```
 //! Speaks in packets; does not know rings, chains or guest memory.
+mod clock;
 mod connection;
 mod credit;
 mod muxer;

@@ -7,6 +7,8 @@
 //! What a guest or the host can make us hold is bounded: streams by [`STREAMS_MAX`], what waits in
 //! them by the credit given, answers by [`REPLIES_MAX`], beyond which the guest is not listened to
 //! until it takes some.
+mod opening;
+
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
@@ -15,15 +17,14 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
 use rustix::io::Errno;
-use rustix::time::{
-    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create,
-    timerfd_settime,
-};
+use rustix::time::Timespec;
 
+use self::opening::Greeted;
 use super::Counters;
+use super::clock::Clock;
 use super::connection::{Basis, Connection, Due, Ports, Verdict};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
-use super::socket::{HostSocket, parse_connect};
+use super::socket::HostSocket;
 use crate::backend::unix::{ListenError, Listener, StalePolicy};
 use crate::sys::rw::IoSlices;
 
@@ -131,12 +132,10 @@ pub struct Muxer {
     next_port: u32,
     /// The host has no descriptors left, so nobody is let in.
     is_deaf: bool,
-    /// What the clock is set to.
-    alarm: Option<Instant>,
     counters: Arc<Counters>,
     listener: Listener,
     epoll: OwnedFd,
-    clock: OwnedFd,
+    clock: Clock,
 }
 
 impl Muxer {
@@ -144,8 +143,7 @@ impl Muxer {
     pub fn bind(guest_cid: u32, path: &Path, counters: Arc<Counters>) -> Result<Self, MuxerError> {
         let listener = Listener::bind(path, StalePolicy::Replace)?;
         let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
-        let clock = timerfd_create(TimerfdClockId::Monotonic, flags)?;
+        let clock = Clock::new()?;
         epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
         epoll::add(&epoll, &clock, EventData::new_u64(CLOCK), EventFlags::IN)?;
         Ok(Self {
@@ -161,7 +159,6 @@ impl Muxer {
             next_token: FIRST_TOKEN,
             next_port: FIRST_PORT,
             is_deaf: false,
-            alarm: None,
             counters,
             listener,
             epoll,
@@ -310,100 +307,6 @@ impl Muxer {
         }
     }
 
-    /// Lets in those who wait at the listener.
-    fn accept(&mut self) {
-        for _ in 0..EVENTS_PER_TURN {
-            match self.listener.accept() {
-                Ok(fd) if self.slots.len() >= STREAMS_MAX => {
-                    self.counters.conns_refused().inc();
-                    drop(fd);
-                }
-                Ok(fd) => {
-                    let stream = self.new_stream();
-                    if self.watch(stream, &fd) {
-                        let greeting = Entry::Greeting(HostSocket::new(fd));
-                        self.slots.insert(stream, Slot::of(greeting));
-                        self.be_patient(stream);
-                    }
-                }
-                Err(Errno::AGAIN) => return,
-                Err(Errno::INTR | Errno::CONNABORTED) => {}
-                Err(e) => {
-                    // No descriptors, most likely. The listener would be ready for ever.
-                    self.counters.conns_refused().inc();
-                    log::warn!("vsock: cannot accept a connection: {e}");
-                    self.is_deaf = epoll::delete(&self.epoll, &self.listener).is_ok();
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Reads which port somebody wants, and asks the guest.
-    fn greet(&mut self, stream: Stream, socket: &mut HostSocket) -> Greeted {
-        let port = match socket.read_line() {
-            Ok(None) => return Greeted::NotYet,
-            Ok(Some(line)) => parse_connect(&line),
-            Err(_) => None,
-        };
-        let ports = port.and_then(|guest| Some(Ports { host: self.free_port(guest)?, guest }));
-        log::debug!("vsock: stream {stream:?} wants {ports:?}");
-        ports.map_or(Greeted::Badly, Greeted::Wants)
-    }
-
-    /// The guest wants a connection to a port of the host.
-    fn connect(&mut self, request: &Header, ports: Ports) {
-        if self.slots.len() >= STREAMS_MAX {
-            self.counters.conns_refused().inc();
-            return self.reply(request);
-        }
-        let stream = self.new_stream();
-        match HostSocket::connect(&self.path_of(ports.host)) {
-            Ok(socket) if self.watch(stream, &socket) => {
-                let basis = self.basis(ports, socket);
-                self.put(stream, Connection::grant(request, basis));
-            }
-            // The listener is there, and busy.
-            Err(Errno::AGAIN) => {
-                self.slots.insert(stream, Slot::of(Entry::Waiting(*request)));
-                self.by_ports.insert(ports, stream);
-                self.waiting.push_back(stream);
-                self.be_patient(stream);
-            }
-            refused => {
-                log::debug!("vsock: no connection to port {}: {:?}", ports.host, refused.err());
-                self.reply(request);
-            }
-        }
-    }
-
-    /// Where the host listens for connections to `port`.
-    fn path_of(&self, port: u32) -> PathBuf {
-        let mut path = self.path.clone().into_os_string();
-        path.push(format!("_{port}"));
-        path.into()
-    }
-
-    /// Tries again to connect those whose listener was busy.
-    fn connect_waiting(&mut self) {
-        for _ in 0..self.waiting.len() {
-            let Some(stream) = self.waiting.pop_front() else { return };
-            let Some(Slot { entry: Entry::Waiting(request), .. }) = self.slots.get(&stream) else {
-                continue;
-            };
-            let request = *request;
-            let ports = Ports { host: request.dst_port, guest: request.src_port };
-            match HostSocket::connect(&self.path_of(ports.host)) {
-                Err(Errno::AGAIN) => self.waiting.push_back(stream),
-                Ok(socket) if self.watch(stream, &socket) => {
-                    let basis = self.basis(ports, socket);
-                    self.put(stream, Connection::grant(&request, basis));
-                }
-                _ => self.carry_out(stream, Verdict::Abort),
-            }
-        }
-    }
-
     /// A stream of the host is ready for something, or is over.
     fn stream_ready(&mut self, stream: Stream, flags: EventFlags) {
         let is_gone = flags.intersects(EventFlags::HUP | EventFlags::ERR);
@@ -539,7 +442,15 @@ impl Muxer {
     fn watch(&self, stream: Stream, fd: impl AsFd) -> bool {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
         let watched = epoll::add(&self.epoll, fd, EventData::new_u64(stream.0), flags);
-        watched.inspect_err(|e| log::warn!("vsock: cannot watch a stream: {e}")).is_ok()
+        watched.inspect_err(|e| self.note_shortage("watch a stream", *e)).is_ok()
+    }
+
+    /// The host has no more of something. Said now and then, as it happens again at each attempt.
+    fn note_shortage(&self, what: &str, e: Errno) {
+        self.counters.conns_refused().inc();
+        if self.counters.conns_refused().get().is_power_of_two() {
+            log::warn!("vsock: cannot {what}: {e}");
+        }
     }
 
     /// What a new connection needs.
@@ -570,9 +481,7 @@ impl Muxer {
 
     /// Time has passed.
     fn tick(&mut self) {
-        // Consumed, so that the clock becomes quiet; EAGAIN if it was set anew meanwhile.
-        let _ = rustix::io::read(&self.clock, &mut [0; 8]);
-        self.alarm = None;
+        self.clock.hush();
         let now = Instant::now();
         while let Some((deadline, stream)) = self.deadlines.pop_front_if(|(at, _)| *at <= now) {
             let slot = self.slots.get(&stream);
@@ -590,31 +499,13 @@ impl Muxer {
 
     /// Sets the clock to the next time something is due. One that rings too early does no harm.
     fn set_clock(&mut self) {
-        let now = Instant::now();
         let is_retrying = self.is_deaf || !self.waiting.is_empty();
-        let retry = is_retrying.then(|| now.checked_add(RETRY)).flatten();
+        let retry = is_retrying.then(|| Instant::now().checked_add(RETRY)).flatten();
         let first = self.deadlines.front().map(|(at, _)| *at);
-        let Some(next) = retry.or(first) else { return };
-        if self.alarm.is_some_and(|alarm| alarm <= next) {
-            return;
-        }
-        // All zeros would stop it.
-        let wait = next.saturating_duration_since(now).max(Duration::from_nanos(1));
-        let never = Timespec::default();
-        let Ok(it_value) = Timespec::try_from(wait) else { return };
-        let setting = Itimerspec { it_interval: never, it_value };
-        match timerfd_settime(&self.clock, TimerfdTimerFlags::empty(), &setting) {
-            Ok(_) => self.alarm = Some(next),
-            Err(e) => log::warn!("vsock: cannot set the clock: {e}"),
+        if let Some(next) = retry.or(first) {
+            self.clock.set(next);
         }
     }
-}
-
-/// What somebody who has connected said.
-enum Greeted {
-    NotYet,
-    Badly,
-    Wants(Ports),
 }
 
 impl Slot {
