@@ -76,7 +76,7 @@ fn run_rust(name: &str) -> String {
 }
 
 /// A program of `tests/clients/rust`, built.
-fn rust(name: &str) -> PathBuf {
+pub(crate) fn rust(name: &str) -> PathBuf {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("clients");
     let mut cargo = Command::new(env!("CARGO"));
     cargo.args(["build", "--quiet", "--locked", "--target-dir"]).arg(&directory);

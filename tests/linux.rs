@@ -4,6 +4,7 @@
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -36,8 +37,13 @@ fn cmdline(words: &str) -> String {
 
 /// Linux from the initrd, with `/test.sh` in it.
 fn from_initrd(scratch: &Scratch, script: &str, words: &str) -> Husk {
+    from_initrd_with(scratch, script.as_bytes(), words)
+}
+
+/// The same, with any program as `/test.sh`.
+fn from_initrd_with(scratch: &Scratch, program: &[u8], words: &str) -> Husk {
     let mut archive = std::fs::read(product("initrd.cpio")).unwrap();
-    archive.extend(cpio("test.sh", script.as_bytes()));
+    archive.extend(cpio("test.sh", program));
     let initrd = scratch.file("initrd.cpio", archive);
     Husk::run(product("vmlinux"))
         .initrd(initrd)
@@ -264,6 +270,97 @@ read -r word
     assert_eq!(sum(&end, "large"), sha256(large.as_bytes()));
     assert_eq!(sum(&end, "down"), sha256(&down));
     assert_eq!(sum(&end, "up"), sha256(&up));
+}
+
+#[test]
+fn linux_talks_to_the_host_over_vsock() {
+    let scratch = Scratch::new();
+    let client = crate::clients::rust("vsock");
+    let socket = scratch.path("v.sock");
+    let [echo, leaver, mourner, last] = [52, 53, 55, 56]
+        .map(|port| UnixListener::bind(scratch.path(&format!("v.sock_{port}"))).unwrap());
+    let hosts = std::thread::spawn(move || {
+        // Hears everything before it answers: the guest has ended its direction.
+        let (mut stream, _) = echo.accept().unwrap();
+        let mut said = Vec::new();
+        stream.read_to_end(&mut said).unwrap();
+        stream.write_all(&said).unwrap();
+        drop(stream);
+        // Goes without a word more.
+        let (mut stream, _) = leaver.accept().unwrap();
+        stream.read_exact(&mut [0; 5]).unwrap();
+        stream.write_all(b"bye").unwrap();
+        drop(stream);
+        // Hears that its peer was killed.
+        let (mut stream, _) = mourner.accept().unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).unwrap();
+        (said, last.accept().unwrap().0)
+    });
+    let vm = from_initrd_with(&scratch, &linux_program("vsock"), "")
+        .vsock(42, &socket)
+        .listening()
+        .start();
+    vm.expect_within("SERVING", BOOT);
+    let (said, last) = hosts.join().unwrap();
+    assert_eq!(said, "alive");
+
+    // Several at once, each with its end before the guest's answer to it; a pause in between.
+    let threads = [1u8, 2, 3, 4].map(|seed| {
+        let socket = socket.clone();
+        std::thread::spawn(move || {
+            let mut stream = vsock_to(&socket, 1000);
+            let mut reader = stream.try_clone().unwrap();
+            let said: Vec<u8> = (0..1_000_000u32).map(|i| (i / 3) as u8 ^ seed).collect();
+            let heard = std::thread::spawn(move || {
+                let mut heard = Vec::new();
+                reader.read_to_end(&mut heard).unwrap();
+                heard
+            });
+            stream.write_all(&said).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            assert!(heard.join().unwrap() == [&said[..], b"[end]"].concat());
+        })
+    });
+    vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+    vm.api().patch("/vm", json!({ "state": "Resumed" })).done();
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    // One that goes in the middle does not matter; where nobody listens is the end at once.
+    vsock_to(&socket, 1000).write_all(b"never mind").unwrap();
+    let mut stream = UnixStream::connect(&socket).unwrap();
+    stream.write_all(b"CONNECT 1001\n").unwrap();
+    assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+    // A client that was written for Firecracker.
+    let heard = run(client.to_str().unwrap(), &[socket.to_str().unwrap()], Path::new("1000"));
+    assert_eq!(heard, "hello[end]\n");
+
+    drop(last);
+    let end = vm.wait_within(BOOT).code(0);
+    for (step, result) in [
+        ("nobody", "Err(ConnectionReset)"),
+        ("cid", "42"),
+        ("half_close", "true"),
+        ("vanished", "3 Some(BrokenPipe)"),
+        ("killed", "alive"),
+        ("done", "Ok(0)"),
+    ] {
+        assert_eq!(end.value(step).trim(), result, "{step}\n{end}");
+    }
+}
+
+/// A stream to a port of the guest.
+fn vsock_to(socket: &Path, port: u32) -> UnixStream {
+    let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(BOOT)).unwrap();
+    writeln!(stream, "CONNECT {port}").unwrap();
+    let mut line = Vec::new();
+    while line.last() != Some(&b'\n') {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        line.push(byte[0]);
+    }
+    assert!(line.starts_with(b"OK "), "{}", String::from_utf8_lossy(&line));
+    stream
 }
 
 #[test]

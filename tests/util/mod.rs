@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 
 pub(crate) use attack::{ATTACKS, Attack, ask, resident_kib, under};
 pub(crate) use files::{Scratch, ext4, files_in};
-pub(crate) use guest::{guest, guest_at};
+pub(crate) use guest::{guest, guest_at, linux_program};
 pub(crate) use http::{Api, Reply, operations};
 pub(crate) use husk::{End, Husk, TestVm};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
