@@ -31,12 +31,20 @@ fn document_holds_before_the_start() {
 fn document_holds_while_a_guest_runs() {
     let (scratch, network) = (Scratch::new(), Network::with_tap());
     let vm = harmless(Husk::new(["api"]), &scratch, &network).start();
-    let config = json!({
+    let known = vm.api().get("/openapi.json").json();
+    let known = known["components"]["schemas"]["Configuration"]["properties"].as_object().unwrap();
+    let mut config = json!({
         "boot-source": {"kernel_image_path": guest("hello"), "boot_args": "how=hang"},
         "drives": [{"drive_id": "known", "path_on_host": "disk.img", "is_root_device": false}],
         "network-interfaces": [{"iface_id": "known", "host_dev_name": "tap0"}],
+        "pmem": [{"id": "known", "path_on_host": scratch.sparse("pmem.img", 2 << 20)}],
         "entropy": {},
+        "vsock": {"guest_cid": 3, "uds_path": "v.sock"},
+        "balloon": {"amount_mib": 0, "deflate_on_oom": false, "stats_polling_interval_s": 1},
+        "memory-hotplug": {"total_size_mib": 1024},
+        "mmds-config": {"network_interfaces": ["known"]},
     });
+    config.as_object_mut().unwrap().retain(|section, _| known.contains_key(section));
     vm.api().put("/vm", config).done();
     vm.expect("how=hang");
     check(&vm, &scratch, &network, "Kill");

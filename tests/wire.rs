@@ -133,6 +133,9 @@ const BEFORE_THE_START: &[Row] = &[
     ("PUT", "/entropy", r#"{"x": 1}"#, "unknown field `x`, expected `rate_limiter`"),
     ("PUT", "/serial", r#"{"serial_out_path": "serial.log"}"#, DONE),
     ("PUT", "/cpu-config", "{}", DONE),
+    ("PUT", "/balloon", r#"{"amount_mib": 0}"#, "missing field `deflate_on_oom`"),
+    ("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#, DONE),
+    ("PATCH", "/balloon", r#"{"amount_mib": 1}"#, BEFORE),
     ("PUT", "/metrics", r#"{"metrics_path": "metrics"}"#, DONE),
     (
         "PUT",
@@ -161,6 +164,9 @@ const AFTER_THE_START: &[Row] = &[
     ("PUT", "/entropy", "{}", AFTER),
     ("PUT", "/serial", "{}", AFTER),
     ("PUT", "/cpu-config", "{}", AFTER),
+    ("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#, AFTER),
+    ("PATCH", "/balloon", r#"{"amount_mib": 1}"#, DONE),
+    ("PATCH", "/balloon", r#"{"amount_mib": 1000000}"#, "too large"),
     ("PUT", "/logger", r#"{"level": "Info"}"#, AFTER),
     ("PUT", "/metrics", r#"{"metrics_path": "again"}"#, AFTER),
     ("PUT", "/actions", r#"{"action_type": "InstanceStart"}"#, AFTER),
@@ -232,7 +238,7 @@ fn requests_are_answered_as_firecracker_answers_them() {
     ] {
         assert!(config.get(key).is_some(), "{key} is not shown");
     }
-    assert_eq!(config["balloon"], Value::Null);
+    assert_eq!(config["logger"], Value::Null);
     let source = json!({"kernel_image_path": guest("hello"), "boot_args": "how=hang"});
     api.put("/boot-source", source).done();
     api.act("InstanceStart").done();

@@ -30,6 +30,8 @@ const BEFORE: &[Call<'_>] = &[
     ("PUT", "/entropy", "{}"),
     ("PUT", "/serial", r#"{"to": "Stdio"}"#),
     ("PUT", "/logger", r#"{"level": "Warning"}"#),
+    ("PUT", "/cpu-config", "{}"),
+    ("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#),
 ];
 
 const RUNNING: &[Call<'_>] = &[
@@ -38,6 +40,8 @@ const RUNNING: &[Call<'_>] = &[
     ("GET", "/machine-config", ""),
     ("GET", "/vm/config", ""),
     ("GET", "/metrics", ""),
+    ("GET", "/balloon", ""),
+    ("PATCH", "/balloon", r#"{"amount_mib": 0}"#),
     ("GET", "/openapi.json", ""),
 ];
 

@@ -65,6 +65,22 @@ fn main() -> Result<(), Box<dyn Error>> {
         tx_rate_limiter: None,
     })?;
     instance.put_entropy_device(&EntropyDevice { rate_limiter: None })?;
+    instance.put_guest_vsock(&Vsock {
+        guest_cid: 3,
+        uds_path: directory.join("v.sock"),
+        vsock_id: None,
+    })?;
+    let balloon =
+        Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: Some(1) };
+    instance.put_balloon(&balloon)?;
+    instance.put_metrics(&Metrics { metrics_path: directory.join("metrics") })?;
+    instance.put_logger(&Logger {
+        level: Some(LogLevel::Info),
+        log_path: directory.join("log"),
+        show_level: Some(true),
+        show_log_origin: None,
+        module: None,
+    })?;
     let config = instance.get_export_vm_config()?;
     assert_eq!(config.network_interfaces.map(|interfaces| interfaces.len()), Some(1));
     println!("configured");
@@ -83,6 +99,10 @@ fn main() -> Result<(), Box<dyn Error>> {
         path_on_host: Some(disk.into()),
         rate_limiter: None,
     })?;
+    instance.patch_balloon(&BalloonUpdate { amount_mib: 1 })?;
+    assert_eq!(instance.describe_balloon_config()?.amount_mib, 1);
+    instance.create_sync_action(ActionType::FlushMetrics)?;
+    assert!(std::fs::read_to_string(directory.join("metrics"))?.starts_with('{'));
     println!("changed");
 
     instance.stop()?;
