@@ -37,7 +37,7 @@ pub use config::{
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
 pub use devices::mmds::{Config as MmdsConfig, Version as MmdsVersion};
-pub use devices::virtio::{balloon, block, net, pmem, rng, vsock};
+pub use devices::virtio::{balloon, block, mem, net, pmem, rng, vsock};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};

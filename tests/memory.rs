@@ -2,6 +2,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde_json::json;
 
 use crate::util::*;
 
@@ -104,4 +107,121 @@ fn a_guest_whose_pmem_becomes_shorter_ends_with_the_reason() {
     File::options().write(true).open(&file).unwrap().set_len(4096).unwrap();
     let line = vm.wait().refused(6);
     assert!(line.contains("a file of a pmem device has become shorter"), "{line}");
+}
+
+/// A guest that follows what is requested of its memory.
+fn mem(cmdline: &str) -> Husk {
+    Husk::guest("mem", cmdline).option("--hotplug-memory", "512").listening()
+}
+
+fn request(vm: &TestVm, mib: u64) {
+    vm.api().patch("/hotplug/memory", json!({ "requested_size_mib": mib })).done();
+}
+
+/// MiB of the host's memory that a VM has.
+fn resident_mib(vm: &TestVm) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+/// Waits for the VM to have given memory back.
+fn wait_for_resident(vm: &TestVm, mib: std::ops::Range<u64>) {
+    let end = Instant::now() + PATIENCE;
+    while !mib.contains(&resident_mib(vm)) {
+        assert!(Instant::now() < end, "the VM has {} MiB, not {mib:?}", resident_mib(vm));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn memory_is_plugged_used_and_given_back() {
+    let vm = mem("tests=steps,over,again,steps,unplugged,steps,steps steps=1").start();
+    vm.expect("ready=1");
+    let before = resident_mib(&vm);
+    let status = |plugged, requested| {
+        let expected = json!({
+            "total_size_mib": 512, "slot_size_mib": 128, "block_size_mib": 2,
+            "plugged_size_mib": plugged, "requested_size_mib": requested,
+        });
+        assert_eq!(vm.api().get("/hotplug/memory").json(), expected);
+    };
+    status(0, 0);
+    request(&vm, 64);
+    vm.expect("plugged=64");
+    status(64, 64);
+    let plugged = resident_mib(&vm);
+    assert!((before + 62..before + 80).contains(&plugged), "from {before} to {plugged} MiB");
+    // More than requested, then what it has.
+    vm.expect("answer=1");
+    vm.expect("answer=3");
+
+    // What is left is as it was, and the host has the rest back.
+    request(&vm, 20);
+    vm.expect("plugged=20");
+    wait_for_resident(&vm, before + 18..before + 36);
+    // Reads zeroes where the guest sees something, nothing where it does not.
+    vm.expect("unplugged=0x0");
+    vm.expect("unplugged=0xffffffff");
+
+    request(&vm, 140);
+    vm.expect("plugged=140");
+    request(&vm, 0);
+    let end = vm.wait().ok();
+    assert_eq!(end.values("plugged"), ["64", "20", "140", "0"]);
+    assert_eq!((end.value("start"), end.value("size")), (START, "512"));
+}
+
+#[test]
+fn unplugged_memory_cannot_be_had_by_writing_to_it() {
+    // In a slot that the guest sees.
+    let vm = mem("tests=steps,poke").start();
+    vm.expect("ready=1");
+    request(&vm, 2);
+    vm.expect("poking=1");
+    let end = vm.wait().code(6);
+    let last = end.errors.lines().last().unwrap();
+    assert!(last.contains("a block that is not plugged was written to"), "{end}");
+    assert!(!end.output.contains("poked=1"), "{end}");
+    // In one that it does not see: nobody is there.
+    let end = mem("tests=poke").wait().ok();
+    assert!(end.output.contains("poked=1"), "{end}");
+}
+
+#[test]
+fn memory_goes_while_a_drive_uses_it() {
+    let scratch = Scratch::new();
+    let disk = scratch.sparse("disk", MIB);
+    let vm = mem("tests=flood rounds=50").disk(&disk).start();
+    vm.expect("ready=1");
+    request(&vm, 2);
+    vm.wait().ok();
+}
+
+#[test]
+fn a_reset_unplugs_everything() {
+    let vm = Husk::api().start();
+    let api = vm.api();
+    let source = json!({
+        "kernel_image_path": guest("mem"), "boot_args": "tests=steps,reset",
+    });
+    api.put("/boot-source", source).done();
+    api.put("/hotplug/memory", json!({ "total_size_mib": 256, "block_size_mib": 4 })).done();
+    let before = json!({ "total_size_mib": 256, "block_size_mib": 4, "slot_size_mib": 128 });
+    assert_eq!(api.get("/hotplug/memory").json(), before);
+    let early = api.patch("/hotplug/memory", json!({ "requested_size_mib": 8 })).fault();
+    assert!(early.contains("not supported before starting"), "{early}");
+    api.act("InstanceStart").done();
+    vm.expect("ready=1");
+    request(&vm, 8);
+    vm.expect("plugged=8");
+    // It boots again, finds nothing plugged and plugs what is requested.
+    vm.expect("ready=1");
+    vm.expect("plugged=8");
+    let config = api.get("/vm/config").json();
+    assert_eq!(config["memory-hotplug"], before);
+    let late = api.put("/hotplug/memory", json!({ "total_size_mib": 256 })).fault();
+    assert!(late.contains("not supported after starting"), "{late}");
+    let odd = api.patch("/hotplug/memory", json!({ "requested_size_mib": 2 })).fault();
+    assert!(odd.contains("must be a multiple of block size"), "{odd}");
 }

@@ -14,7 +14,7 @@ use crate::config::{
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
-use crate::{MmdsVersion, balloon, block, net, pmem, rng, vsock};
+use crate::{MmdsVersion, balloon, block, mem, net, pmem, rng, vsock};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
 /// the keyboard controller, a reboot at once after a panic.
@@ -49,6 +49,9 @@ struct GuestArgs {
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<PmemArg>,
+    /// Room for memory that is plugged while the guest runs, in MiB: TOTAL[,slot=MIB][,block=MIB]
+    #[arg(long, value_name = "MEMORY")]
+    hotplug_memory: Option<HotplugArg>,
     /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]][,rx-bw=N][,rx-ops=N]
     /// [,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
     /// --metadata at 169.254.169.254, for guests with a token (V2) or any; rx is to the guest, tx from it
@@ -92,7 +95,7 @@ struct GuestArgs {
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock", "balloon",
-        "smt", "cpu_config", "huge_pages", "pit", "rate_limit_group",
+        "smt", "cpu_config", "huge_pages", "hotplug_memory", "pit", "rate_limit_group",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -328,6 +331,9 @@ impl GuestArgs {
         for (i, pmem) in self.pmem.into_iter().enumerate() {
             config.add::<pmem::Pmem>(pmem.config(i))?;
         }
+        if let Some(HotplugArg(hotplug)) = self.hotplug_memory {
+            config.add::<mem::Mem>(hotplug)?;
+        }
         for (i, net) in self.net.into_iter().enumerate() {
             let mmds = net.mmds;
             let net = net.config(i);
@@ -511,6 +517,28 @@ impl PmemArg {
             rate_limit_group: self.limits.group,
             ..pmem::Config::new(id, self.path)
         }
+    }
+}
+
+/// `TOTAL[,slot=MIB][,block=MIB]`
+#[derive(Clone, Debug)]
+struct HotplugArg(mem::Config);
+
+impl FromStr for HotplugArg {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mib = |word: &str| word.parse().map_err(|e| format!("'{word}': {e}"));
+        let mut words = s.split(',');
+        let mut config = mem::Config::new(mib(words.next().unwrap_or_default())?);
+        for word in words {
+            match word.split_once('=') {
+                Some(("slot", slot)) => config.slot_size_mib = mem::SlotSize(mib(slot)?),
+                Some(("block", block)) => config.block_size_mib = mem::BlockSize(mib(block)?),
+                _ => return Err(format!("'{word}' is not one of slot=MIB, block=MIB")),
+            }
+        }
+        Ok(Self(config))
     }
 }
 

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
 use devices::mmds;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
-use devices::virtio::{self, net};
+use devices::virtio::{self, mem, net};
 use serde_json::Value;
 
 pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
@@ -246,6 +246,17 @@ impl VmConfig {
         }
     }
 
+    /// Another process maps RAM once. It would not see what is plugged later.
+    fn check_sharing(&self) -> Result<(), Refusal> {
+        let model = mem::Mem::NAME;
+        let plugs = self.devices.iter().any(|recipe| recipe.model() == model);
+        if !plugs || self.sharing() == Sharing::Private {
+            return Ok(());
+        }
+        let why = "there is a drive that another process serves, which would not see such memory";
+        Err(Refusal::Field { section: model, field: "total_size_mib", why: why.into() })
+    }
+
     /// Refuses what can be seen to be wrong without starting anything, and leaves no trace.
     pub fn check(&self) -> Result<(), Refusal> {
         let source = self.boot_source()?;
@@ -267,6 +278,7 @@ impl VmConfig {
         self.check_groups()?;
         self.check_ram()?;
         self.mmds.as_ref().map_or(Ok(()), |mmds| self.check_mmds(mmds))?;
+        self.check_sharing()?;
         self.serial.check_values()
     }
 

@@ -15,7 +15,7 @@ use vm_memory::GuestAddress;
 
 use super::{GuestRegion, Leases};
 use crate::GuestSlice;
-use crate::sys::map::{Access, Mapping};
+use crate::sys::map::Mapping;
 use crate::virtio::model::DeviceError;
 
 /// A device's memory that the guest sees at an address of the VMM's choice.
@@ -179,20 +179,12 @@ impl PluggedMemory {
         })
     }
 
-    /// What an unplugged block allows: with pages of the pool nothing, because even a read would
-    /// take one.
-    pub fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
+    /// `count` bytes from `offset`, if every block that they touch is plugged.
+    pub(super) fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
         let first = offset.checked_div(self.block_size)?;
         let end = offset.checked_add(count as u64)?;
         let blocks = first..end.div_ceil(self.block_size).max(first);
         let want = blocks.end.saturating_sub(blocks.start);
         (self.count(blocks) == want).then(|| self.mapping.slice(offset, count))?
-    }
-
-    /// Lets nobody use `piece`, and gives its memory back.
-    pub fn vacate(&self, piece: Range<u64>, access: Access) -> io::Result<()> {
-        // In this order: what a write that comes in between brings is given back as well.
-        self.mapping.protect(piece.clone(), access)?;
-        self.mapping.discard(piece)
     }
 }

@@ -9,6 +9,7 @@ pub mod queue;
 
 pub mod balloon;
 pub mod block;
+pub mod mem;
 pub mod net;
 pub mod pmem;
 pub mod rng;
@@ -19,6 +20,7 @@ use model::{Row, View, row};
 /// Every device model husk knows.
 pub const MODELS: &[Row] = &[
     row::<block::Block>(),
+    row::<mem::Mem>(),
     row::<net::Net>(),
     row::<pmem::Pmem>(),
     row::<rng::Rng>(),

@@ -260,7 +260,7 @@ fn a_restored_device_goes_on_where_it_was() {
         ring.set_used_event(20);
         add_some_chain(ring);
         let saved = serde_json::to_string(&m.transport.lock().unwrap().save()).unwrap();
-        let mem = m.mem.clone();
+        let mem = m.ram.clone();
         drop((m, first.host));
 
         let saved: Saved = serde_json::from_str(&saved).unwrap();
@@ -302,7 +302,7 @@ fn every_stage_can_be_saved_and_restored() {
             prepare(&m);
             m.transport.lock().unwrap().pause().unwrap();
             let saved = m.transport.lock().unwrap().save();
-            let (status, mem) = (m.status(), m.mem.clone());
+            let (status, mem) = (m.status(), m.ram.clone());
             drop((m, first.host));
             let second = sample(name);
             let m = Machine::with(second.device, mem, Some(&saved)).unwrap();

@@ -104,6 +104,8 @@ impl Slots for Shown {
 
 /// A device at its two addresses, with RAM and an I/O thread.
 pub(crate) struct Machine {
+    /// RAM without what the device brought along.
+    pub(crate) ram: GuestRam,
     pub(crate) mem: GuestRam,
     pub(crate) irq: Arc<Irq>,
     pub(crate) transport: Arc<Mutex<MmioTransport>>,
@@ -134,10 +136,11 @@ impl Machine {
     /// The same; what the guest is shown is kept in `shown`.
     pub(crate) fn placed(
         mut device: Box<dyn VirtioDevice>,
-        mut mem: GuestRam,
+        ram: GuestRam,
         saved: Option<&Saved>,
         shown: Arc<Shown>,
     ) -> Result<Self, DeviceError> {
+        let mut mem = ram.clone();
         if let Some(own) = device.own_memory() {
             let leases = Arc::<Leases>::default();
             let placement = Placement { addr: OWN, slots: shown, leases: leases.clone() };
@@ -153,7 +156,7 @@ impl Machine {
             let device = Arc::new(WindowDevice::new(transport.clone(), window));
             bus.insert(base, WINDOW_SIZE, device).unwrap();
         }
-        Ok(Self { mem, irq, transport, bus, always: 0 })
+        Ok(Self { ram, mem, irq, transport, bus, always: 0 })
     }
 
     pub(crate) fn device(&self) -> (&dyn BusDevice, u64) {

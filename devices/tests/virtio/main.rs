@@ -5,6 +5,7 @@ mod conformance;
 mod driver;
 mod guest_tcp;
 mod limits;
+mod mem;
 mod mmds;
 mod net;
 mod pmem;

@@ -47,6 +47,10 @@ pub(crate) fn sample(name: &str) -> Sample {
             let device = Box::new(net::Net::from_fd(&config, &Env::default(), ours).unwrap());
             Sample { device, host: Host { peer: Some(peer), ..Host::default() } }
         }
+        "memory-hotplug" => {
+            let json = serde_json::json!({ "total_size_mib": 256 });
+            Sample { device: open(name, &json), host: Host::default() }
+        }
         "pmem" => {
             let file = TempFile::new(&[7; 1 << 16]);
             let json = serde_json::json!({ "id": "p", "path_on_host": file.path });
