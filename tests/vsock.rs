@@ -155,6 +155,28 @@ fn vsock_socket_is_private_survives_a_reboot_and_goes_at_the_end() {
 }
 
 #[test]
+fn vsock_without_descriptors_lets_people_in_when_there_are_some() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("v.sock");
+    let listener = UnixListener::bind(port_of(&socket, 5000)).unwrap();
+    let husk = Husk::guest("vsock", "mode=many streams=1").vsock(3, &socket);
+    let vm = husk.after("ulimit -n 64").start();
+    let mut first = accept(&listener);
+    vm.expect("ready");
+    let crowd: Vec<_> = (0..100).map(|_| UnixStream::connect(&socket).unwrap()).collect();
+    vm.expect_error("vsock: cannot accept a connection: Too many open files");
+    drop(crowd);
+    let (mut second, _) = connect(&socket, 1000);
+    for stream in [&mut first, &mut second] {
+        let mut name = [0; 4];
+        stream.read_exact(&mut name).unwrap();
+        stream.write_all(&name).unwrap();
+    }
+    let end = vm.wait().ok();
+    assert!(end.errors.lines().count() < 20, "{end}");
+}
+
+#[test]
 fn vsock_that_cannot_be_is_refused() {
     let scratch = Scratch::new();
     let (socket, file) = (scratch.path("v.sock"), scratch.file("file", "precious"));
