@@ -2,6 +2,7 @@
 mod balloon;
 mod block;
 mod conformance;
+mod counted;
 mod driver;
 mod guest_tcp;
 mod limits;

@@ -304,6 +304,17 @@ fn a_wire_that_is_cut_leaves_the_guest_alone() {
     wire.machine.start(0);
 }
 
+/// A peer that goes without having read what it was sent resets the wire.
+#[test]
+fn a_wire_that_is_reset_is_counted_and_gone() {
+    let mut wire = Wire::new(F_MRG_RXBUF);
+    wire.transmit(&[(TX, 100, false)]);
+    wire.offer(&[1024; 4]);
+    wire.peer = packet_pair().0;
+    wire.wait_for_counter("tap_read_fails", 1);
+    assert_eq!(wire.machine.status(), 15);
+}
+
 #[test]
 fn a_flood_from_the_host_does_not_starve_the_guest() {
     let mut wire = Wire::new(F_MRG_RXBUF);

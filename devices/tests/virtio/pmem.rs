@@ -73,6 +73,23 @@ fn flushes() {
 }
 
 #[test]
+fn flushes_wait_for_a_rate_limit() {
+    let file = TempFile::new(&[7; 5000]);
+    let limits = json!({"ops": {"size": 1, "refill_time": 20}});
+    let config = json!({"id": "p", "path_on_host": file.path, "rate_limiter": limits});
+    let machine = Machine::placed(open("pmem", &config), ram(), None, Arc::default()).unwrap();
+    let ring = &mut machine.start(0)[0];
+    machine.mem.write_obj(0u32, GuestAddress(REQUEST)).unwrap();
+    for _ in 0..4 {
+        ring.add(&[(REQUEST, 4, false), (RESULT, 4, true)]);
+    }
+    machine.finish(ring, 4);
+    assert!(machine.counter("rate_limiter_throttled_events") > 0);
+    assert!(machine.counter("rate_limiter_event_count") > 0);
+    assert_eq!(machine.counter("flush_count"), 4);
+}
+
+#[test]
 fn requests_that_break_the_rules_come_back_empty() {
     let mut device = Device::new(false);
     let (request, result) = ((REQUEST, 4, false), (RESULT, 4, true));
