@@ -441,3 +441,47 @@ while sleep 1; do i=$((i + 1)); echo tick=$i now=$(get $m/now); done
     assert_eq!(names, ["started", "paused", "resumed", "shutdown_requested", "ended"]);
     vm.wait_within(BOOT).code(0);
 }
+
+#[test]
+fn linux_boots_from_persistent_memory_and_gets_more_memory() {
+    let scratch = Scratch::new();
+    let root = scratch.path("root.ext4");
+    std::fs::copy(product("root.ext4"), &root).unwrap();
+    let script = "\
+total() { awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo; }
+echo root=$(awk '$2 == \"/\" && $4 ~ /dax/ { print $3 }' /proc/mounts)
+head -c 3000000 /dev/urandom >/kept
+echo sum=$(sha256sum </kept)
+sync
+echo before=$(total)
+while [ $(total) -lt 350 ]; do sleep 0.2; done
+echo more=$(total)
+while [ $(total) -gt 300 ]; do sleep 0.2; done
+echo less=$(total)
+";
+    let words = "husk.run=/dev/vda rootflags=dax memhp_default_state=online_movable";
+    let vm = Husk::run(product("vmlinux"))
+        .option("--pmem", format!("{},root", root.display()))
+        .option("--hotplug-memory", "256")
+        .read_only_disk(script_disk(&scratch, script))
+        .memory(256)
+        .cmdline(&cmdline(words))
+        .listening()
+        .start();
+    vm.expect_within("before=", BOOT);
+    let api = vm.api();
+    api.patch("/hotplug/memory", json!({ "requested_size_mib": 128 })).done();
+    vm.expect_within("more=", BOOT);
+    assert_eq!(api.get("/hotplug/memory").json()["plugged_size_mib"], 128);
+    api.patch("/hotplug/memory", json!({ "requested_size_mib": 0 })).done();
+    vm.expect_within("less=", BOOT);
+    assert_eq!(api.get("/hotplug/memory").json()["plugged_size_mib"], 0);
+    let end = vm.wait_within(BOOT).code(0);
+    assert_eq!(end.value("root"), "ext4", "the root is mounted with DAX\n{end}");
+    let mib = |key| end.value(key).parse::<u64>().unwrap();
+    assert_eq!((mib("more") - mib("before"), mib("less")), (128, mib("before")), "{end}");
+    run("e2fsck", &["-f", "-n"], &root);
+    let kept = scratch.path("kept");
+    run("debugfs", &["-R", &format!("dump /kept {}", kept.display())], &root);
+    assert_eq!(sum(&end, "sum"), sha256(&std::fs::read(kept).unwrap()));
+}
