@@ -31,6 +31,9 @@ const BEFORE: &[Call<'_>] = &[
     ("PUT", "/serial", r#"{"to": "Stdio"}"#),
     ("PUT", "/logger", r#"{"level": "Warning"}"#),
     ("PUT", "/cpu-config", "{}"),
+    ("PUT", "/mmds", r#"{"latest": {"meta-data": {"ami-id": "ami-12345678"}}}"#),
+    ("PATCH", "/mmds", r#"{"latest": {"meta-data": {"ami-id": "ami-87654321"}}}"#),
+    ("GET", "/mmds", ""),
     ("PUT", "/balloon", r#"{"amount_mib": 0, "deflate_on_oom": false}"#),
 ];
 

@@ -35,7 +35,7 @@ def ping(address):
 with unittest.mock.patch.object(docker, "from_env"), unittest.mock.patch.object(
     firecracker.microvm, "get_public_ip", return_value="127.0.0.1"
 ):
-    vm = MicroVM(name="client", kernel_file=kernel, base_rootfs=disk, vcpu=2, memory=64, vsock_enabled=True)
+    vm = MicroVM(name="client", kernel_file=kernel, base_rootfs=disk, vcpu=2, memory=64, vsock_enabled=True, mmds_enabled=True, user_data="hello")
 
 created = vm.create()
 assert created.endswith(" created"), created
@@ -50,9 +50,11 @@ assert config["machine-config"]["vcpu_count"] == 2, config
 assert config["drives"][0]["drive_id"] == "rootfs" and config["drives"][0]["is_root_device"], config
 assert config["network-interfaces"][0]["host_dev_name"] == f"tap_{entry['id']}", config
 assert config["vsock"]["guest_cid"] == 3, config
+assert config["mmds-config"]["version"] == "V2", config
 print("configured")
 
 api = firecracker.microvm.Api(f"{directory}/{entry['id']}/firecracker.socket")
+assert api.mmds.get().json()["latest"]["user-data"] == "hello"
 assert vm.pause().endswith("paused successfully")
 assert api.describe.get().json()["state"] == "Paused"
 assert vm.resume().endswith("resumed successfully")

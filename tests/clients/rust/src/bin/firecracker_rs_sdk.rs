@@ -73,6 +73,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let balloon =
         Balloon { amount_mib: 0, deflate_on_oom: true, stats_polling_interval_s: Some(1) };
     instance.put_balloon(&balloon)?;
+    instance.put_mmds_config(&MmdsConfig {
+        version: Some(MmdsConfigVersion::V2),
+        network_interfaces: vec!["eth0".into()],
+        ipv4_address: None,
+    })?;
     instance.put_metrics(&Metrics { metrics_path: directory.join("metrics") })?;
     instance.put_logger(&Logger {
         level: Some(LogLevel::Info),
