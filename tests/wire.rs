@@ -282,6 +282,26 @@ fn deprecated_fields_are_told_of() {
 }
 
 #[test]
+fn nested_json_is_refused_by_every_endpoint() {
+    let vm = Husk::api().start();
+    let document = vm.api().get("/openapi.json").json();
+    for (method, path) in
+        operations(&document).filter(|(method, _)| ["PUT", "PATCH"].contains(&&**method))
+    {
+        for nest in [r#"{"a":"#, "[", r#"{"drives":["#] {
+            // As deep as a body may be large.
+            let body = nest.repeat(50_000 / nest.len());
+            vm.api().request(&method, &path.replace("{id}", "a"), &body).fault();
+        }
+    }
+    // As deep as serde reads.
+    let deep = r#"{"a":"#.repeat(126) + "1" + &"}".repeat(126);
+    vm.api().put("/mmds", &deep).done();
+    vm.api().patch("/mmds", &deep).done();
+    assert_eq!(vm.api().get("/mmds").body, deep);
+}
+
+#[test]
 fn client_that_waits_to_be_told_to_go_on_is_told() {
     let vm = Husk::api().start();
     let mut stream = vm.api().connect();

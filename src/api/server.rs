@@ -66,8 +66,9 @@ impl Default for Options {
     }
 }
 
-/// tokio, hyper and the JSON of a request need a fraction of this; pages not touched cost nothing.
-const STACK_SIZE: usize = 256 << 10;
+/// tokio and hyper need a fraction of this, and so does the JSON of a request but for the deepest that serde
+/// reads, 128 levels, in a build without optimization. Pages not touched cost nothing.
+const STACK_SIZE: usize = 2 << 20;
 /// Largest head, and the size to which hyper's buffers grow.
 const HEAD_LIMIT: usize = 16 << 10;
 /// Readiness reports fetched at a time: tokio's default of 1024 takes 12 KiB.
