@@ -485,3 +485,96 @@ echo less=$(total)
     run("debugfs", &["-R", &format!("dump /kept {}", kept.display())], &root);
     assert_eq!(sum(&end, "sum"), sha256(&std::fs::read(kept).unwrap()));
 }
+
+/// Does what is typed: fills a file in memory, removes it.
+const MEMORY: &str = "\
+stty -echo
+echo READY
+while read -r word size; do
+    case $word in
+    fill) head -c $size </dev/zero >/fill; echo filled=$(wc -c </fill) ;;
+    drop) rm /fill; echo dropped=$size ;;
+    esac
+done
+";
+
+/// MiB of the host's memory that a process uses.
+fn rss_mib(vm: &TestVm) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", vm.pid())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() >> 10
+}
+
+/// Asks until the answer is one that is waited for; it.
+#[track_caller]
+fn poll<T: std::fmt::Debug>(what: &str, ask: impl Fn() -> T, is_it: impl Fn(&T) -> bool) -> T {
+    let deadline = std::time::Instant::now() + BOOT;
+    loop {
+        let answer = ask();
+        if is_it(&answer) {
+            return answer;
+        }
+        assert!(std::time::Instant::now() < deadline, "waited in vain for {what}: {answer:?}");
+        // The guest takes its time, and tells nobody when it is through.
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Linux with a balloon and little memory, which it takes long to fill, waiting for what it is to do.
+fn with_balloon(scratch: &Scratch, balloon: &str) -> TestVm {
+    let mut archive = std::fs::read(product("initrd.cpio")).unwrap();
+    archive.extend(cpio("test.sh", MEMORY.as_bytes()));
+    let vm = Husk::run(product("vmlinux"))
+        .initrd(scratch.file("initrd.cpio", archive))
+        .memory(64)
+        .cmdline(&cmdline("husk.run=/test.sh"))
+        .option("--balloon", balloon)
+        .typing()
+        .listening()
+        .start();
+    vm.expect_within("READY", BOOT);
+    vm
+}
+
+#[test]
+fn linux_inflates_deflates_and_tells_of_its_memory() {
+    let scratch = Scratch::new();
+    let vm = with_balloon(&scratch, "0,deflate-on-oom,stats=1");
+    let api = vm.api();
+    let statistic = |name: &str| {
+        let all = api.get("/balloon/statistics").json();
+        all[name].as_u64().unwrap_or_else(|| panic!("no {name} in {all}"))
+    };
+    let free = || statistic("free_memory") >> 20;
+    let target = |mib: u64| {
+        api.patch("/balloon", json!({ "amount_mib": mib })).done();
+        poll("the balloon", || statistic("actual_mib"), |actual| *actual == mib);
+    };
+    let (total, at_first) = (statistic("total_memory") >> 20, free());
+    assert!((32..=64).contains(&total) && at_first < total, "{at_first} of {total} MiB");
+
+    vm.type_in("fill 12582912\n");
+    vm.expect_within("filled=12582912", BOOT);
+    let filled = poll("statistics", free, |now| now + 10 < at_first);
+    vm.type_in("drop it\n");
+    vm.expect_within("dropped=it", BOOT);
+    // All that is free but a little: what was in use is among it.
+    let dropped = poll("statistics", free, |now| *now > filled + 8);
+    let full = rss_mib(&vm);
+    let amount = dropped - 6;
+    target(amount);
+    let inflated = rss_mib(&vm);
+    assert!(inflated + 6 < full, "{full} MiB, then {inflated}");
+    let left = poll("statistics", free, |now| *now < 10);
+
+    // More than is left: the guest takes it from the balloon, and kills nobody.
+    vm.type_in("fill 12582912\n");
+    vm.expect_within("filled=12582912", BOOT);
+    let actual = statistic("actual_mib");
+    assert!(actual < amount, "{left} MiB were free, {actual} of {amount} are in the balloon");
+    assert_eq!(statistic("target_mib"), amount);
+    let taken = rss_mib(&vm);
+    assert!(taken > inflated + 6, "{inflated} MiB, then {taken}");
+    target(0);
+    poll("statistics", free, |now| now + 4 > filled);
+}
