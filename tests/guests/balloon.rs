@@ -106,8 +106,7 @@ impl Balloon {
     }
 
     fn wait_for_another(&self, target: &mut u32) -> Outcome {
-        let changed =
-            clock::wait_until(TIMEOUT_US, || self.device.config32(TARGET) != *target);
+        let changed = clock::wait_until(TIMEOUT_US, || self.device.config32(TARGET) != *target);
         ensure!(changed, "the target has not changed");
         *target = self.device.config32(TARGET);
         Ok(())

@@ -42,7 +42,8 @@ fn run(boot: &'static BootInfo) -> Outcome {
     let number = |key, default| options::number(boot.cmdline, key, default);
     let device = options::value(boot.cmdline, "device").unwrap_or("read");
     let depth = number("depth", 8) as u16;
-    let mut source = open(boot.cmdline, device, number("nth", 0) as usize, number("len", 4096), depth)?;
+    let mut source =
+        open(boot.cmdline, device, number("nth", 0) as usize, number("len", 4096), depth)?;
     println!("begin");
     for slot in 0..depth {
         source.submit(slot);

@@ -41,7 +41,8 @@ fn run(boot: &'static BootInfo) -> Outcome {
     }
     let (at, len, seed) = (number("at", 4096), number("len", 64 << 10), number("seed", 1));
     let mut job = Job { device, queue, start, size, at, len, seed };
-    for test in options::value(boot.cmdline, "tests").unwrap_or("read,write,verify,flush").split(',')
+    for test in
+        options::value(boot.cmdline, "tests").unwrap_or("read,write,verify,flush").split(',')
     {
         match test {
             "read" => println!("first={:016x}", job.word(0).swap_bytes()),

@@ -139,7 +139,9 @@ fn down(vsock: &mut Vsock, port: u32, reboots: bool) -> Outcome {
             received += u64::from(header.len);
         }
         vsock.recycle(head);
-        if connection.received.wrapping_sub(connection.told) >= ROOM / 2 || header.op == CREDIT_REQUEST {
+        if connection.received.wrapping_sub(connection.told) >= ROOM / 2
+            || header.op == CREDIT_REQUEST
+        {
             vsock.tell(&mut connection, CREDIT_UPDATE, 0)?;
         }
     }
@@ -186,7 +188,10 @@ fn many(vsock: &mut Vsock, port: u32, streams: u32) -> Outcome {
             RW => {
                 connection.note(&header);
                 let said = vsock.received(head, header.len);
-                ensure!(said == connection.name().to_le_bytes(), "connection {index} hears {said:?}");
+                ensure!(
+                    said == connection.name().to_le_bytes(),
+                    "connection {index} hears {said:?}"
+                );
                 heard += 1;
             }
             RST => {
@@ -387,7 +392,8 @@ impl Vsock {
         let packet = &mut self.out[usize::from(slot) * SLOT..][..HEADER + len];
         packet[..8].copy_from_slice(&self.cid.to_le_bytes());
         packet[8..16].copy_from_slice(&HOST.to_le_bytes());
-        let words = [to.guest, to.host, len as u32, 1 | u32::from(op) << 16, flags, ROOM, to.received];
+        let words =
+            [to.guest, to.host, len as u32, 1 | u32::from(op) << 16, flags, ROOM, to.received];
         for (place, word) in packet[16..HEADER].chunks_mut(4).zip(words) {
             place.copy_from_slice(&word.to_le_bytes());
         }
