@@ -437,8 +437,14 @@ while sleep 1; do i=$((i + 1)); echo tick=$i now=$(get $m/now); done
     api.act("Shutdown").done();
     let waited = api.get("/wait").json();
     assert_eq!(waited["reason"], "powered_off");
-    let names: Vec<_> = events.map(|e| e["event"].as_str().unwrap().to_owned()).collect();
+    let (devices, others): (Vec<_>, Vec<_>) = events.partition(|e| e["event"] == "device");
+    let names: Vec<_> = others.iter().map(|e| e["event"].as_str().unwrap()).collect();
     assert_eq!(names, ["started", "paused", "resumed", "shutdown_requested", "ended"]);
+    // Linux drives all three, and resets them when it powers off.
+    for happened in ["activated", "reset"] {
+        let count = devices.iter().filter(|e| e["what"] == happened).count();
+        assert_eq!(count, 3, "{happened}: {devices:?}");
+    }
     vm.wait_within(BOOT).code(0);
 }
 

@@ -188,6 +188,14 @@ impl World {
         let at = set.group().declared.iter().position(|declared| declared.name == name);
         set.values()[at.unwrap()].amount()
     }
+
+    /// Waits for a counter that moves without an interrupt: a pause waits for the event that the I/O
+    /// thread is at.
+    fn wait_for_counter(&self, name: &str, value: u64) {
+        self.machine.transport.lock().unwrap().pause().unwrap();
+        self.machine.transport.lock().unwrap().resume().unwrap();
+        assert_eq!(self.counter(name), value, "{name}");
+    }
 }
 
 /// The body of a reply that is whole.
@@ -288,7 +296,9 @@ fn frames_wait_for_buffers_and_those_that_do_not_fit_are_counted() {
     world.guest.wire.inbox.push_back(frame);
     world.guest.poll(1);
     world.transmit();
-    assert_eq!((world.counter("tx_frames"), world.counter("tx_errors")), (1, 1));
+    // After the chain is used, which is all that the driver hears of.
+    world.wait_for_counter("tx_errors", 1);
+    assert_eq!(world.counter("tx_frames"), 1);
 }
 
 #[test]
