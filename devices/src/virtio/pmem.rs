@@ -281,17 +281,28 @@ impl Worker for PmemWorker {
             _ if limiter.has_fired() => counters.rate_limiter_event_count().inc(),
             _ => return Watch::Keep,
         }
+        // One flush a turn: it may take the host long, and whoever wants the worker back waits for one.
+        let mut has_flushed = false;
+        let mut is_more_left = false;
         requests.serve(|chain| {
+            if has_flushed {
+                is_more_left = true;
+                return Served::Later;
+            }
             if !limiter.take(file.size()) {
                 counters.rate_limiter_throttled_events().inc();
                 return Served::Later;
             }
             let written = serve(&chain, file, counters);
+            has_flushed = written.is_ok();
             if written.is_err() {
                 counters.invalid_reqs_count().inc();
             }
             Served::Used(written.unwrap_or(0))
         });
+        if is_more_left {
+            requests.kick_again();
+        }
         limiter.settle();
         Watch::Keep
     }

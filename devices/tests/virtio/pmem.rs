@@ -73,6 +73,20 @@ fn flushes() {
 }
 
 #[test]
+fn a_turn_ends_with_a_flush() {
+    let mut device = Device::new(false);
+    device.machine.mem.write_obj(0u32, GuestAddress(REQUEST)).unwrap();
+    for _ in 0..6 {
+        device.ring.add(&[(REQUEST, 4, false), (RESULT, 4, true)]);
+    }
+    device.machine.finish(&device.ring, 6);
+    // Each but the first is a turn that nobody kicked for: in between, others get the worker.
+    let turns = device.machine.counter("queue_event_count");
+    assert!(turns >= 6, "{turns} turns");
+    assert_eq!(device.machine.counter("flush_count"), 6);
+}
+
+#[test]
 fn flushes_wait_for_a_rate_limit() {
     let file = TempFile::new(&[7; 5000]);
     let limits = json!({"ops": {"size": 1, "refill_time": 20}});
