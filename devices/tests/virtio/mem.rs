@@ -289,6 +289,30 @@ fn blocks_that_a_device_uses_are_not_unplugged() {
     assert_eq!(device.ask(UNPLUG, 0, 1), ACK);
 }
 
+/// Each of these waits for a device that does not give up what it uses. A pause waits for one.
+#[test]
+fn a_pause_does_not_wait_for_all_requests() {
+    let mut device = Device::new(256);
+    assert_eq!(device.ask(PLUG, 0, 1), ACK);
+    let mem = device.machine.mem.clone();
+    let lease = mem.lease().unwrap();
+    mem.write_obj(UNPLUG, GuestAddress(REQUEST)).unwrap();
+    for _ in 0..8 {
+        device.ring.add(&[(REQUEST, 24, false), (ANSWER, 10, true)]);
+    }
+    device.machine.kick(&device.ring);
+    while device.machine.counter("unplug_count") == 0 {
+        std::thread::yield_now();
+    }
+    let transport = device.machine.transport.clone();
+    transport.lock().unwrap().pause().unwrap();
+    assert!(device.ring.used_idx() < 9, "all were served");
+    drop(lease);
+    transport.lock().unwrap().resume().unwrap();
+    device.machine.finish(&device.ring, 9);
+    assert!(!device.reach(0));
+}
+
 #[test]
 fn a_drivers_reset_changes_nothing() {
     let mut device = Device::new(256);

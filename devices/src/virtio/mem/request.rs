@@ -1,6 +1,7 @@
 //! Requests of the driver (virtio 1.2, 5.15.6): plug, unplug, unplug all, state.
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
 use serde_json::json;
@@ -50,6 +51,9 @@ unsafe impl ByteValued for Response {}
 
 /// Bytes of a [`Response`].
 const RESPONSE_LEN: u32 = 10;
+/// When a turn ends: KVM takes milliseconds to show a slot, and a device may take its time to give up
+/// what it uses. Whoever wants the worker back waits for the request in progress, not for all.
+const TURN: Duration = Duration::from_millis(20);
 
 /// What the driver is answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -101,13 +105,22 @@ impl Worker for MemWorker {
         let blocks = shared.blocks();
         let Some(blocks) = blocks.as_ref() else { return Watch::Keep };
         let executor = Executor { shared, blocks, counters };
+        let started = Instant::now();
+        let mut is_more_left = false;
         requests.serve(|chain| {
+            is_more_left = started.elapsed() >= TURN;
+            if is_more_left {
+                return Served::Later;
+            }
             let written = executor.serve(&chain);
             if written.is_err() {
                 counters.queue_event_fails().inc();
             }
             Served::Used(written.unwrap_or(0))
         });
+        if is_more_left {
+            requests.kick_again();
+        }
         Watch::Keep
     }
 
