@@ -168,9 +168,13 @@ impl PluggedMemory {
         runs
     }
 
-    /// The words with the bits of `blocks`, each with a mask of them.
+    /// The words with the bits of `blocks`, each with a mask of them. Only these are looked at: it is
+    /// done for each access of a device.
     fn words(&self, blocks: Range<u64>) -> impl Iterator<Item = (&AtomicU64, u64)> {
-        (0u64..).step_by(64).zip(&self.plugged).filter_map(move |(base, word)| {
+        let first = blocks.start / 64;
+        let skipped = usize::try_from(first).unwrap_or(usize::MAX);
+        let bases = (first.saturating_mul(64)..blocks.end).step_by(64);
+        bases.zip(self.plugged.iter().skip(skipped)).filter_map(move |(base, word)| {
             let from = blocks.start.max(base).saturating_sub(base);
             let to = blocks.end.min(base.saturating_add(64)).saturating_sub(base);
             let count = to.checked_sub(from).filter(|&count| count > 0)?;
