@@ -189,9 +189,14 @@ impl Uring {
                 }
                 // A short transfer goes on where it stopped.
                 Progress::GoOn(token) => {
-                    if self.push(index).is_err() || self.submit().is_err() {
+                    if self.push(index).is_err() {
                         let result = Err(Error::other("cannot go on with a short transfer"));
                         return Some(Ended { token, result });
+                    }
+                    // It is in the ring, so it has not ended even if the kernel has no memory to hear
+                    // of it now: it would end a second time, perhaps for another with its token.
+                    if let Err(e) = self.submit() {
+                        log::warn!("io_uring: a short transfer waits: {e}");
                     }
                 }
                 Progress::Nothing => {}
