@@ -79,10 +79,15 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     })?;
     let file = File::from(file);
     let found = FileType::from_raw_mode(file.metadata().map_err(failed)?.mode());
-    match refuse(found, kind) {
-        Some((found, wanted)) => Err(OpenError::Kind { path: path.into(), found, wanted }),
-        None => Ok(file),
+    if let Some((found, wanted)) = refuse(found, kind) {
+        return Err(OpenError::Kind { path: path.into(), found, wanted });
     }
+    // What is left may wait: of a file that must not, io_uring before Linux 5.13 reads only what is in
+    // memory already, and answers EAGAIN for the rest.
+    let status = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
+    rustix::fs::fcntl_setfl(&file, status.difference(OFlags::NONBLOCK))
+        .map_err(|e| failed(e.into()))?;
+    Ok(file)
 }
 
 /// Refuses a path at which no file could be made, because of the directory that it is in.
@@ -145,7 +150,9 @@ mod tests {
         std::fs::write(&file, b"x").unwrap();
 
         for kind in [Kind::Regular, Kind::Disk] {
-            open(&file, Access::ReadWrite, kind).unwrap();
+            let opened = open(&file, Access::ReadWrite, kind).unwrap();
+            let status = rustix::fs::fcntl_getfl(&opened).unwrap();
+            assert!(!status.contains(OFlags::NONBLOCK), "io_uring of old would not wait for it");
             for (path, what) in [
                 (fifo.as_path(), "a FIFO"),
                 (dir.as_path(), "a directory"),
