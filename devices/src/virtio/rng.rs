@@ -18,6 +18,8 @@ use crate::metrics::{CounterSet, Group};
 
 /// Most bytes given to one request, however much room it has.
 const MAX_BYTES: u32 = 64 << 10;
+/// Bytes after which the other devices of the thread have their turn: some milliseconds' worth.
+const TURN_BYTES: u32 = 1 << 20;
 
 /// What the user says about it.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, JsonSchema)]
@@ -125,18 +127,26 @@ impl Worker for RngWorker {
             _ if limiter.has_fired() => counters.rate_limiter_event_count().inc(),
             _ => return Watch::Keep,
         }
+        let mut budget = TURN_BYTES;
         requests.serve(|chain| {
+            if budget == 0 {
+                return Served::Later;
+            }
             if !limiter.take(chain.writable().len().min(MAX_BYTES.into())) {
                 counters.entropy_rate_limiter_throttled().inc();
                 return Served::Later;
             }
             let written = fill(&chain);
+            budget = budget.saturating_sub(written);
             counters.entropy_bytes().add(written.into());
             if written == 0 {
                 counters.entropy_event_fails().inc();
             }
             Served::Used(written)
         });
+        if budget == 0 {
+            requests.kick_again();
+        }
         limiter.settle();
         Watch::Keep
     }

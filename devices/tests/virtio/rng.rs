@@ -1,7 +1,7 @@
 //! The entropy device.
 use vm_memory::{Bytes, GuestAddress};
 
-use crate::driver::{HIGH, Machine};
+use crate::driver::{HIGH, Machine, Ring};
 use crate::samples::{open, sample};
 
 const BUFFER: u64 = HIGH.0;
@@ -42,6 +42,24 @@ fn a_huge_request_is_served_in_part() {
     ring.add(&[(BUFFER, 0x8_0000, true)]);
     m.finish(ring, 1);
     assert_eq!(ring.used_entry(0).1, 64 << 10);
+}
+
+/// It has its thread in common with the network.
+#[test]
+fn bytes_per_turn_are_bounded_and_nothing_is_lost() {
+    let m = Machine::new(sample("entropy").device);
+    m.negotiate(0);
+    let rings = &mut [Ring::new(&m.mem, 0, 64)];
+    m.place(rings);
+    m.set(0x70, 15);
+    let [ring] = rings;
+    for _ in 0..64 {
+        ring.add(&[(BUFFER, 64 << 10, true)]);
+    }
+    m.finish(ring, 64);
+    assert_eq!(m.counter("entropy_bytes"), 4 << 20);
+    let turns = m.counter("entropy_event_count");
+    assert!(turns >= 4, "{turns} turns");
 }
 
 #[test]
