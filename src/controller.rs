@@ -220,9 +220,10 @@ impl Controller {
     /// Does what is to be done from time to time.
     pub(crate) fn tick(&mut self) {
         self.hub.heed();
-        if self.metrics.due().is_some_and(|due| due <= Instant::now()) {
+        let now = Instant::now();
+        if self.metrics.due().is_some_and(|due| due <= now) {
             let sources = self.sources();
-            self.metrics.tick(&sources);
+            self.metrics.tick(now, &sources);
         }
     }
 
@@ -269,7 +270,7 @@ impl Controller {
         let boot = finish(watch);
         let live = Live { config, machine, serial_path, is_paused: false, boot };
         self.metrics.adopt(metrics);
-        self.metrics.start(&live.machine.sources());
+        self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
         self.hub.tell(runs_since, What::Started);
         Ok(())

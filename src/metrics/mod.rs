@@ -193,12 +193,12 @@ impl Metrics {
         self.file.is_some()
     }
 
-    /// From now on there is a line now and then.
-    pub(crate) fn start(&mut self, machine: &[Source]) {
+    /// From `now` on there is a line now and then.
+    pub(crate) fn start(&mut self, now: Instant, machine: &[Source]) {
         if let Some(file) = &mut self.file {
-            file.due = Some(Instant::now());
+            file.due = Some(now);
         }
-        self.tick(machine);
+        self.tick(now, machine);
     }
 
     /// When [`Self::tick`] has something to do.
@@ -207,8 +207,7 @@ impl Metrics {
     }
 
     /// Writes a line if it is time to.
-    pub(crate) fn tick(&mut self, machine: &[Source]) {
-        let now = Instant::now();
+    pub(crate) fn tick(&mut self, now: Instant, machine: &[Source]) {
         match &mut self.file {
             Some(File { due: Some(due), .. }) if *due <= now => *due = now + PERIOD,
             _ => return,
@@ -272,4 +271,56 @@ impl Metrics {
 /// Microseconds since `start`.
 pub(crate) fn micros_since(start: Instant) -> u64 {
     u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::Value as Json;
+
+    use super::*;
+
+    #[test]
+    fn lines_come_every_minute_while_the_guest_runs_and_at_the_end() {
+        let path = std::env::temp_dir().join(format!("husk-minutes-{}", std::process::id()));
+        let counters = Arc::new(Counters::default());
+        let mmds: Arc<dyn CounterSet> = counters.deprecated.clone();
+        let began = Instant::now();
+        let mut metrics = Metrics::new("t".into(), began, counters.clone(), mmds);
+        let config = MetricsConfig::new(&path);
+        let file = metrics.open(Some(&config)).unwrap();
+        metrics.adopt(file);
+        // What was counted between this line and the one before it.
+        let unknown = || -> Vec<u64> {
+            let text = std::fs::read_to_string(&path).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str::<Json>(line).unwrap());
+            lines.map(|l| l["api_server"]["unknown_request_count"].as_u64().unwrap()).collect()
+        };
+        let count = || counters.api_server.unknown_request_count().inc();
+
+        // Before the start nothing is due, however late it is.
+        count();
+        metrics.tick(began + 2 * PERIOD, &[]);
+        assert_eq!((metrics.due(), unknown()), (None, vec![]));
+        metrics.start(began, &[]);
+        assert_eq!((metrics.due(), unknown()), (Some(began + PERIOD), vec![1]));
+        // Woken for something else, a moment before it is time.
+        count();
+        metrics.tick(began + PERIOD - Duration::from_nanos(1), &[]);
+        assert_eq!(unknown(), [1]);
+        metrics.tick(began + PERIOD, &[]);
+        assert_eq!((metrics.due(), unknown()), (Some(began + 2 * PERIOD), vec![1, 1]));
+        // One that somebody asks for does not put off the next; one that is late is written once.
+        metrics.flush(&[]).unwrap();
+        count();
+        count();
+        let late = began + 5 * PERIOD;
+        metrics.tick(late, &[]);
+        assert_eq!((metrics.due(), unknown()), (Some(late + PERIOD), vec![1, 1, 0, 2]));
+        count();
+        metrics.finish(&[]);
+        assert_eq!(unknown(), [1, 1, 0, 2, 1]);
+        std::fs::remove_file(path).unwrap();
+    }
 }
