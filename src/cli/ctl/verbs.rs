@@ -188,8 +188,8 @@ pub(super) const GROUPS: &[Group] = &[
         about: "The metadata service",
         verbs: &[
             get("get", "Show the data", "/mmds"),
-            put("put", "Replace the data", "/mmds"),
-            patch("patch", "Merge into the data", "/mmds"),
+            put("set", "Replace the data", "/mmds"),
+            patch("update", "Merge into the data", "/mmds"),
             put("config", "Set version, interfaces and address", "/mmds/config"),
         ],
     },
@@ -198,7 +198,7 @@ pub(super) const GROUPS: &[Group] = &[
         alias: None,
         about: "Counters",
         verbs: &[
-            get("show", "Show all, as Prometheus reads them", "/metrics"),
+            get("get", "Show all, as Prometheus reads them", "/metrics"),
             put("set", "Set the file that they are written to", "/metrics"),
             act("flush", "Write them now", r#"{"action_type": "FlushMetrics"}"#),
         ],
