@@ -131,8 +131,8 @@ async fn handle(
 enum Fault {
     #[error(transparent)]
     Route(#[from] RouteError),
-    #[error("GET request cannot have a body.")]
-    NeedlessBody,
+    #[error("{0} request cannot have a body.")]
+    NeedlessBody(&'static str),
     #[error("Empty {} request.", .0.name())]
     NoBody(Method),
     #[error(
@@ -231,7 +231,7 @@ fn wrong_body(method: &hyper::Method, body: &[u8]) -> Option<Fault> {
     match (method, body) {
         (&hyper::Method::PUT, []) => Some(Fault::NoBody(Method::Put)),
         (&hyper::Method::PATCH, []) => Some(Fault::NoBody(Method::Patch)),
-        (&hyper::Method::GET, [_, ..]) => Some(Fault::NeedlessBody),
+        (&hyper::Method::GET, [_, ..]) => Some(Fault::NeedlessBody(Method::Get.name())),
         _ => None,
     }
 }
@@ -246,7 +246,7 @@ async fn answer(
     let body = match (&route.body, body) {
         (Some(_), b"") if route.is_body_optional => b"{}",
         (Some(_), b"") => return Err(Fault::NoBody(route.method)),
-        (None, [_, ..]) => return Err(Fault::NeedlessBody),
+        (None, [_, ..]) => return Err(Fault::NeedlessBody(route.method.name())),
         (_, body) => body,
     };
     let answer = match route.act {

@@ -257,6 +257,8 @@ fn refuses_what_it_does_not_know() {
     assert_eq!(fixture.fault("PUT", "/actions", ""), "Empty PUT request.");
     assert_eq!(fixture.fault("PATCH", "/vm", ""), "Empty PATCH request.");
     assert_eq!(fixture.fault("GET", "/", "{}"), "GET request cannot have a body.");
+    let said = fixture.fault("DELETE", "/drives/a", "{}");
+    assert_eq!(said, "DELETE request cannot have a body.");
     assert!(fixture.fault("PUT", "/drives/%2e%2e", "{}").starts_with("API Resource IDs can only"));
     assert!(
         fixture.fault("PUT", "/actions", "{\"action_type\":\"X\"}").contains("unknown variant")
