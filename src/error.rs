@@ -47,12 +47,20 @@ pub enum Refusal {
     /// Two disks want to be the root disk.
     #[error("A root block device already exists!")]
     SecondRoot,
+    /// Two of one list have the same id, so that one would be lost.
+    #[error("{section}: two have the id '{id}'")]
+    SameId {
+        /// The section of the configuration.
+        section: &'static str,
+        /// Their id.
+        id: String,
+    },
     /// No such device.
-    #[error("{section}: there is no device with id '{id}'")]
+    #[error("{}", absence(section, id))]
     NoSuchDevice {
         /// The device's model.
         section: &'static str,
-        /// The id asked for.
+        /// The id asked for; the model's name where there can be only one.
         id: String,
     },
     /// The kernel or the initrd is no good.
@@ -80,9 +88,6 @@ pub enum Refusal {
         /// What is wrong, with the place.
         why: Box<Refusal>,
     },
-    /// Firecracker has it, husk does not.
-    #[error("{0} is not supported yet")]
-    NotYet(&'static str),
     /// The metrics cannot be written where they should.
     #[error("Cannot initialize the metrics system due to bad user input: {0}")]
     Metrics(String),
@@ -107,9 +112,6 @@ pub enum Refusal {
     /// The VM has ended.
     #[error("The microVM has ended: {0}.")]
     Ended(crate::exit::Ending),
-    /// Paused twice, resumed twice.
-    #[error("The microVM is already {0}.")]
-    AlreadyIn(&'static str),
     /// The metadata service cannot be as it is configured.
     #[error(transparent)]
     MetadataService(#[from] devices::mmds::ConfigError),
@@ -172,6 +174,14 @@ impl Refusal {
 /// How to call a device.
 fn device(section: &str, id: &str) -> String {
     if section == id { section.to_owned() } else { format!("{section} {id}") }
+}
+
+/// What is not there.
+fn absence(section: &str, id: &str) -> String {
+    match section == id {
+        true => format!("{section}: this microVM has none; it is configured before the start"),
+        false => format!("{section}: there is none with id '{id}'"),
+    }
 }
 
 /// There is no request whose body could be wrong.

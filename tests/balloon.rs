@@ -116,7 +116,7 @@ fn the_api_shows_and_changes_the_balloon() {
     let vm = Husk::api().start();
     let api = vm.api();
     let guest = guest("hello");
-    let none = "balloon: there is no device with id 'balloon'";
+    let none = "balloon: this microVM has none; it is configured before the start";
     assert_eq!(api.get("/balloon").fault(), none);
     api.put("/balloon", json!({"amount_mib": 1, "deflate_on_oom": false})).done();
     let defaults = json!({

@@ -173,6 +173,31 @@ fn check_refuses_what_run_refuses() {
 }
 
 #[test]
+fn two_with_one_id_are_refused() {
+    let scratch = Scratch::new();
+    let [one, two] = ["one", "two"].map(|name| scratch.sparse(name, 1 << 20));
+    let with_id = |path: &std::path::Path| format!("{},id=a", path.display());
+    for (option, section) in [("--disk", "drives"), ("--pmem", "pmem")] {
+        let husk = Husk::guest("hello", "").option(option, with_id(&one));
+        let line = husk.option(option, with_id(&two)).wait().quickly().refused(3);
+        assert!(line.contains(&format!("{section}: two have the id 'a'")), "{line}");
+    }
+    let husk = Husk::guest("hello", "").option("--rate-limit-group", "id=a,bw=1");
+    let line = husk.option("--rate-limit-group", "id=a,bw=2").wait().quickly().refused(3);
+    assert!(line.contains("rate-limit-groups: two have the id 'a'"), "{line}");
+}
+
+#[test]
+fn metadata_that_do_not_fit_are_refused_by_the_file() {
+    let scratch = Scratch::new();
+    let file = scratch.file("metadata.json", r#"{"a": 1}"#);
+    let husk = Husk::guest("hello", "").option("--metadata", &file);
+    let line = husk.option("--mmds-size-limit", "3").wait().quickly().refused(3);
+    let path = file.to_str().unwrap();
+    assert!(line.contains(&format!("{path}: The MMDS patch request doesn't fit.")), "{line}");
+}
+
+#[test]
 fn config_file_says_it_all() {
     let scratch = Scratch::new();
     let disk = scratch.sparse("disk.img", 1 << 20);

@@ -33,7 +33,6 @@ mod stream;
 
 pub(crate) use counters::RequestCounters;
 pub(crate) use deprecated::{Deprecated, DeprecatedValue};
-pub(crate) use not_yet::NOT_YET;
 #[cfg(test)]
 pub(crate) use route::Routes;
 pub(crate) use route::{Id, Logged, Section};

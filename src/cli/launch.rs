@@ -123,7 +123,10 @@ impl Launch {
         let mut controller = Controller::new(identity, self.config);
         controller.open_configured_metrics()?;
         if let Some(path) = &self.metadata {
-            controller.put_metadata(VmConfig::read_metadata(path)?)?;
+            let metadata = VmConfig::read_metadata(path)?;
+            controller
+                .put_metadata(metadata)
+                .map_err(|why| Refusal::ConfigFile { path: path.clone(), why: Box::new(why) })?;
             log::info!("Successfully added metadata to mmds from file");
         }
         let (handle, requests) = Requests::channel()?;

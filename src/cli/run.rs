@@ -9,8 +9,8 @@ use super::launch::{Launch, Style, Timing};
 use super::limits::{GroupArg, LimitArgs};
 use super::{fail, launch};
 use crate::config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, SerialTo,
-    VCPUS_MAX, VmConfig,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot,
+    RATE_LIMIT_GROUPS, SerialTo, VCPUS_MAX, VmConfig,
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
@@ -40,10 +40,10 @@ struct GuestArgs {
     /// RAM in MiB
     #[arg(long, value_name = "MIB", default_value_t = 128)]
     memory: u64,
-    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user][,bw=N]
-    /// [,ops=N][,group=ID]; with vhost-user, PATH is the socket of a process that serves it; the first is
-    /// the root disk unless another says so or the command line has root=; bw (bytes, like 10M) and ops
-    /// are its limits a second
+    /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user] with limits
+    /// [,bw=N][,ops=N][,group=ID]; with vhost-user, PATH is the socket of a process that serves it; the first
+    /// is the root disk unless another says so or the command line has root=; bw (bytes, like 10M) and ops
+    /// are what it may do a second
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]
@@ -52,12 +52,12 @@ struct GuestArgs {
     /// Room for memory that is plugged while the guest runs, in MiB: TOTAL[,slot=MIB][,block=MIB]
     #[arg(long, value_name = "MEMORY")]
     hotplug_memory: Option<HotplugArg>,
-    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]][,rx-bw=N][,rx-ops=N]
-    /// [,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
+    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]] with limits
+    /// [,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
     /// --metadata at 169.254.169.254, for guests with a token (V2) or any; rx is to the guest, tx from it
     #[arg(long, value_name = "NET")]
     net: Vec<NetArg>,
-    /// Limits that disks and interfaces share: id=ID[,bw=N][,ops=N]
+    /// Limits that devices share: id=ID[,bw=N][,ops=N]
     #[arg(long, value_name = "GROUP")]
     rate_limit_group: Vec<GroupArg>,
     /// Give the guest a source of entropy (virtio-rng)
@@ -322,14 +322,17 @@ impl GuestArgs {
             boot_args: Some(self.cmdline),
         });
         for GroupArg(group) in self.rate_limit_group {
+            if config.has_rate_limit_group(&group.id) {
+                return Err(Refusal::SameId { section: RATE_LIMIT_GROUPS, id: group.id });
+            }
             config.add_rate_limit_group(group)?;
         }
         for (i, disk) in self.disk.into_iter().enumerate() {
             let is_root = disk.is_root || (i == 0 && !has_root && !is_demo);
-            config.add::<block::Block>(disk.config(i, is_root))?;
+            config.add_another::<block::Block>(disk.config(i, is_root))?;
         }
         for (i, pmem) in self.pmem.into_iter().enumerate() {
-            config.add::<pmem::Pmem>(pmem.config(i))?;
+            config.add_another::<pmem::Pmem>(pmem.config(i))?;
         }
         if let Some(HotplugArg(hotplug)) = self.hotplug_memory {
             config.add::<mem::Mem>(hotplug)?;
@@ -340,7 +343,7 @@ impl GuestArgs {
             if let Some(version) = mmds {
                 config.add_to_mmds(&net.iface_id, version)?;
             }
-            config.add::<net::Net>(net)?;
+            config.add_another::<net::Net>(net)?;
         }
         if self.rng {
             config.add::<rng::Rng>(rng::Config::default())?;

@@ -13,7 +13,6 @@ use serde_json::value::RawValue;
 use super::RATE_LIMIT_GROUPS;
 use super::VmConfig;
 use super::sections::{MMDS_CONFIG, is_known, is_many, parse};
-use crate::api::NOT_YET;
 use crate::error::Refusal;
 
 /// More than any configuration has.
@@ -66,11 +65,7 @@ impl VmConfig {
 
     fn put_section(&mut self, json: &[u8], name: &str, value: &RawValue) -> Result<(), Refusal> {
         let text = value.get();
-        if let Some(missing) = NOT_YET.iter().find(|missing| missing.key == Some(name)) {
-            // What `GET /vm/config` shows of a section that is not there.
-            let is_none = text == "null" || parse::<[(); 0]>(text.as_bytes()).is_ok();
-            return if is_none { Ok(()) } else { Err(Refusal::NotYet(missing.what)) };
-        }
+        // What `GET /vm/config` shows of a section that is not there.
         if text == "null" {
             return Ok(());
         }
@@ -85,6 +80,14 @@ impl VmConfig {
         let members: Vec<&RawValue> = parse(text.as_bytes()).map_err(|e| place(name, value, e))?;
         for (i, member) in members.into_iter().enumerate() {
             self.put_alone(name, None, member.get().as_bytes())
+                .and_then(|()| match self.count(name) > i {
+                    true => Ok(()),
+                    // It has replaced one: the user would miss that.
+                    false => {
+                        let why = "an earlier one has the same id";
+                        Err(Refusal::Body(serde::de::Error::custom(why)))
+                    }
+                })
                 .map_err(|e| place(&format!("{name}[{i}]"), member, e))?;
         }
         Ok(())
@@ -152,8 +155,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Document<'a> {
                         let message = format!("duplicate field `{name}`");
                         return Err(serde::de::Error::custom(message));
                     }
-                    let is_missing = || NOT_YET.iter().any(|m| m.key == Some(name.as_str()));
-                    if !is_known(&name) && !is_missing() {
+                    if !is_known(&name) {
                         return Err(serde::de::Error::custom(format!("unknown field `{name}`")));
                     }
                     sections.push((name, map.next_value()?));
@@ -193,15 +195,17 @@ mod tests {
     }
 
     #[test]
-    fn sections_to_come_may_be_empty_and_nothing_else() {
-        let mut config = VmConfig::default();
-        for name in NOT_YET.iter().filter_map(|missing| missing.key) {
-            for none in ["null", "[]", "[ ]", "[\n]"] {
-                config.put_all(format!("{{\"{name}\": {none}}}").as_bytes()).unwrap();
-            }
-            let said = refusal(&format!("{{\"{name}\": {{\"x\": 1}}}}"));
-            assert!(said.ends_with(" not supported yet"), "{said}");
-        }
+    fn no_entry_of_a_list_is_lost() {
+        let group = r#"{"id": "g"}"#;
+        let said = refusal(&format!("{{\"rate-limit-groups\": [{group},\n {group}]}}"));
+        let why = "rate-limit-groups[1]: an earlier one has the same id at line 2";
+        assert!(said.starts_with(why), "{said}");
+        let disk = std::env::temp_dir().join(format!("husk-same-id-{}", std::process::id()));
+        std::fs::write(&disk, [0; 512]).unwrap();
+        let drive = |id| json!({"drive_id": id, "is_root_device": false, "is_read_only": true, "path_on_host": disk});
+        let said = refusal(&json!({"drives": [drive("a"), drive("b"), drive("a")]}).to_string());
+        assert!(said.starts_with("drives[2]: an earlier one has the same id"), "{said}");
+        std::fs::remove_file(disk).unwrap();
     }
 
     #[test]

@@ -31,7 +31,6 @@ pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
 use self::sections::{SECTIONS, fixed};
 pub use self::serial::{SerialConfig, SerialTo};
-use crate::api::NOT_YET;
 use crate::error::Refusal;
 use crate::memory::Sharing;
 use crate::parts;
@@ -105,6 +104,16 @@ impl VmConfig {
         self.insert(recipe::<M>(config))
     }
 
+    /// Adds a device; refuses a second one with the same id.
+    pub(crate) fn add_another<M: Model>(&mut self, config: M::Config) -> Result<(), Refusal> {
+        let recipe = recipe::<M>(config);
+        let (section, id) = (recipe.model(), recipe.id());
+        if self.devices.iter().any(|other| other.model() == section && other.id() == id) {
+            return Err(Refusal::SameId { section, id: id.into() });
+        }
+        self.insert(recipe)
+    }
+
     /// Makes an interface lead to the guest's metadata; all of them by the same version.
     pub(crate) fn add_to_mmds(&mut self, id: &str, version: mmds::Version) -> Result<(), Refusal> {
         let mmds = self.mmds.get_or_insert_with(|| mmds::Config {
@@ -142,6 +151,14 @@ impl VmConfig {
         let recipe = parse_device(section, id, body)?;
         self.check_groups_of(&*recipe)?;
         self.insert(recipe)
+    }
+
+    /// How many entries there are in a section of which there may be several.
+    fn count(&self, section: &str) -> usize {
+        match section {
+            RATE_LIMIT_GROUPS => self.rate_limit_groups.len(),
+            model => self.devices.iter().filter(|recipe| recipe.model() == model).count(),
+        }
     }
 
     /// Changes part of a section before start.
@@ -195,7 +212,7 @@ impl VmConfig {
         self.mmds.take_if(|mmds| mmds.network_interfaces.is_empty());
     }
 
-    /// Everything as JSON, with explicit nulls, also for what husk does not have yet.
+    /// Everything as JSON, with explicit nulls.
     pub fn to_json(&self) -> Value {
         let mut all = serde_json::Map::new();
         for fixed in SECTIONS {
@@ -213,9 +230,6 @@ impl VmConfig {
                 false => members.into_iter().next().unwrap_or(Value::Null),
             };
             all.insert(row.name.into(), value);
-        }
-        for name in NOT_YET.iter().filter_map(|missing| missing.key) {
-            all.insert(name.into(), Value::Null);
         }
         Value::Object(all)
     }
@@ -440,9 +454,6 @@ fn device_refusal(section: &'static str, id: Option<&str>, source: DeviceError) 
 }
 
 fn no_section(method: &'static str, section: &str, id: Option<&str>) -> Refusal {
-    if let Some(missing) = NOT_YET.iter().find(|missing| missing.key == Some(section)) {
-        return Refusal::NotYet(missing.what);
-    }
     let path = id.map_or_else(|| section.to_owned(), |id| format!("{section}/{id}"));
     Refusal::Route { method, path }
 }

@@ -34,6 +34,11 @@ impl VmConfig {
         Ok(())
     }
 
+    /// Whether there is a group with this id.
+    pub(crate) fn has_rate_limit_group(&self, id: &str) -> bool {
+        self.rate_limit_groups.iter().any(|group| group.id == id)
+    }
+
     /// The groups as devices share them, their buckets full.
     pub(crate) fn limit_pools(&self) -> Groups {
         let pool = |group: &RateLimitGroup| Arc::new(Pool::new(group.rate_limiter.as_ref()));
@@ -54,8 +59,8 @@ impl VmConfig {
     }
 
     pub(super) fn check_groups_of(&self, recipe: &dyn Recipe) -> Result<(), Refusal> {
-        let is_known = |id: &str| self.rate_limit_groups.iter().any(|group| group.id == id);
-        match recipe.rate_limit_groups().into_iter().find(|(_, id)| !is_known(id)) {
+        let mut wanted = recipe.rate_limit_groups().into_iter();
+        match wanted.find(|(_, id)| !self.has_rate_limit_group(id)) {
             None => Ok(()),
             Some((field, id)) => {
                 let why = DeviceError::field(field, no_group(id));

@@ -183,7 +183,9 @@ impl Env {
 
 /// Why a device cannot be in the group `id`.
 pub fn no_group(id: &str) -> String {
-    format!("there is no rate limit group {id:?}: PUT /rate-limit-groups/{id} first")
+    format!(
+        "there is no rate limit group {id:?}: PUT /rate-limit-groups/{id} first, or give --rate-limit-group"
+    )
 }
 
 /// Gives a type's JSON schema: [`schema_of`].

@@ -284,7 +284,7 @@ fn a_group_that_is_not_there_is_refused() {
         assert_eq!(recipe.rate_limit_groups(), [(field, "x")]);
         let e = recipe.open(&Env::default()).unwrap_err().to_string();
         let want = "rate_limit_group: there is no rate limit group \"x\": \
-                    PUT /rate-limit-groups/x first";
+                    PUT /rate-limit-groups/x first, or give --rate-limit-group";
         assert_eq!(e, want);
         assert_eq!(recipe.to_json()["rate_limit_group"], "x");
     }
