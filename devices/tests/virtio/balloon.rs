@@ -269,6 +269,9 @@ fn a_run_of_hints_is_given_back_and_acknowledged() {
     assert_eq!(commands(&m), (2, json!(2), json!(2)));
     say(&m, ring, 0);
     m.irq.wait("the acknowledgement", || commands(&m) == (1, json!(1), json!(0)));
+    // The driver is told at the end of the turn, for which a pause waits.
+    m.transport.lock().unwrap().pause().unwrap();
+    m.transport.lock().unwrap().resume().unwrap();
     assert_eq!(m.irq.counts().1, before + 2);
     hint(&m, ring, 4);
     // Only what came between the run's number and its end.
