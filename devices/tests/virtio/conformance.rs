@@ -659,6 +659,37 @@ fn interrupts_only_when_the_driver_wants_one() {
     });
 }
 
+/// Set in the process that counts its descriptors.
+const COUNTS_DESCRIPTORS: &str = "HUSK_TEST_COUNTS_DESCRIPTORS";
+
+/// In a process of its own, where no other test opens something meanwhile.
+#[test]
+fn ups_and_downs_leave_no_descriptors_behind() {
+    if std::env::var_os(COUNTS_DESCRIPTORS).is_none() {
+        let run = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "conformance::ups_and_downs_leave_no_descriptors_behind"])
+            .env(COUNTS_DESCRIPTORS, "1")
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&run.stdout);
+        assert!(run.status.success() && said.contains("1 passed"), "{said}");
+        return;
+    }
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let before = open();
+    every_device(|name, m, _host| {
+        m.start(0);
+        let up = open();
+        for _ in 0..20 {
+            m.start(0);
+            m.transport.lock().unwrap().pause().unwrap();
+            m.transport.lock().unwrap().resume().unwrap();
+        }
+        assert_eq!(open(), up, "{name}");
+    });
+    assert_eq!(open(), before);
+}
+
 #[test]
 fn removal_leaves_a_placeholder() {
     every_device(|name, mut m, _host| {

@@ -1,8 +1,11 @@
 //! One working device of each model, so that the conformance suite can run every row of the table.
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use devices::limiter::Pool;
+use devices::mmds::{Mmds, Service};
 use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::{MODELS, model, net};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -24,10 +27,17 @@ pub(crate) struct Host {
 
 /// Every kind of device there is: each model, and what is quite different inside.
 pub(crate) fn kinds() -> impl Iterator<Item = &'static str> {
-    MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE])
+    MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE, LIMITED_DRIVE, METADATA])
 }
 
 const ASYNC_DRIVE: &str = "drives, Async";
+const LIMITED_DRIVE: &str = "drives, Async, which wait for a rate limit and for a group's";
+const METADATA: &str = "network-interfaces, limited, to the metadata service";
+
+/// What makes a device wait often, but not for long.
+fn limit() -> serde_json::Value {
+    json!({"ops": {"size": 3, "refill_time": 1}})
+}
 
 /// A working device of the kind called `name`.
 pub(crate) fn sample(name: &str) -> Sample {
@@ -41,10 +51,32 @@ pub(crate) fn sample(name: &str) -> Sample {
             let host = Host { _file: Some(file), ..Host::default() };
             Sample { device: open("drives", &json), host }
         }
-        "network-interfaces" => {
+        LIMITED_DRIVE => {
+            let file = TempFile::new(&[7; 1 << 16]);
+            let json = json!({
+                "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
+                "io_engine": "Async", "rate_limiter": limit(), "rate_limit_group": "slow",
+            });
+            let limit = serde_json::from_value(limit()).unwrap();
+            let mut env = Env::default();
+            env.rate_limit_groups.insert("slow".into(), Arc::new(Pool::new(Some(&limit))));
+            let recipe = (model("drives").unwrap().parse)(json.to_string().as_bytes()).unwrap();
+            let host = Host { _file: Some(file), ..Host::default() };
+            Sample { device: recipe.open(&env).unwrap(), host }
+        }
+        "network-interfaces" | METADATA => {
             let (ours, peer) = packet_pair();
-            let config = net::Config::new("eth0", "unused");
-            let device = Box::new(net::Net::from_fd(&config, &Env::default(), ours).unwrap());
+            let mut config = net::Config::new("eth0", "unused");
+            let mut env = Env::default();
+            if name == METADATA {
+                config.rx_rate_limiter = serde_json::from_value(limit()).unwrap();
+                config.tx_rate_limiter = config.rx_rate_limiter.clone();
+                let mmds = json!({"network_interfaces": ["eth0"]});
+                let mmds = serde_json::from_value(mmds).unwrap();
+                let service = Service::new(Arc::new(Mmds::new(1000)), mmds).unwrap();
+                env.mmds = Some(Arc::new(service));
+            }
+            let device = Box::new(net::Net::from_fd(&config, &env, ours).unwrap());
             Sample { device, host: Host { peer: Some(peer), ..Host::default() } }
         }
         "memory-hotplug" => {
