@@ -485,21 +485,31 @@ fn unclaimed_accesses_do_not_flood_the_log() {
 }
 
 /// A VM with every device there is.
-fn with_all_devices(scratch: &Scratch, network: &Network, guest: &str, cmdline: &str) -> Husk {
+pub(crate) fn with_all_devices(
+    scratch: &Scratch,
+    network: &Network,
+    guest: &str,
+    cmdline: &str,
+) -> Husk {
     let disk = scratch.sparse("disk.img", 16 * MIB);
     let read_only = scratch.sparse("read-only.img", MIB);
+    let ring = scratch.sparse("ring.img", MIB);
+    let pmem = scratch.sparse("pmem.img", 2 * MIB);
     let husk = Husk::guest(guest, cmdline).disk(disk).read_only_disk(read_only).arg("--rng");
-    let husk = husk.vsock(3, &scratch.path("all.sock"));
+    let husk = husk.option("--rate-limit-group", "id=shared,ops=100000");
+    let husk = husk.option("--disk", format!("{},io=async,group=shared", ring.display()));
+    let husk = husk.option("--pmem", format!("{},group=shared", pmem.display()));
+    let husk = husk.option("--hotplug-memory", "256").vsock(3, &scratch.path("all.sock"));
     let husk = husk.option("--balloon", "1,deflate-on-oom,stats=1,hinting,reporting");
-    husk.network(network, ",mac=02:00:00:00:00:07,mtu=1500")
+    husk.network(network, ",mac=02:00:00:00:00:07,mtu=1500,mmds,tx-bw=100M,rx-group=shared")
 }
 
 #[test]
 fn registers_follow_the_specification() {
     let (scratch, network) = (Scratch::new(), Network::with_tap());
     let end = with_all_devices(&scratch, &network, "regs", "").wait().ok();
-    assert_eq!(end.value("devices"), "6");
-    assert_eq!(end.values("features_ok_without_version_1"), ["false"; 6]);
+    assert_eq!(end.value("devices"), "9");
+    assert_eq!(end.values("features_ok_without_version_1"), ["false"; 9]);
 }
 
 #[test]

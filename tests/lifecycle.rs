@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use crate::devices::with_all_devices;
 use crate::util::*;
 
 #[test]
@@ -88,9 +89,8 @@ fn devices_survive_a_reset() {
 #[test]
 fn reboots_leave_no_descriptors_and_threads_behind() {
     let (scratch, network) = (Scratch::new(), Network::with_tap());
-    let disk = scratch.sparse("disk.img", 16 << 20);
-    let husk = Husk::guest("hello", "how=reboot-i8042").cpus(2).disk(&disk).arg("--rng");
-    let vm = husk.network(&network, "").listening().start();
+    let husk = with_all_devices(&scratch, &network, "hello", "how=reboot-i8042");
+    let vm = husk.cpus(2).listening().start();
     let counts = || {
         // A reset just before the pause may be on its way, but is over before the next request is answered.
         vm.api().patch("/vm", json!({"state": "Paused"})).done();
