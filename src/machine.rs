@@ -98,7 +98,7 @@ impl Machine {
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         watch.phases.vm_us = watch.lap();
         let ram = memory::map(&config.machine, config.sharing())?;
-        memory::register(&vm, &ram)?;
+        memory::register(&vm, &ram, &config.machine)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
         let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
         watch.phases.memory_us = watch.lap();

@@ -6,7 +6,7 @@ mod own;
 use std::fs::File;
 
 use arch::{GuestRam as Ram, layout};
-use kvm_bindings::kvm_userspace_memory_region;
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
@@ -105,8 +105,10 @@ fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {
 }
 
 /// Shows `ram` to the guest. Before the irqchip exists: afterwards KVM waits for a grace period of
-/// several milliseconds at each slot.
-pub(crate) fn register(vm: &VmFd, ram: &Ram) -> Result<(), Refusal> {
+/// several milliseconds at each slot. KVM remembers the pages that the guest writes if `machine` says
+/// so.
+pub(crate) fn register(vm: &VmFd, ram: &Ram, machine: &MachineConfig) -> Result<(), Refusal> {
+    let flags = if machine.track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
     for (slot, region) in (0..).zip(ram.iter()) {
         let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|e| {
             Refusal::Host {
@@ -116,7 +118,7 @@ pub(crate) fn register(vm: &VmFd, ram: &Ram) -> Result<(), Refusal> {
         })?;
         let slot = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: host as u64,

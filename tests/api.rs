@@ -581,3 +581,15 @@ fn a_drive_is_taken_out_of_a_running_vm() {
     api.patch("/vm", json!({"state": "Resumed"})).done();
     assert_eq!(api.state(), "Running");
 }
+
+#[test]
+fn a_guest_whose_writes_are_logged_runs_as_ever() {
+    let vm = Husk::api().start();
+    let api = vm.api();
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 128, "track_dirty_pages": true});
+    api.put("/machine-config", machine).done();
+    assert_eq!(api.get("/machine-config").json()["track_dirty_pages"], true);
+    api.put("/boot-source", boot_source("hello", "")).done();
+    api.act("InstanceStart").done();
+    vm.wait().ok();
+}

@@ -55,7 +55,7 @@ pub struct MachineConfig {
     /// Whether two vCPUs share a core.
     #[serde(default)]
     pub smt: bool,
-    /// Whether the pages that the guest writes are remembered.
+    /// Whether KVM remembers the pages that the guest writes.
     #[serde(default)]
     pub track_dirty_pages: bool,
     /// Which pages back guest RAM.
@@ -125,10 +125,6 @@ impl MachineConfig {
         if self.huge_pages == HugePages::Hugetlb2M && self.mem_size_mib % 2 == 1 {
             let why = format!("{} is odd, with huge_pages 2M it must be even", self.mem_size_mib);
             return refuse("mem_size_mib", why);
-        }
-        if self.track_dirty_pages {
-            let why = "dirty page tracking is not supported yet".into();
-            return refuse("track_dirty_pages", why);
         }
         if self.cpu_template == Some(CpuTemplate::V1N1) {
             return refuse("cpu_template", "V1N1 is for ARM processors".into());
