@@ -80,7 +80,17 @@ pub(crate) fn check(machine: &MachineConfig) -> Result<(), Refusal> {
 }
 
 fn cannot_map(machine: &MachineConfig) -> String {
-    format!("cannot map {} MiB of guest memory", machine.mem_size_mib)
+    let size = machine.mem_size_mib;
+    match machine.huge_pages {
+        HugePages::Hugetlb2M => format!(
+            "cannot map {size} MiB of guest memory, which take {} free pages of \
+             /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages",
+            size / 2
+        ),
+        HugePages::None | HugePages::Transparent => {
+            format!("cannot map {size} MiB of guest memory")
+        }
+    }
 }
 
 /// A guest larger than the host is a mistake, or soon an out-of-memory kill.
