@@ -33,9 +33,7 @@ mod stream;
 
 pub(crate) use counters::RequestCounters;
 pub(crate) use deprecated::{Deprecated, DeprecatedValue};
-#[cfg(test)]
-pub(crate) use route::Routes;
-pub(crate) use route::{Id, Logged, Section};
+pub(crate) use route::{Id, Logged, Routes, Section};
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::bind;
 

@@ -25,35 +25,10 @@ pub(super) struct Header {
 pub(super) struct Previous(BTreeMap<String, u64>);
 
 /// What Firecracker counts and husk does not, because it cannot happen here or is not there yet. Zero,
-/// so that whoever expects the keys finds them; what husk does count goes before.
+/// so that whoever expects the keys finds them.
 pub(super) const NEVER: &[(&str, &[&str])] = &[
-    (
-        "balloon",
-        &[
-            "inflate_count",
-            "stats_updates_count",
-            "stats_update_fails",
-            "deflate_count",
-            "free_page_report_count",
-            "free_page_report_freed",
-            "free_page_report_fails",
-            "free_page_hint_count",
-            "free_page_hint_freed",
-            "free_page_hint_fails",
-        ],
-    ),
     ("block", &["no_avail_buffer", "io_engine_throttled_events", "remaining_reqs_count"]),
     ("entropy", &["host_rng_fails"]),
-    (
-        "get_api_requests",
-        &[
-            "instance_info_count",
-            "machine_cfg_count",
-            "mmds_count",
-            "vmm_version_count",
-            "hotplug_memory_count",
-        ],
-    ),
     (
         "latencies_us",
         &[
@@ -66,47 +41,6 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "memory_hotplug",
-        &[
-            "activate_fails",
-            "queue_event_fails",
-            "queue_event_count",
-            "plug_agg",
-            "plug_count",
-            "plug_bytes",
-            "plug_fails",
-            "unplug_agg",
-            "unplug_count",
-            "unplug_bytes",
-            "unplug_fails",
-            "unplug_discard_fails",
-            "unplug_all_agg",
-            "unplug_all_count",
-            "unplug_all_fails",
-            "state_agg",
-            "state_count",
-            "state_fails",
-        ],
-    ),
-    (
-        "mmds",
-        &[
-            "rx_accepted",
-            "rx_accepted_err",
-            "rx_accepted_unusual",
-            "rx_bad_eth",
-            "rx_invalid_token",
-            "rx_no_token",
-            "rx_count",
-            "tx_bytes",
-            "tx_count",
-            "tx_errors",
-            "tx_frames",
-            "connections_created",
-            "connections_destroyed",
-        ],
-    ),
-    (
         "net",
         &[
             "mac_address_updates",
@@ -116,89 +50,17 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
             "tx_spoofed_mac_count",
         ],
     ),
-    (
-        "patch_api_requests",
-        &[
-            "drive_count",
-            "drive_fails",
-            "network_count",
-            "network_fails",
-            "machine_cfg_count",
-            "machine_cfg_fails",
-            "mmds_count",
-            "mmds_fails",
-            "hotplug_memory_count",
-            "hotplug_memory_fails",
-        ],
-    ),
-    (
-        "pmem",
-        &[
-            "activate_fails",
-            "cfg_fails",
-            "event_fails",
-            "queue_event_count",
-            "rate_limiter_throttled_events",
-            "rate_limiter_event_count",
-        ],
-    ),
-    (
-        "put_api_requests",
-        &[
-            "actions_count",
-            "actions_fails",
-            "boot_source_count",
-            "boot_source_fails",
-            "drive_count",
-            "drive_fails",
-            "logger_count",
-            "logger_fails",
-            "machine_cfg_count",
-            "machine_cfg_fails",
-            "cpu_cfg_count",
-            "cpu_cfg_fails",
-            "metrics_count",
-            "metrics_fails",
-            "network_count",
-            "network_fails",
-            "mmds_count",
-            "mmds_fails",
-            "vsock_count",
-            "vsock_fails",
-            "pmem_count",
-            "pmem_fails",
-            "serial_count",
-            "serial_fails",
-            "hotplug_memory_count",
-            "hotplug_memory_fails",
-        ],
-    ),
     ("seccomp", &["num_faults"]),
     ("signals", &["sigbus", "sigsegv", "sigxfsz", "sigxcpu", "sigpipe", "sighup", "sigill"]),
     ("vmm", &["panic_count"]),
     (
         "vsock",
         &[
-            "activate_fails",
-            "cfg_fails",
             "rx_queue_event_fails",
             "tx_queue_event_fails",
             "ev_queue_event_fails",
-            "muxer_event_fails",
             "conn_event_fails",
-            "rx_queue_event_count",
-            "tx_queue_event_count",
-            "rx_bytes_count",
-            "tx_bytes_count",
-            "rx_packets_count",
-            "tx_packets_count",
-            "conns_added",
-            "conns_killed",
-            "conns_removed",
             "killq_resync",
-            "tx_flush_fails",
-            "tx_write_fails",
-            "rx_read_fails",
         ],
     ),
     ("interrupts", &["config_updates"]),
@@ -251,8 +113,7 @@ pub(super) fn write(
         let alone = own.iter().filter(|(key, _)| key == group).map(|(_, own)| own.clone());
         for key in alone.chain([(*group).into()]) {
             for name in *names {
-                let kind = if name.ends_with("_agg") { Kind::Latency } else { Kind::Counter };
-                groups.add(key.clone(), *name, Field::zero(kind));
+                groups.add(key.clone(), *name, Field::zero(Kind::Counter));
             }
         }
     }

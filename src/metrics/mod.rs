@@ -22,7 +22,7 @@ use devices::metrics::{CounterSet, Declared, Value};
 use self::line::Previous;
 use self::output::Output;
 pub(crate) use self::prometheus::MIME;
-use crate::api::RequestCounters;
+use crate::api::{RequestCounters, Routes};
 use crate::boot::BootPhases;
 use crate::config::MetricsConfig;
 use crate::error::Refusal;
@@ -79,8 +79,16 @@ pub(crate) struct Counters {
     pub(crate) api_server: Arc<ApiServer>,
     pub(crate) deprecated: Arc<Deprecated>,
     pub(crate) latencies: Arc<Latencies>,
-    /// Made by the API's server, which knows its routes.
+    /// Made when they are first wanted: by the API's server, or for a file.
     pub(crate) requests: OnceLock<RequestCounters>,
+}
+
+impl Counters {
+    /// What is counted of requests, for each of the API's table.
+    fn requests(&self) -> &RequestCounters {
+        let routes = || Routes::new(crate::config::sections().collect());
+        self.requests.get_or_init(|| RequestCounters::new(&routes()))
+    }
 }
 
 /// What is counted of a machine's parts that are made anew at a reboot.
@@ -185,6 +193,8 @@ impl Metrics {
 
     /// From now on lines go to `file`, if there is one.
     pub(crate) fn adopt(&mut self, file: Option<File>) {
+        // Their keys are there without an API, too.
+        self.counters.requests();
         self.file = file.or(self.file.take());
     }
 
