@@ -106,7 +106,7 @@ impl Controller {
             }
             Request::Patch { section, id, body } => done(self.live()?.update(&section, id, &body)),
             Request::Get { section } => self.show(&section),
-            Request::Delete { section, id } => done(self.live()?.remove(&section, id)),
+            Request::Delete { section, id } => done(self.remove(&section, id)),
             Request::Launch { body } => done(self.launch(&body)),
             Request::Start => done(self.start()),
             Request::Pause => done(self.pause()),
@@ -190,6 +190,12 @@ impl Controller {
     pub(crate) fn open_configured_metrics(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
         self.open_metrics(&config)
+    }
+
+    fn remove(&mut self, section: &str, id: Option<String>) -> Result<(), Refusal> {
+        let gone = self.live()?.remove(section, id)?;
+        self.metrics.see_off(gone);
+        Ok(())
     }
 
     fn flush_metrics(&mut self) -> Result<(), Refusal> {
@@ -472,14 +478,15 @@ impl Live {
         Ok(())
     }
 
-    fn remove(&mut self, section: &str, id: Option<String>) -> Result<(), Refusal> {
+    /// What counted in the device goes on to be told of.
+    fn remove(&mut self, section: &str, id: Option<String>) -> Result<Vec<Source>, Refusal> {
         let row = virtio::model(section)
             .filter(|row| row.is_removable)
             .ok_or_else(|| no_route("DELETE", section, id.as_deref()))?;
         let id = id.as_deref().unwrap_or(row.name);
-        self.machine.remove(Name { model: row.name, id })?;
+        let gone = self.machine.remove(Name { model: row.name, id })?;
         self.config.remove(row.name, id);
-        Ok(())
+        Ok(gone)
     }
 
     fn ctrl_alt_del(&mut self) -> Result<(), Refusal> {

@@ -220,13 +220,14 @@ impl Machine {
         lock(&device.transport).show(view).map_err(|e| name.refused(e))
     }
 
-    /// Takes a device out of the running machine, and closes what it has open.
-    pub(crate) fn remove(&mut self, name: Name<'_>) -> Result<(), Refusal> {
+    /// Takes a device out of the running machine, and closes what it has open; what counted in it.
+    pub(crate) fn remove(&mut self, name: Name<'_>) -> Result<Vec<Source>, Refusal> {
         let position = self.position(name)?;
         let removed = lock(&self.devices[position].transport).remove();
         removed.map_err(|e| name.refused(e))?;
-        self.devices.remove(position).notice(Happening::Removed);
-        Ok(())
+        let device = self.devices.remove(position);
+        device.notice(Happening::Removed);
+        Ok(device.sources().collect())
     }
 
     fn position(&self, Name { model, id }: Name<'_>) -> Result<usize, Refusal> {

@@ -158,6 +158,8 @@ pub(crate) struct Metrics {
     flushes: Arc<output::Counters>,
     mmds: Arc<dyn CounterSet>,
     file: Option<File>,
+    /// What counted and is gone, until a line has told of it.
+    departed: Vec<Source>,
 }
 
 /// Where lines go, and what they begin with.
@@ -177,12 +179,22 @@ impl Metrics {
         counters: Arc<Counters>,
         mmds: Arc<dyn CounterSet>,
     ) -> Self {
-        Self { id, started, counters, flushes: Arc::default(), mmds, file: None }
+        Self {
+            id,
+            started,
+            counters,
+            flushes: Arc::default(),
+            mmds,
+            file: None,
+            departed: Vec::new(),
+        }
     }
 
     /// Opens the file that lines are to go to, if there is to be one; [`Self::adopt`] makes it that.
     pub(crate) fn open(&self, config: Option<&MetricsConfig>) -> Result<Option<File>, Refusal> {
         let Some(config) = config else { return Ok(None) };
+        // Their keys are there without an API, too.
+        self.counters.requests();
         let output = Output::open(&config.metrics_path).map_err(Refusal::Metrics)?;
         let header = line::Header {
             id: config.emit_id.then(|| self.id.clone()),
@@ -193,9 +205,14 @@ impl Metrics {
 
     /// From now on lines go to `file`, if there is one.
     pub(crate) fn adopt(&mut self, file: Option<File>) {
-        // Their keys are there without an API, too.
-        self.counters.requests();
         self.file = file.or(self.file.take());
+    }
+
+    /// What `sources` have counted since the last line is told by the next, though they are gone.
+    pub(crate) fn see_off(&mut self, sources: impl IntoIterator<Item = Source>) {
+        if self.file.is_some() {
+            self.departed.extend(sources);
+        }
     }
 
     /// Whether there is a file already: it is the only one.
@@ -246,8 +263,9 @@ impl Metrics {
     }
 
     fn write(&mut self, machine: &[Source]) -> Result<(), String> {
-        let sources = self.sources(machine);
+        let mut sources = self.sources(machine);
         let Some(file) = &mut self.file else { return Ok(()) };
+        sources.extend(self.departed.iter().cloned());
         let (line, previous) =
             line::write(&file.header, &sources, self.counters.requests.get(), &file.previous);
         file.output.write(line.as_bytes()).inspect_err(|_| {
@@ -255,6 +273,7 @@ impl Metrics {
         })?;
         // What a line that was lost would have told is told by the next.
         file.previous = previous;
+        self.departed.clear();
         Ok(())
     }
 
@@ -331,6 +350,32 @@ mod tests {
         count();
         metrics.finish(&[]);
         assert_eq!(unknown(), [1, 1, 0, 2, 1]);
+        std::fs::remove_file(path).unwrap();
+    }
+
+    #[test]
+    fn what_a_removed_device_counted_is_told_once() {
+        let path = std::env::temp_dir().join(format!("husk-departed-{}", std::process::id()));
+        let counters = Arc::new(Counters::default());
+        let mmds: Arc<dyn CounterSet> = counters.deprecated.clone();
+        let mut metrics = Metrics::new("t".into(), Instant::now(), counters.clone(), mmds);
+        metrics.adopt(metrics.open(Some(&MetricsConfig::new(&path))).unwrap());
+        let device = Arc::new(Interrupts::default());
+        let one = Some(One::Device { model: "drives", id: "a".into() });
+        let source = Source { key: "block", one, set: device.clone() };
+        device.triggers().add(2);
+        metrics.flush(std::slice::from_ref(&source)).unwrap();
+        device.triggers().add(3);
+        metrics.see_off([source]);
+        metrics.flush(&[]).unwrap();
+        metrics.flush(&[]).unwrap();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let lines: Vec<Json> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        let told = |key| lines.iter().map(|l| l[key]["triggers"].as_u64()).collect::<Vec<_>>();
+        assert_eq!(told("block_a"), [Some(2), Some(3), None]);
+        assert_eq!(told("block"), [Some(2), Some(3), None]);
+        // Nobody else has asked for it: requests have their keys without an API.
+        assert_eq!(lines[0]["put_api_requests"]["actions_count"], 0);
         std::fs::remove_file(path).unwrap();
     }
 }
