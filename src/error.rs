@@ -178,7 +178,8 @@ fn device(section: &str, id: &str) -> String {
 
 /// What is not there.
 fn absence(section: &str, id: &str) -> String {
-    match section == id {
+    // A drive may be called "drives".
+    match devices::virtio::model(section).is_some_and(|row| !row.is_many) {
         true => format!("{section}: this microVM has none; it is configured before the start"),
         false => format!("{section}: there is none with id '{id}'"),
     }
@@ -206,4 +207,19 @@ pub(crate) fn chain(error: &dyn Error) -> String {
         cause = inner.source();
     }
     line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_there_is_called_as_the_user_does() {
+        let absence =
+            |section, id: &str| Refusal::NoSuchDevice { section, id: id.into() }.to_string();
+        assert_eq!(absence("drives", "drives"), "drives: there is none with id 'drives'");
+        assert!(absence("balloon", "balloon").starts_with("balloon: this microVM has none;"));
+        let group = absence(crate::config::RATE_LIMIT_GROUPS, "slow");
+        assert_eq!(group, "rate-limit-groups: there is none with id 'slow'");
+    }
 }

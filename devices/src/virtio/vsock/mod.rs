@@ -112,7 +112,7 @@ impl Model for Vsock {
         let muxer = Muxer::bind(config.guest_cid, &config.uds_path, counters.clone());
         let muxer = muxer.map_err(|e| match e {
             MuxerError::Listen(e) => config.refused(e),
-            MuxerError::Host(e) => DeviceError::host("vsock: cannot watch streams")(e),
+            MuxerError::Host(e) => DeviceError::host("cannot watch streams")(e),
         })?;
         Ok(Self {
             space: u64::from(config.guest_cid).to_le_bytes(),
