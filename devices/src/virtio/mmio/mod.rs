@@ -16,18 +16,25 @@
 //! command line. The first at which a driver acknowledges the device gets it; the other reads as a
 //! placeholder (device ID 0, 4.2.3.1.1), which drivers skip. So a guest may look in both places
 //! and finds each device once.
-use std::sync::{Arc, Mutex, PoisonError};
+mod reg;
+mod registers;
+mod removed;
+mod window;
+
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use self::registers::Registers;
+use self::removed::Placeholder;
+pub use self::window::{Window, WindowDevice};
 use super::model::{Change, DeviceError, VirtioDevice};
 use super::notifier::{Notifier, status};
-use super::queue::{QueueConfig, RingFeatures, VirtQueue};
+use super::queue::{RingFeatures, VirtQueue};
 use crate::GuestRam;
-use crate::bus::BusDevice;
-use crate::io::{IoError, IoThread, Retired, Ticket, Worker};
+use crate::io::{IoError, IoThread, Retired, Ticket};
 use crate::metrics::CounterSet;
 use crate::observer::Happening;
 
@@ -35,35 +42,6 @@ use crate::observer::Happening;
 pub const WINDOW_SIZE: u64 = 0x1000;
 /// Offset of the register that a driver kicks with (an ioeventfd in the VMM).
 pub const QUEUE_NOTIFY: u64 = 0x50;
-
-/// Register offsets (virtio 1.2, table 4.1).
-mod reg {
-    pub(super) const MAGIC_VALUE: u64 = 0x00;
-    pub(super) const VERSION: u64 = 0x04;
-    pub(super) const DEVICE_ID: u64 = 0x08;
-    pub(super) const VENDOR_ID: u64 = 0x0c;
-    pub(super) const DEVICE_FEATURES: u64 = 0x10;
-    pub(super) const DEVICE_FEATURES_SEL: u64 = 0x14;
-    pub(super) const DRIVER_FEATURES: u64 = 0x20;
-    pub(super) const DRIVER_FEATURES_SEL: u64 = 0x24;
-    pub(super) const QUEUE_SEL: u64 = 0x30;
-    pub(super) const QUEUE_NUM_MAX: u64 = 0x34;
-    pub(super) const QUEUE_NUM: u64 = 0x38;
-    pub(super) const QUEUE_READY: u64 = 0x44;
-    pub(super) const INTERRUPT_STATUS: u64 = 0x60;
-    pub(super) const INTERRUPT_ACK: u64 = 0x64;
-    pub(super) const STATUS: u64 = 0x70;
-    pub(super) const QUEUE_DESC_LOW: u64 = 0x80;
-    pub(super) const QUEUE_DESC_HIGH: u64 = 0x84;
-    pub(super) const QUEUE_DRIVER_LOW: u64 = 0x90;
-    pub(super) const QUEUE_DRIVER_HIGH: u64 = 0x94;
-    pub(super) const QUEUE_DEVICE_LOW: u64 = 0xa0;
-    pub(super) const QUEUE_DEVICE_HIGH: u64 = 0xa4;
-    pub(super) const SHM_LEN_LOW: u64 = 0xb0;
-    pub(super) const SHM_BASE_HIGH: u64 = 0xbc;
-    pub(super) const CONFIG_GENERATION: u64 = 0xfc;
-    pub(super) const CONFIG: u64 = 0x100;
-}
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -91,15 +69,6 @@ enum Stage {
     Broken,
 }
 
-/// One of the two addresses a device answers at.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Window {
-    /// The one that ACPI describes.
-    Acpi,
-    /// The one that `virtio_mmio.device=` on the kernel command line names.
-    CommandLine,
-}
-
 /// What a snapshot keeps of one device.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Saved {
@@ -110,17 +79,6 @@ pub struct Saved {
     /// `(next_avail, next_used)` of each live queue.
     positions: Vec<(u16, u16)>,
     device: Value,
-}
-
-/// What the driver wrote, before it has effect.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-struct Registers {
-    owner: Option<Window>,
-    driver_features: u64,
-    device_page: u32,
-    driver_page: u32,
-    selected: u32,
-    queues: Vec<QueueConfig>,
 }
 
 /// The transport of one device: what the vCPUs see at its windows.
@@ -352,18 +310,16 @@ impl MmioTransport {
         }
     }
 
-    fn fresh_registers(&self) -> Registers {
-        let queues = self.device.queue_sizes().iter();
-        let queues = queues.map(|&size| QueueConfig { size, ..QueueConfig::default() }).collect();
-        Registers { queues, ..Registers::default() }
-    }
-
     fn features(&self) -> u64 {
         self.device.features() | TRANSPORT_FEATURES
     }
 
+    fn fresh_registers(&self) -> Registers {
+        Registers::new(self.device.queue_sizes())
+    }
+
     fn read_register(&self, offset: u64) -> u32 {
-        let selected = self.selected_config();
+        let selected = self.registers.selected_queue();
         match offset {
             reg::MAGIC_VALUE => MAGIC,
             reg::VERSION => VERSION,
@@ -405,15 +361,26 @@ impl MmioTransport {
 
     fn write_driver_features(&mut self, value: u32) {
         let status = self.notifier.status();
-        if status & status::DRIVER == 0 || status & status::FEATURES_OK != 0 {
+        if status & status::DRIVER != 0 && status & status::FEATURES_OK == 0 {
+            self.registers.write_features(value);
+        }
+    }
+
+    fn write_queue_register(&mut self, offset: u64, value: u32) {
+        let status = self.notifier.status();
+        if status & status::DRIVER_OK != 0 || status & status::FEATURES_OK == 0 {
             return;
         }
-        let features = &mut self.registers.driver_features;
-        match self.registers.driver_page {
-            0 => *features = *features & !0xffff_ffff | u64::from(value),
-            1 => *features = *features & 0xffff_ffff | u64::from(value) << 32,
-            _ => {}
-        }
+        let max_size = self.selected_max_size();
+        self.registers.write_queue(offset, value, max_size);
+    }
+
+    fn selected_max_size(&self) -> u16 {
+        self.registers
+            .selected()
+            .and_then(|at| self.device.queue_sizes().get(at))
+            .copied()
+            .unwrap_or(0)
     }
 
     /// Virtio 1.2, 2.1.1 and 3.1.1: bits are added in order and taken back only by a reset.
@@ -456,51 +423,6 @@ impl MmioTransport {
         features & !self.features() == 0 && features & F_VERSION_1 != 0
     }
 
-    fn write_queue_register(&mut self, offset: u64, value: u32) {
-        let status = self.notifier.status();
-        if status & status::DRIVER_OK != 0 || status & status::FEATURES_OK == 0 {
-            return;
-        }
-        let max_size = self.selected_max_size();
-        let Some(queue) = usize::try_from(self.registers.selected)
-            .ok()
-            .and_then(|selected| self.registers.queues.get_mut(selected))
-        else {
-            return;
-        };
-        if offset == reg::QUEUE_READY {
-            queue.is_ready = value == 1;
-            return;
-        }
-        if queue.is_ready {
-            return;
-        }
-        match offset {
-            reg::QUEUE_NUM => {
-                // Activation refuses what is not a power of two up to the maximum.
-                queue.size = u16::try_from(value).ok().filter(|&s| s <= max_size).unwrap_or(0);
-            }
-            reg::QUEUE_DESC_LOW => set_low(&mut queue.desc_table, value),
-            reg::QUEUE_DESC_HIGH => set_high(&mut queue.desc_table, value),
-            reg::QUEUE_DRIVER_LOW => set_low(&mut queue.avail_ring, value),
-            reg::QUEUE_DRIVER_HIGH => set_high(&mut queue.avail_ring, value),
-            reg::QUEUE_DEVICE_LOW => set_low(&mut queue.used_ring, value),
-            reg::QUEUE_DEVICE_HIGH => set_high(&mut queue.used_ring, value),
-            _ => {}
-        }
-    }
-
-    fn selected_config(&self) -> Option<&QueueConfig> {
-        self.registers.queues.get(usize::try_from(self.registers.selected).ok()?)
-    }
-
-    fn selected_max_size(&self) -> u16 {
-        usize::try_from(self.registers.selected)
-            .ok()
-            .and_then(|selected| self.device.queue_sizes().get(selected).copied())
-            .unwrap_or(0)
-    }
-
     fn read(&mut self, window: Window, offset: u64, data: &mut [u8]) {
         data.fill(0);
         if self.registers.owner.is_some_and(|owner| owner != window) {
@@ -537,58 +459,6 @@ impl MmioTransport {
     }
 }
 
-/// What is left in the place of a device that was taken out: device ID 0, which drivers skip
-/// (virtio 1.2, 4.2.3.1.1).
-#[derive(Debug)]
-struct Placeholder;
-
-impl VirtioDevice for Placeholder {
-    fn device_id(&self) -> u32 {
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[]
-    }
-
-    fn activate(
-        &mut self,
-        _queues: Vec<VirtQueue>,
-        _features: u64,
-        _saved: Option<&Value>,
-    ) -> Result<Box<dyn Worker>, DeviceError> {
-        Err(DeviceError::Removed)
-    }
-    fn counters(&self) -> Arc<dyn CounterSet> {
-        Arc::new(())
-    }
-}
-
-/// One window of a transport, to put on a bus.
-#[derive(Debug)]
-pub struct WindowDevice {
-    transport: Arc<Mutex<MmioTransport>>,
-    window: Window,
-}
-
-impl WindowDevice {
-    /// `transport` as seen at `window`.
-    pub fn new(transport: Arc<Mutex<MmioTransport>>, window: Window) -> Self {
-        Self { transport, window }
-    }
-}
-
-impl BusDevice for WindowDevice {
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
-        transport.read(self.window, offset, data);
-    }
-    fn write(&self, offset: u64, data: &[u8]) {
-        let mut transport = self.transport.lock().unwrap_or_else(PoisonError::into_inner);
-        transport.write(self.window, offset, data);
-    }
-}
-
 /// 32 bits of `features`: page 0 the low half, page 1 the high one, nothing beyond.
 fn page(features: u64, page: u32) -> u32 {
     let half = match page {
@@ -597,14 +467,6 @@ fn page(features: u64, page: u32) -> u32 {
         _ => 0,
     };
     u32::try_from(half).unwrap_or(0)
-}
-
-fn set_low(address: &mut u64, value: u32) {
-    *address = *address & !0xffff_ffff | u64::from(value);
-}
-
-fn set_high(address: &mut u64, value: u32) {
-    *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }
 
 /// Bytes of `space` from `offset`; what lies past its end stays as it is.
