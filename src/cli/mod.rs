@@ -3,6 +3,7 @@
 //! The name decides the language: called `firecracker`, husk takes that program's flags and speaks
 //! as it does.
 mod ctl;
+mod device_args;
 mod firecracker;
 mod launch;
 mod limits;
