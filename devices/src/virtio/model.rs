@@ -356,14 +356,6 @@ where
     Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
-/// Refuses a setting that is understood but not implemented, so that nobody relies on it.
-pub fn refuse_unsupported<T>(field: &'static str, value: Option<&T>) -> Result<(), DeviceError> {
-    match value {
-        Some(_) => Err(DeviceError::field(field, "is not supported yet")),
-        None => Ok(()),
-    }
-}
-
 /// The run-time change of a model that has none.
 #[derive(Clone, Debug, Default, Serialize, serde::Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
