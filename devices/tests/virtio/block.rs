@@ -391,7 +391,8 @@ fn bytes_per_wake_up_are_bounded_and_nothing_is_lost() {
     // 16 requests of 8 MiB are twice what one wake-up may cost.
     let file = TempFile::new(&[]);
     file.set_len(64 << 20);
-    let machine = Machine::new(open("drives", &config(&file, &json!({}))));
+    let engine = ENGINE.get();
+    let machine = Machine::new(open("drives", &config(&file, &json!({"io_engine": engine}))));
     let mut ring = machine.start(machine.features() & !F_EVENT_IDX).remove(0);
     let mem = &machine.mem;
     mem.write_obj([0u64; 2], GuestAddress(HEADER)).unwrap();
@@ -406,7 +407,8 @@ fn bytes_per_wake_up_are_bounded_and_nothing_is_lost() {
     for slot in 0..16 {
         assert_eq!(ring.used_entry(slot).1, (8 << 20) + 1);
     }
-    assert!(machine.counter("queue_event_count") > 1);
+    // What is in flight is waited for without a kick.
+    assert!(engine == "Async" || machine.counter("queue_event_count") > 1);
 }
 
 #[test]

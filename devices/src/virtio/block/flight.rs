@@ -45,6 +45,8 @@ pub(super) struct Request {
 pub(super) struct Flight {
     ring: Uring,
     requests: Vec<Option<Request>>,
+    /// Of data, of all of them.
+    bytes: u64,
     /// Storage of requests that have ended, for the next ones.
     spare: Vec<Buffers>,
 }
@@ -54,7 +56,7 @@ impl Flight {
     pub(super) fn new(mem: GuestRam) -> std::io::Result<Self> {
         let ring = Uring::new(QUEUE_SIZE, mem)?;
         let requests = (0..QUEUE_SIZE).map(|_| None).collect();
-        Ok(Self { ring, requests, spare: Vec::new() })
+        Ok(Self { ring, requests, bytes: 0, spare: Vec::new() })
     }
 
     /// The ring: its event, its waiting.
@@ -65,6 +67,11 @@ impl Flight {
     /// Readable when a request has ended.
     pub(super) fn event(&self) -> &vmm_sys_util::eventfd::EventFd {
         self.ring.event()
+    }
+
+    /// Bytes of data in flight.
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
     }
 
     /// Begins the request in `chain`, which was found to be in order.
@@ -93,6 +100,7 @@ impl Flight {
         };
         match begun {
             Ok(()) => {
+                self.bytes = self.bytes.saturating_add(bytes);
                 *place = Some(Request { kind, offset, bytes, begun: Instant::now(), buffers });
                 Ok(())
             }
@@ -109,6 +117,7 @@ impl Flight {
             let ended = self.ring.next_ended()?;
             let place = self.requests.get_mut(usize::from(ended.token));
             if let Some(request) = place.and_then(Option::take) {
+                self.bytes = self.bytes.saturating_sub(request.bytes);
                 return Some((ended.token, request, ended.result));
             }
         }

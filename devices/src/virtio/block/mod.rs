@@ -340,7 +340,7 @@ impl VirtioDevice for Block {
             }
         };
         let executor = Executor { disk, id, features, limiter, flight, counters };
-        Ok(Box::new(BlockWorker { requests, executor }))
+        Ok(Box::new(BlockWorker { requests, executor, is_held: false }))
     }
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
@@ -400,6 +400,8 @@ fn config_space(size: u64, is_writable: bool) -> [u8; 60] {
 struct BlockWorker {
     requests: VirtQueue,
     executor: Executor,
+    /// There may be more to serve when what is in flight has come down.
+    is_held: bool,
 }
 
 const KICK: usize = 0;
@@ -407,7 +409,7 @@ const KICK: usize = 0;
 impl BlockWorker {
     /// Gives the driver what the host has done meanwhile.
     fn give_back(&mut self) {
-        let Self { requests, executor } = self;
+        let Self { requests, executor, .. } = self;
         let Some(flight) = &executor.flight else { return };
         // EAGAIN if nothing has ended: the look at the ring tells, too.
         let _ = flight.event().read();
@@ -428,13 +430,17 @@ impl Worker for BlockWorker {
 
     fn ready(&mut self, source: usize) -> Watch {
         self.give_back();
-        let Self { requests, executor } = self;
+        let Self { requests, executor, is_held } = self;
         match source {
             KICK => executor.counters.queue_event_count().inc(),
             _ if executor.limiter.has_fired() => executor.counters.rate_limiter_event_count().inc(),
+            _ if *is_held => {}
             _ => return Watch::Keep,
         }
-        let mut budget = MAX_REQUEST_BYTES;
+        *is_held = false;
+        // What is in flight must be finished before a pause, so there is no more of it than that.
+        let in_flight = |executor: &Executor| executor.flight.as_ref().map_or(0, Flight::bytes);
+        let mut budget = MAX_REQUEST_BYTES.saturating_sub(in_flight(executor));
         requests.serve(|chain| {
             if budget == 0 {
                 return Served::Later;
@@ -453,7 +459,10 @@ impl Worker for BlockWorker {
             log::error!("drive: io_uring: {e}");
         }
         if budget == 0 {
-            requests.kick_again();
+            *is_held = in_flight(executor) >= MAX_REQUEST_BYTES;
+            if !*is_held {
+                requests.kick_again();
+            }
         }
         executor.limiter.settle();
         Watch::Keep
