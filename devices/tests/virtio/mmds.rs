@@ -110,8 +110,9 @@ impl World {
                 (here, u32::try_from(piece.len()).unwrap(), false)
             })
             .collect();
-        self.tx.add(&buffers);
+        // Looked at first: the device may serve the chain before it is kicked.
         let count = self.tx.used_idx().wrapping_add(1);
+        self.tx.add(&buffers);
         self.machine.finish(&self.tx, count);
     }
 
