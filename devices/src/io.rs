@@ -189,13 +189,9 @@ impl IoThread {
         })
     }
 
-    /// Puts `worker` to work, as soon as the thread has time. Waits for nobody.
-    pub fn add(&self, worker: Box<dyn Worker>) -> Result<Ticket, IoError> {
-        self.add_leasing(worker, None)
-    }
-
-    /// The same for a worker on guest memory that can go away.
-    pub fn add_leasing(
+    /// Puts `worker` to work, as soon as the thread has time. Waits for nobody. `leases` are those of
+    /// guest memory that can go away, if the worker works on such.
+    pub fn add(
         &self,
         worker: Box<dyn Worker>,
         leases: Option<Arc<Leases>>,
@@ -301,7 +297,7 @@ mod tests {
         let (go_on, waits) = sync_channel(1);
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         let remote = kick.try_clone().unwrap();
-        let ticket = io.add(Box::new(Stuck { kick, busy, go_on: waits })).unwrap();
+        let ticket = io.add(Box::new(Stuck { kick, busy, go_on: waits }), None).unwrap();
         remote.write(1).unwrap();
         is_busy.recv().unwrap();
         assert!(matches!(io.take(ticket), Err(IoError::Busy)));
@@ -317,7 +313,7 @@ mod tests {
         let (go_on, waits) = sync_channel(1);
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
         kick.write(1).unwrap();
-        io.add(Box::new(Stuck { kick, busy, go_on: waits })).unwrap();
+        io.add(Box::new(Stuck { kick, busy, go_on: waits }), None).unwrap();
         is_busy.recv().unwrap();
         let started = Instant::now();
         drop(io);

@@ -669,7 +669,7 @@ mod tests {
         let total: usize = std::env::var("HUSK_FLOOD").map_or(1 << 20, |n| n.parse().unwrap());
         let Rig { serial, input, line: _, user } = Rig::new("flood");
         let io = IoThread::spawn("serial").unwrap();
-        io.add(Box::new(input)).unwrap();
+        io.add(Box::new(input), None).unwrap();
         let writer = std::thread::spawn(move || {
             let mut user = user;
             let chunk: Vec<u8> = (0..251).collect();
@@ -704,7 +704,7 @@ mod tests {
             Serial::new(Box::new(Arc::new(AtomicUsize::new(0))), console).unwrap();
         serial.lock().unwrap().write_burst(DATA, 1, b"<ready>");
         let io = IoThread::spawn("serial").unwrap();
-        io.add(Box::new(input)).unwrap();
+        io.add(Box::new(input), None).unwrap();
         while has_quit.try_recv().is_err() {
             if std::env::var_os("HUSK_TEST_HANGS").is_some() {
                 continue;

@@ -265,7 +265,7 @@ impl MmioTransport {
         let _lease = self.mem.lease();
         let worker = self.device.activate(queues, self.registers.driver_features, saved)?;
         let leases = self.mem.leases().cloned();
-        self.stage = Stage::Running(self.io.add_leasing(worker, leases)?);
+        self.stage = Stage::Running(self.io.add(worker, leases)?);
         // What was kicked while nobody listened, or before a save, is looked at once.
         for kick in &self.kicks {
             kick.write(1).map_err(DeviceError::host("cannot kick a queue"))?;
