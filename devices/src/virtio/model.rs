@@ -90,6 +90,8 @@ pub trait Model: VirtioDevice + Sized + 'static {
     const PATH: &'static str = Self::NAME;
     /// Whether a VM may have several, told apart by id.
     const MANY: bool = false;
+    /// The field of configuration and change that holds the id, of a model with [`Self::MANY`].
+    const ID_FIELD: &'static str = "";
     /// Whether more may follow the path in the API, and means nothing: `/vsock/vsock0`.
     const IGNORES_REST: bool = false;
     /// Whether `DELETE` takes it from a running VM.
@@ -452,6 +454,8 @@ pub struct Row {
     pub name: &'static str,
     /// [`Model::MANY`].
     pub is_many: bool,
+    /// [`Model::ID_FIELD`].
+    pub id_field: &'static str,
     /// [`Model::PATH`].
     pub path: &'static str,
     /// [`Model::IGNORES_REST`].
@@ -483,6 +487,7 @@ pub const fn row<M: Model>() -> Row {
     Row {
         name: M::NAME,
         is_many: M::MANY,
+        id_field: M::ID_FIELD,
         path: M::PATH,
         ignores_rest: M::IGNORES_REST,
         is_removable: M::REMOVABLE,

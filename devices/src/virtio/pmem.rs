@@ -120,6 +120,7 @@ counters! {
 impl Model for Pmem {
     const NAME: &'static str = "pmem";
     const MANY: bool = true;
+    const ID_FIELD: &'static str = "id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A file in the guest's memory, past its page cache";
@@ -207,9 +208,6 @@ impl VirtioDevice for Pmem {
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let patch = Patch::deserialize(patch)?;
-        if patch.id != self.config.id {
-            return Err(DeviceError::field("id", format!("{:?} is not this device", patch.id)));
-        }
         self.limits.update(patch.rate_limiter.as_ref());
         Ok(Change::Silent)
     }

@@ -224,6 +224,7 @@ counters! {
 impl Model for Block {
     const NAME: &'static str = "drives";
     const MANY: bool = true;
+    const ID_FIELD: &'static str = "drive_id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A disk: a file or block device of the host";
@@ -360,10 +361,6 @@ impl VirtioDevice for Block {
 impl Block {
     fn try_update(&mut self, patch: &Value) -> Result<Change, DeviceError> {
         let patch = Patch::deserialize(patch)?;
-        if patch.drive_id != self.config.drive_id {
-            let why = format!("{:?} is not this drive", patch.drive_id);
-            return Err(DeviceError::field("drive_id", why));
-        }
         let Some(path) = patch.path_on_host else {
             self.limits.update(patch.rate_limiter.as_ref());
             return Ok(Change::Silent);

@@ -160,10 +160,6 @@ impl VirtioDevice for VhostUserBlock {
     /// Without anything to change, what the back end has changed is read again.
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let patch = Patch::deserialize(patch)?;
-        if patch.drive_id != self.drive_id {
-            let why = format!("{:?} is not this drive", patch.drive_id);
-            return Err(DeviceError::field("drive_id", why));
-        }
         let theirs = "belongs to the back end of this drive";
         if patch.path_on_host.is_some() {
             return Err(DeviceError::field("path_on_host", theirs));

@@ -226,6 +226,7 @@ impl Net {
 impl Model for Net {
     const NAME: &'static str = "network-interfaces";
     const MANY: bool = true;
+    const ID_FIELD: &'static str = "iface_id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
@@ -321,10 +322,6 @@ impl VirtioDevice for Net {
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {
         let patch = Patch::deserialize(patch)?;
-        if patch.iface_id != self.id {
-            let why = format!("{:?} is not this interface", patch.iface_id);
-            return Err(DeviceError::field("iface_id", why));
-        }
         self.rx_limits.update(patch.rx_rate_limiter.as_ref());
         self.tx_limits.update(patch.tx_rate_limiter.as_ref());
         Ok(Change::Silent)
