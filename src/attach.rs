@@ -7,7 +7,9 @@ use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::metrics::CounterSet;
 use devices::observer::{Happening, Observer};
-use devices::virtio::mmio::{MmioTransport, QUEUE_NOTIFY, WINDOW_SIZE, Window, WindowDevice};
+use devices::virtio::mmio::{
+    MmioTransport, QUEUE_NOTIFY, Saved, WINDOW_SIZE, Window, WindowDevice,
+};
 use devices::virtio::notifier::{self, Interrupt, Notifier};
 use kvm_ioctls::{IoEventAddress, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -22,6 +24,8 @@ use crate::parts::{Part, eventfd};
 pub(crate) struct Attached {
     pub(crate) model: &'static str,
     pub(crate) id: String,
+    /// Which place it has.
+    pub(crate) index: usize,
     pub(crate) place: VirtioMmio,
     pub(crate) transport: Arc<Mutex<MmioTransport>>,
     pub(crate) counters: Arc<notifier::Counters>,
@@ -82,8 +86,13 @@ pub(crate) struct Slots<'a> {
 
 impl Slots<'_> {
     /// Gives the device with `index` its place: addresses and interrupt follow from the index, so a
-    /// machine that is put together again looks the same.
-    pub(crate) fn attach(&mut self, index: usize, part: Part) -> Result<Attached, Refusal> {
+    /// machine that is put together again looks the same. A device that was `saved` is paused.
+    pub(crate) fn attach(
+        &mut self,
+        index: usize,
+        part: Part,
+        saved: Option<&Saved>,
+    ) -> Result<Attached, Refusal> {
         let Part { model, id, device, counters, watch } = part;
         let full = Refusal::TooManyDevices(layout::VIRTIO_IRQS.len());
         let place = places().nth(index).ok_or(full)?;
@@ -102,7 +111,7 @@ impl Slots<'_> {
             notifier = notifier.observed_by(watch.clone());
         }
         let transport =
-            MmioTransport::new(device, self.memory.clone(), notifier, io, None).map_err(failed)?;
+            MmioTransport::new(device, self.memory.clone(), notifier, io, saved).map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
             for window in [place.acpi_window, place.cmdline_window] {
                 let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
@@ -118,7 +127,7 @@ impl Slots<'_> {
             let device = WindowDevice::new(transport.clone(), window);
             insert(self.mmio, base, WINDOW_SIZE, Arc::new(device));
         }
-        Ok(Attached { model, id, place, transport, counters, own_counters, watch })
+        Ok(Attached { model, id, index, place, transport, counters, own_counters, watch })
     }
 }
 

@@ -9,6 +9,7 @@
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
 use devices::mmds::Mmds;
@@ -26,6 +27,7 @@ use crate::machine::{Machine, Name, ThreadNames};
 use crate::metrics::{self, Metrics, Source, micros_since};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
+use crate::snapshot::{Image, LoadParams, Saving, SnapshotError, SnapshotParams};
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -70,6 +72,8 @@ pub(crate) struct Controller {
     /// The guest's metadata, whether it can reach them or not.
     mmds: Arc<Mmds>,
     waiting: Vec<Respond>,
+    /// The thread that writes a snapshot.
+    saving: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Controller {
@@ -85,7 +89,7 @@ impl Controller {
         let mmds = Arc::new(Mmds::new(config.defaults.mmds_size_limit));
         let metrics = Metrics::new(id, started, counters, mmds.counters());
         let phase = Phase::Configuring(Box::new(config));
-        Self { identity, phase, hub, metrics, mmds, waiting: Vec::new() }
+        Self { identity, phase, hub, metrics, mmds, waiting: Vec::new(), saving: None }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
@@ -93,6 +97,7 @@ impl Controller {
         match (request, self.ending()) {
             (Request::Wait, None) => self.waiting.push(respond),
             (Request::Wait, Some(ending)) => respond(Ok(json!(ending))),
+            (Request::Snapshot(params), None) => self.snapshot(params, respond),
             (request, _) => respond(self.handle(request)),
         }
     }
@@ -129,7 +134,11 @@ impl Controller {
                 self.hub.subscribe(sink);
                 Ok(self.describe())
             }
-            Request::Wait => Err(Refusal::Gone),
+            Request::Load(params) => done(self.load(&params)),
+            // Answered elsewhere, as they may take a while; only the VM's end brings them here.
+            Request::Wait | Request::Snapshot(_) => {
+                Err(self.ending().map_or(Refusal::Gone, |ending| Refusal::Ended(ending.clone())))
+            }
         }
     }
 
@@ -251,10 +260,16 @@ impl Controller {
 
     fn start(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
-        self.start_with(config)
+        self.start_with(config, None, false)
     }
 
-    fn start_with(&mut self, config: VmConfig) -> Result<(), Refusal> {
+    /// Starts what is configured, or restores what was saved so.
+    fn start_with(
+        &mut self,
+        config: VmConfig,
+        image: Option<&Image>,
+        is_paused: bool,
+    ) -> Result<(), Refusal> {
         let Identity { names, started, quit, announce, .. } = self.identity.clone();
         let mut watch = Stopwatch::start(started);
         // Opened by now, or wanted by the request to start, which may yet be refused.
@@ -262,19 +277,22 @@ impl Controller {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        let mut parts = Parts::open(&config, names.io, quit, &self.mmds)?;
+        let serial = image.map(|image| &image.document.machine.legacy.serial);
+        let mut parts = Parts::open(&config, names.io, quit, &self.mmds, serial)?;
         parts.observe(&mut self.hub)?;
         watch.phases.opened_us = watch.lap();
         let serial_path = parts.serial_path.clone();
-        let machine = Machine::assemble(&config, parts, names, &mut watch)?;
+        let machine = Machine::assemble(&config, parts, names, &mut watch, image)?;
         if let Some(path) = &serial_path {
             announce(path);
             self.hub.publish(What::SerialPath { path: path.clone() });
         }
         let runs_since = Instant::now();
-        machine.run();
+        if !is_paused {
+            machine.run();
+        }
         let boot = finish(watch);
-        let live = Live { config, machine, serial_path, is_paused: false, boot };
+        let live = Live { config, machine, serial_path, is_paused, boot };
         self.metrics.adopt(metrics);
         self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
@@ -297,7 +315,50 @@ impl Controller {
             config.check()?;
             config.start_log()?;
         }
-        self.start_with(config)
+        self.start_with(config, None, false)
+    }
+
+    /// Restores a VM. All or nothing: what was configured before stays if this is refused.
+    fn load(&mut self, params: &LoadParams) -> Result<(), Refusal> {
+        let before = self.configuring()?.clone();
+        let image = Image::load(params)?;
+        let mut config = image.config()?;
+        // These are of this process.
+        (config.defaults, config.logger, config.metrics) =
+            (before.defaults, before.logger, before.metrics);
+        self.start_with(config, Some(&image), !params.resume_vm)
+    }
+
+    /// Begins a snapshot; a thread of its own sees it through and answers, while the guest goes on.
+    fn snapshot(&mut self, params: SnapshotParams, respond: Respond) {
+        let saving = match self.begin_snapshot(&params) {
+            Ok(saving) => saving,
+            Err(e) => return respond(Err(e)),
+        };
+        let finish = move || respond(done(saving.finish().map_err(Refusal::Snapshot)));
+        let thread = std::thread::Builder::new().name("husk_snapshot".into()).spawn(finish);
+        match thread {
+            Ok(thread) => self.saving = Some(thread),
+            // The closure is gone, and with it whoever was to be answered: they are told so.
+            Err(e) => log::error!("cannot start a thread to write a snapshot: {e}"),
+        }
+    }
+
+    fn begin_snapshot(&mut self, params: &SnapshotParams) -> Result<Saving, Refusal> {
+        if self.saving.as_ref().is_some_and(|thread| !thread.is_finished()) {
+            return Err(SnapshotError::Busy.into());
+        }
+        let Live { config, machine, is_paused, .. } = self.live()?;
+        if !*is_paused {
+            machine.pause()?;
+        }
+        let state = machine.save();
+        let saving = state
+            .and_then(|state| Ok(Saving::begin(params, config.to_json(), state, machine.ram())?));
+        if !*is_paused {
+            machine.run();
+        }
+        saving
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {
@@ -354,7 +415,7 @@ impl Controller {
     pub(crate) fn heed_outcome(&mut self) {
         let Phase::Live(live) = &self.phase else { return };
         let Some(ending) = live.machine.outcome().get().cloned() else { return };
-        let restarts = live.config.on_reboot() == OnReboot::Restart;
+        let restarts = live.config.on_reboot() == OnReboot::Restart && live.machine.can_reboot();
         if ending == Ending::Reset && restarts {
             self.reboot();
         } else {
@@ -373,7 +434,7 @@ impl Controller {
         let mut watch = Stopwatch::start(started);
         let machine = machine.dismantle().and_then(|parts| {
             watch.phases.opened_us = watch.lap();
-            Machine::assemble(&config, parts, names, &mut watch)
+            Machine::assemble(&config, parts, names, &mut watch, None)
         });
         match machine {
             Ok(machine) => {

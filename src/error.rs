@@ -6,6 +6,7 @@ use devices::backend::file::is_shortage;
 use devices::virtio::model::DeviceError;
 
 use crate::exit::ExitCode;
+use crate::snapshot::SnapshotError;
 
 /// The API answers each with status 400 and its text; the command line prints its chain.
 #[derive(Debug, thiserror::Error)]
@@ -137,6 +138,12 @@ pub enum Refusal {
     /// More devices than interrupt lines.
     #[error("a microVM has room for {0} virtio devices")]
     TooManyDevices(usize),
+    /// The guest reset itself, and what it was booted from is not here.
+    #[error("the VM was restored, and what it was booted from is not here")]
+    NoKernel,
+    /// A snapshot cannot be made, or is not restored.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// The VMM is gone: the process is on its way out.
     #[error("the microVM is being torn down")]
     Gone,
@@ -165,6 +172,7 @@ impl Refusal {
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Console(e) if is_shortage(e) => ExitCode::Host,
             Self::ConfigFile { why, .. } => why.exit_code(),
+            Self::Snapshot(e) => e.exit_code(),
             Self::Gone => ExitCode::Internal,
             _ => ExitCode::Config,
         }

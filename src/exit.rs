@@ -19,6 +19,8 @@ pub enum ExitCode {
     GuestCrash = 5,
     /// KVM could not go on: internal error, failed entry.
     Kvm = 6,
+    /// A snapshot is damaged, or is not one for this host.
+    Snapshot = 7,
     /// I/O on the control side failed while the VM ran.
     Runtime = 8,
     /// A bug in husk.

@@ -22,6 +22,7 @@ mod outcome;
 mod parts;
 mod request;
 mod signals;
+mod snapshot;
 mod vcpu;
 mod vm;
 mod vmm;
@@ -43,6 +44,10 @@ pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};
 pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
+pub use snapshot::{
+    Image, LoadParams, MemoryBackend, MemoryBackendType, SnapshotError, SnapshotParams,
+    SnapshotType,
+};
 pub use vm::Vm;
 
 /// The README's program is compiled with the documentation tests.

@@ -1,4 +1,4 @@
-//! A virtual machine, put together and taken apart. Boot, reboot and restore are one path:
+//! A virtual machine, put together, saved, taken apart. Boot, reboot and restore are one path:
 //! [`Machine::assemble`].
 //!
 //! Order matters: memory slots come before the interrupt controllers, because KVM waits for a grace
@@ -6,7 +6,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arch::{Entry, Platform, Topology, layout};
+use arch::{Clock, Entry, HostCpu, Platform, Topology, VcpuState, VmState, layout};
 use devices::GuestRam;
 use devices::bus::Bus;
 use devices::legacy::acpi::Acpi;
@@ -27,11 +27,12 @@ use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::boot::Stopwatch;
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
-use crate::memory;
+use crate::memory::{self, Ram};
 use crate::metrics::Source;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
 use crate::request::Reply;
+use crate::snapshot::{DeviceState, Image, LegacyState, MachineState, SnapshotError};
 use crate::vcpu::{Unclaimed, Vcpus, World};
 
 /// Appended to the command line of the demo guest only: it prints the time since then.
@@ -44,13 +45,22 @@ const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(crate) struct Machine {
     vcpus: Vcpus,
-    _vm: Arc<VmFd>,
+    vm: Arc<VmFd>,
     outcome: Arc<Outcome>,
+    legacy: Legacy,
+    devices: Vec<Attached>,
+    has_pit: bool,
+    rest: Rest,
+    ram: Ram,
+    _memory: GuestRam,
+}
+
+/// The devices of a PC that are made with the machine.
+#[derive(Debug)]
+struct Legacy {
     acpi: Arc<Mutex<Acpi>>,
     i8042: Arc<Mutex<I8042>>,
-    devices: Vec<Attached>,
-    rest: Rest,
-    _memory: GuestRam,
+    rtc: Arc<Mutex<Rtc>>,
 }
 
 /// The parts that are not built into the machine, kept to build it again.
@@ -83,13 +93,16 @@ pub(crate) struct ThreadNames {
 }
 
 impl Machine {
-    /// Puts a machine together; its vCPUs are parked at the first instruction.
+    /// Puts a machine together; its vCPUs are parked at the first instruction, or where they were when
+    /// `image` was made.
     pub(crate) fn assemble(
         config: &VmConfig,
         mut parts: Parts,
         names: ThreadNames,
         watch: &mut Stopwatch,
+        image: Option<&Image>,
     ) -> Result<Self, Refusal> {
+        let saved = image.map(|image| &image.document.machine);
         let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
         let boot_us = watch.since_start();
@@ -97,10 +110,10 @@ impl Machine {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         watch.phases.vm_us = watch.lap();
-        let ram = memory::map(&config.machine, config.sharing())?;
-        memory::register(&vm, &ram, &config.machine)?;
+        let ram = memory::map(&config.machine, config.sharing(), image.map(|i| &i.memory))?;
+        memory::register(&vm, &ram.guest, &config.machine)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
-        let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
+        let memory = memory::place(&vm, host, &ram.guest, &mut parts.devices)?;
         watch.phases.memory_us = watch.lap();
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
@@ -109,12 +122,16 @@ impl Machine {
             vm.create_pit2(pit).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
         }
         disable_pmu(&vm);
-        let kernel = parts.kernel.load(&ram)?;
+        let kernel = match (saved, &parts.kernel) {
+            (Some(_), _) => None,
+            (None, Some(kernel)) => Some(kernel.load(&ram.guest)?),
+            (None, None) => return Err(Refusal::NoKernel),
+        };
         watch.phases.kernel_us = watch.lap();
 
         let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
-        let (acpi, i8042) = legacy(&vm, &parts, &outcome, &mut pio)?;
+        let legacy = legacy(&vm, &parts, &outcome, &mut pio)?;
         if let Some(timer) = &parts.boot_timer {
             insert(&mut mmio, layout::BOOT_TIMER, boot_timer::LEN, timer.clone());
         }
@@ -125,30 +142,42 @@ impl Machine {
         let devices = std::mem::take(&mut parts.devices)
             .into_iter()
             .enumerate()
-            .map(|(index, part)| slots.attach(index, part))
+            .map(|(index, part)| match saved {
+                None => slots.attach(index, part, None),
+                Some(saved) => {
+                    let saved = saved.device(part.model, &part.id)?;
+                    slots.attach(saved.place, part, Some(&saved.state))
+                }
+            })
             .collect::<Result<Vec<_>, _>>()?;
 
         watch.phases.devices_us = watch.lap();
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
-        let places: Vec<_> = devices.iter().map(|d| d.place).collect();
-        let mut cmdline = command_line(config);
-        if config.is_demo() {
-            cmdline.push_str(&format!(" {DEMO_TIME}={boot_us}"));
+        if let Some(kernel) = &kernel {
+            let places: Vec<_> = devices.iter().map(|d| d.place).collect();
+            let mut cmdline = command_line(config);
+            if config.is_demo() {
+                cmdline.push_str(&format!(" {DEMO_TIME}={boot_us}"));
+            }
+            let apic_ids = topology.apic_ids();
+            let initrd = parts.initrd.as_ref();
+            Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
+                .write(&ram.guest, kernel)?;
+            let Entry { protocol, addr, .. } = kernel;
+            log::info!("assembled: {protocol} kernel at {addr:#x}, command line: {cmdline}");
         }
-        let apic_ids = topology.apic_ids();
-        let initrd = parts.initrd.as_ref();
-        Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
-            .write(&ram, &kernel)?;
-        let fds = create_vcpus(&vm, &parts, config, topology, &kernel)?;
+        let fds = create_vcpus(&vm, &parts, config, topology, kernel.as_ref())?;
+        if let Some(saved) = saved {
+            saved.write(&vm, &fds)?;
+            legacy.restore(&saved.legacy);
+        }
         let counters = parts.counters.vcpus.clone();
         let unclaimed = Unclaimed::default();
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
         watch.phases.vcpus_us = watch.lap();
-        let protocol = kernel.protocol;
-        log::info!("assembled: {protocol} kernel at {:#x}, command line: {cmdline}", kernel.addr);
-        let rest = Rest(parts);
-        Ok(Self { vcpus, outcome, acpi, i8042, devices, rest, _vm: vm, _memory: memory })
+        let (rest, has_pit) = (Rest(parts), config.machine.pit);
+        Ok(Self { vcpus, vm, outcome, legacy, devices, has_pit, rest, ram, _memory: memory })
     }
 
     /// Takes the machine apart, so that it can be put together again: devices stop, and give back
@@ -191,6 +220,44 @@ impl Machine {
                 lock(transport).pause().map_err(|e| Name { model, id }.refused(e))
             });
         paused.inspect_err(|_| self.run())
+    }
+
+    /// The state of a machine that is paused.
+    pub(crate) fn save(&self) -> Result<MachineState, Refusal> {
+        let Rest(parts) = &self.rest;
+        let msr_indices = HostCpu::msr_indices(&parts.kvm).map_err(SnapshotError::State)?;
+        let mut vcpus = Vec::new();
+        self.vcpus
+            .each(|_, vcpu| {
+                vcpus.push(VcpuState::read(&self.vm, vcpu, &msr_indices)?);
+                Ok(())
+            })
+            .map_err(SnapshotError::State)?;
+        let vm = VmState::read(&self.vm, self.has_pit).map_err(SnapshotError::State)?;
+        let devices = self.devices.iter().map(|device| DeviceState {
+            model: device.model.into(),
+            id: device.id.clone(),
+            place: device.index,
+            state: lock(&device.transport).save(),
+        });
+        let Legacy { acpi, i8042, rtc } = &self.legacy;
+        let legacy = LegacyState {
+            serial: lock(&parts.serial).state(),
+            i8042: lock(i8042).state(),
+            rtc: lock(rtc).state(),
+            acpi: lock(acpi).state(),
+        };
+        Ok(MachineState { vm, vcpus, legacy, devices: devices.collect() })
+    }
+
+    /// Whether what it was booted from is here.
+    pub(crate) fn can_reboot(&self) -> bool {
+        self.rest.0.kernel.is_some()
+    }
+
+    /// Its RAM.
+    pub(crate) fn ram(&self) -> &Ram {
+        &self.ram
     }
 
     /// Applies a run-time change to a device, or to a view of it.
@@ -237,12 +304,12 @@ impl Machine {
 
     /// Presses the power button.
     pub(crate) fn press_power_button(&self) {
-        lock(&self.acpi).press_power_button();
+        lock(&self.legacy.acpi).press_power_button();
     }
 
     /// Presses Ctrl-Alt-Del. False if the guest does not read its keyboard.
     pub(crate) fn ctrl_alt_del(&self) -> bool {
-        lock(&self.i8042).ctrl_alt_del()
+        lock(&self.legacy.i8042).ctrl_alt_del()
     }
 
     /// How the run ended, and the descriptor that says so.
@@ -285,7 +352,39 @@ fn disable_pmu(vm: &VmFd) {
     }
 }
 
-type Legacy = (Arc<Mutex<Acpi>>, Arc<Mutex<I8042>>);
+impl Legacy {
+    /// Puts the devices into the state in which they were saved.
+    fn restore(&self, saved: &LegacyState) {
+        // The serial port was made with its state.
+        let LegacyState { serial: _, i8042, rtc, acpi } = saved.clone();
+        lock(&self.i8042).set_state(i8042);
+        lock(&self.rtc).set_state(rtc);
+        lock(&self.acpi).set_state(acpi);
+    }
+}
+
+impl MachineState {
+    /// Gives KVM its part of it.
+    fn write(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<(), SnapshotError> {
+        if vcpus.len() != self.vcpus.len() {
+            let (is, want) = (self.vcpus.len(), vcpus.len());
+            let why = format!("it has the state of {is} vCPUs, of which it should have {want}");
+            return Err(SnapshotError::Inconsistent(why));
+        }
+        for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
+            state.write(vm, vcpu)?;
+            // Tells the guest's watchdogs that the time until now was not its own. Refused where the
+            // guest does not use kvm-clock.
+            let _ = vcpu.kvmclock_ctrl();
+        }
+        Ok(self.vm.write(vm, Clock::GoesOn)?)
+    }
+
+    fn device(&self, model: &str, id: &str) -> Result<&DeviceState, SnapshotError> {
+        let found = self.devices.iter().find(|d| d.model == model && d.id == id);
+        found.ok_or_else(|| SnapshotError::Inconsistent(format!("it has no state of {model} {id}")))
+    }
+}
 
 /// Puts the devices of a PC in their places.
 fn legacy(
@@ -306,8 +405,9 @@ fn legacy(
     );
     let i8042 = Arc::new(Mutex::new(i8042));
     insert(pio, layout::I8042_DATA, 5, i8042.clone());
-    insert(pio, layout::RTC, 2, Arc::new(Mutex::new(Rtc::default())));
-    Ok((acpi, i8042))
+    let rtc = Arc::new(Mutex::new(Rtc::default()));
+    insert(pio, layout::RTC, 2, rtc.clone());
+    Ok(Legacy { acpi, i8042, rtc })
 }
 
 /// The kernel's command line: what the user gave, what devices add, and where devices are.
@@ -324,14 +424,14 @@ fn create_vcpus(
     parts: &Parts,
     config: &VmConfig,
     topology: Topology,
-    kernel: &Entry,
+    kernel: Option<&Entry>,
 ) -> Result<Vec<VcpuFd>, Refusal> {
     topology
         .apic_ids()
         .into_iter()
         .map(|id| {
             let vcpu = vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
-            let entry = (id == 0).then_some(kernel);
+            let entry = kernel.filter(|_| id == 0);
             parts.cpu.configure(&vcpu, id, topology, entry).map_err(|e| setup(e, config.cpu()))?;
             Ok(vcpu)
         })

@@ -1,21 +1,64 @@
 //! Guest memory. Here RAM: mapped, and registered with KVM; what devices bring along is in `own`.
 #![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
 
+mod dump;
 mod own;
 
 use std::fs::File;
 
-use arch::{GuestRam as Ram, layout};
+use arch::{GuestRam, layout};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
-use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
+pub(crate) use self::dump::{Dump, Patch};
 pub(crate) use self::own::{Host, place};
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
+use crate::snapshot::MemoryImage;
+
+/// Guest RAM, mapped.
+#[derive(Debug)]
+pub(crate) struct Ram {
+    pub(crate) guest: GuestRam,
+    /// What is behind pages that nobody has written since, if it is not zeros.
+    image: Option<MemoryImage>,
+}
+
+impl Ram {
+    /// Bytes, which are as many in an image of it.
+    pub(crate) fn len(&self) -> u64 {
+        self.guest.iter().map(GuestMemoryRegion::len).sum()
+    }
+
+    /// Where a guest address is in an image, which is RAM without the hole. The address is one of the
+    /// layout's, and in RAM of any size.
+    pub(crate) fn offset_of(&self, addr: u64) -> u64 {
+        debug_assert!(addr < layout::RAM_MIN);
+        addr
+    }
+
+    /// Begins to copy all of it to `target`, as it is now.
+    pub(crate) fn dump(&self, patch: Patch, target: &File) -> std::io::Result<Dump> {
+        let mut start = 0;
+        let mut pieces = Vec::new();
+        for region in self.guest.iter() {
+            let base = self.image.as_ref().map(|image| image.extents.clone());
+            pieces.push(dump::Piece { host: host_addr(region)?, len: region.len(), start, base });
+            start += region.len();
+        }
+        dump::begin(&pieces, patch, target)
+    }
+}
+
+/// Where a region of RAM is in this process.
+fn host_addr(region: &GuestRegionMmap<()>) -> std::io::Result<u64> {
+    let addr = region.get_host_address(MemoryRegionAddress(0));
+    addr.map(|addr| addr as u64).map_err(std::io::Error::other)
+}
 
 /// What may map guest RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,14 +69,19 @@ pub(crate) enum Sharing {
     Shared,
 }
 
-/// Maps the RAM that `machine` asks for: zero, not yet backed by anything.
-pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<Ram, Refusal> {
+/// Maps the RAM that `machine` asks for: zero, or what `image` holds, not yet backed by anything.
+pub(crate) fn map(
+    machine: &MachineConfig,
+    sharing: Sharing,
+    image: Option<&MemoryImage>,
+) -> Result<Ram, Refusal> {
     let size = machine.mem_size_bytes();
     let what = || cannot_map(machine);
     check(machine)?;
-    let mut flags = match sharing {
-        Sharing::Private => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
-        Sharing::Shared => libc::MAP_SHARED,
+    let mut flags = match (sharing, image) {
+        (Sharing::Private, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        (Sharing::Private, Some(_)) => libc::MAP_PRIVATE,
+        (Sharing::Shared, _) => libc::MAP_SHARED,
     };
     // Reserved in the one case: a pool that runs dry later would be a SIGBUS in the guest.
     flags |= match machine.huge_pages {
@@ -41,12 +89,19 @@ pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<Ram, Refu
         HugePages::None | HugePages::Transparent => libc::MAP_NORESERVE,
     };
     let mut regions = Vec::new();
+    let mut offset = 0;
     for (start, len) in layout::ram_ranges(size) {
-        let file = match sharing {
-            Sharing::Private => None,
-            Sharing::Shared => Some(file(machine, len).map_err(Refusal::host(what()))?),
+        let file = match (sharing, image) {
+            (Sharing::Private, None) => None,
+            (Sharing::Private, Some(image)) => {
+                Some(FileOffset::from_arc(image.file.clone(), offset))
+            }
+            (Sharing::Shared, _) => {
+                let file = file(machine, len).map_err(Refusal::host(what()))?;
+                Some(FileOffset::new(file, 0))
+            }
         };
-        let file = file.map(|file| FileOffset::new(file, 0));
+        offset += len;
         let len = usize::try_from(len).map_err(|_| too_big(what()))?;
         let region = MmapRegion::build(file, len, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
@@ -59,8 +114,9 @@ pub(crate) fn map(machine: &MachineConfig, sharing: Sharing) -> Result<Ram, Refu
             .map_err(Refusal::host("cannot keep guest memory out of core dumps"))?;
         regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
     }
-    Ram::from_regions(regions)
-        .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })
+    let guest = GuestRam::from_regions(regions)
+        .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
+    Ok(Ram { guest, image: image.cloned() })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.
@@ -117,21 +173,16 @@ fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {
 /// Shows `ram` to the guest. Before the irqchip exists: afterwards KVM waits for a grace period of
 /// several milliseconds at each slot. KVM remembers the pages that the guest writes if `machine` says
 /// so.
-pub(crate) fn register(vm: &VmFd, ram: &Ram, machine: &MachineConfig) -> Result<(), Refusal> {
+pub(crate) fn register(vm: &VmFd, ram: &GuestRam, machine: &MachineConfig) -> Result<(), Refusal> {
     let flags = if machine.track_dirty_pages { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
     for (slot, region) in (0..).zip(ram.iter()) {
-        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_err(|e| {
-            Refusal::Host {
-                what: "guest memory has no address".into(),
-                source: std::io::Error::other(e),
-            }
-        })?;
+        let host = host_addr(region).map_err(Refusal::host("guest memory has no address"))?;
         let slot = kvm_userspace_memory_region {
             slot,
             flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
-            userspace_addr: host as u64,
+            userspace_addr: host,
         };
         // SAFETY: the range is a mapping of ours, and it outlives the VM: the machine that owns both
         // drops the VM and its vCPUs first.

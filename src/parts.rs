@@ -12,7 +12,7 @@ use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
 use devices::io::IoThread;
 use devices::legacy::boot_timer::BootTimer;
-use devices::legacy::serial::Serial;
+use devices::legacy::serial::{Serial, SerialError, SerialState};
 use devices::mmds::{Config as MmdsConfig, Mmds, Service};
 use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::notifier;
@@ -20,9 +20,10 @@ use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
-use crate::error::Refusal;
+use crate::error::{Refusal, chain};
 use crate::events::{Hub, Watch};
 use crate::metrics::MachineCounters;
+use crate::snapshot::SnapshotError;
 
 /// The guest that needs no files: an ELF image made from resources/guest/demo.rs.
 const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
@@ -50,7 +51,8 @@ pub(crate) struct Part {
 pub(crate) struct Parts {
     pub(crate) kvm: Kvm,
     pub(crate) cpu: HostCpu,
-    pub(crate) kernel: Kernel,
+    /// `None` if the VM was restored, and what it was booted from is not here.
+    pub(crate) kernel: Option<Kernel>,
     pub(crate) initrd: Option<Initrd>,
     pub(crate) devices: Vec<Part>,
     pub(crate) serial: Arc<Mutex<Serial>>,
@@ -65,19 +67,26 @@ pub(crate) struct Parts {
 }
 
 impl Parts {
-    /// Opens all that `config` names. `quit` is called when the user leaves the console.
+    /// Opens all that `config` names. `quit` is called when the user leaves the console. Of a VM that is
+    /// restored, `saved` is the state of its serial port; its kernel is for its next reset, if it is
+    /// there.
     pub(crate) fn open(
         config: &VmConfig,
         io_thread: &str,
         quit: Arc<dyn Fn() + Send + Sync>,
         mmds: &Arc<Mmds>,
+        saved: Option<&SerialState>,
     ) -> Result<Self, Refusal> {
         let boot_timer = config.defaults.has_boot_timer.then(|| Mutex::new(BootTimer::start()));
-        let source = config.boot_source()?;
-        let kernel = open_kernel(&source.kernel_image_path)?;
-        config.check_values()?;
-        let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
-        config.check_boot(&kernel, initrd.as_ref())?;
+        let (kernel, initrd) = match (open_boot(config), saved) {
+            (Ok((kernel, initrd)), _) => (Some(kernel), initrd),
+            (Err(e), None) => return Err(e),
+            (Err(e), Some(_)) => {
+                log::info!("the guest's own reset will end the VM: {}", chain(&e));
+                config.check_values()?;
+                (None, None)
+            }
+        };
         let mut env = Env::default();
         env.rate_limit_groups = config.limit_pools();
         env.pages = config.machine.huge_pages.into();
@@ -101,9 +110,14 @@ impl Parts {
         let serial_path = console.path().map(Path::to_owned);
         let serial_irq = eventfd()?;
         let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;
-        let (serial, input) = Serial::new(Box::new(line), console).map_err(|e| Refusal::Host {
-            what: "serial port".into(),
-            source: std::io::Error::other(e),
+        let line = Box::new(line);
+        let serial = match saved {
+            None => Serial::new(line, console),
+            Some(saved) => Serial::from_state(saved.clone(), line, console),
+        };
+        let (serial, input) = serial.map_err(|e| match e {
+            SerialError::Fifo(_) => SnapshotError::Inconsistent(e.to_string()).into(),
+            SerialError::EventFd(e) => Refusal::host("serial port")(e),
         })?;
         let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
         let io = Arc::new(io);
@@ -137,6 +151,16 @@ impl Parts {
         self.serial.lock().unwrap_or_else(PoisonError::into_inner).observe(serial);
         Ok(())
     }
+}
+
+/// Opens what boots.
+fn open_boot(config: &VmConfig) -> Result<(Kernel, Option<Initrd>), Refusal> {
+    let source = config.boot_source()?;
+    let kernel = open_kernel(&source.kernel_image_path)?;
+    config.check_values()?;
+    let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
+    config.check_boot(&kernel, initrd.as_ref())?;
+    Ok((kernel, initrd))
 }
 
 fn open_mmds(mmds: &Arc<Mmds>, config: MmdsConfig) -> Result<Arc<Service>, Refusal> {

@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
+use crate::snapshot::{LoadParams, SnapshotParams};
 
 /// Everything that can be asked. Devices and sections of the configuration are data, not variants.
 #[derive(Debug)]
@@ -55,6 +56,10 @@ pub enum Request {
     Pause,
     /// Go on.
     Resume,
+    /// Write a snapshot. Answered when it is there.
+    Snapshot(SnapshotParams),
+    /// Restore a VM from a snapshot.
+    Load(LoadParams),
     /// Press the power button.
     Shutdown,
     /// Press Ctrl-Alt-Del.

@@ -177,6 +177,8 @@ pub(crate) struct World {
 pub(crate) struct Vcpus {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
+    /// Each locked by its thread while it is not parked.
+    fds: Vec<Arc<Mutex<VcpuFd>>>,
 }
 
 impl Vcpus {
@@ -189,10 +191,12 @@ impl Vcpus {
         register_kick()?;
         let state = Mutex::new(GateState { target: Target::Park, running: 0 });
         let gate = Arc::new(Gate { state, changed: Condvar::new() });
-        let mut threads = Self { gate, threads: Vec::new() };
+        let mut threads = Self { gate, threads: Vec::new(), fds: Vec::new() };
         for (index, fd) in (0u8..).zip(vcpus) {
             let counters = world.counters.get(usize::from(index)).cloned().unwrap_or_default();
-            let mut vcpu = Vcpu { index, fd, world: world.clone(), counters };
+            let fd = Arc::new(Mutex::new(fd));
+            threads.fds.push(fd.clone());
+            let vcpu = Vcpu { index, fd, world: world.clone(), counters };
             let gate = threads.gate.clone();
             let thread = thread::Builder::new()
                 .name(format!("{name}{index}"))
@@ -217,6 +221,14 @@ impl Vcpus {
         while state.running > 0 {
             state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Calls `f` with each vCPU in turn, all of which must be parked.
+    pub(crate) fn each<E>(
+        &self,
+        mut f: impl FnMut(usize, &VcpuFd) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.fds.iter().enumerate().try_for_each(|(index, fd)| f(index, &lock(fd)))
     }
 
     fn kick(&self) {
@@ -274,21 +286,26 @@ fn unblock_kick() {
     }
 }
 
+fn lock(fd: &Mutex<VcpuFd>) -> MutexGuard<'_, VcpuFd> {
+    fd.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// One vCPU, on its thread.
 struct Vcpu {
     index: u8,
-    fd: VcpuFd,
+    fd: Arc<Mutex<VcpuFd>>,
     world: Arc<World>,
     counters: Arc<Counters>,
 }
 
 impl Vcpu {
-    fn run(&mut self, gate: &Gate) {
+    fn run(&self, gate: &Gate) {
         unblock_kick();
-        RUN.set(std::ptr::from_mut(self.fd.get_kvm_run()));
+        RUN.set(std::ptr::from_mut(lock(&self.fd).get_kvm_run()));
         let mut is_running = false;
         while gate.pass(&mut is_running) {
-            if let Some(ending) = self.run_until_kicked() {
+            let mut fd = lock(&self.fd);
+            if let Some(ending) = self.run_until_kicked(&mut fd) {
                 self.world.outcome.set(ending);
             }
             if self.world.outcome.get().is_some() {
@@ -296,7 +313,7 @@ impl Vcpu {
             }
             // Tells the guest's watchdogs that the time until it goes on was not its own. Refused
             // where the guest does not use kvm-clock: then there is nobody to tell.
-            if self.fd.kvmclock_ctrl().is_err() {
+            if fd.kvmclock_ctrl().is_err() {
                 self.counters.kvmclock_ctrl_fails().inc();
             }
         }
@@ -305,11 +322,11 @@ impl Vcpu {
     }
 
     /// Runs the guest until a kick (none) or until this vCPU cannot go on.
-    fn run_until_kicked(&mut self) -> Option<Ending> {
+    fn run_until_kicked(&self, fd: &mut VcpuFd) -> Option<Ending> {
         let counters = &self.counters;
         loop {
-            let run = std::ptr::from_mut(self.fd.get_kvm_run());
-            let exit = self.fd.run();
+            let run = std::ptr::from_mut(fd.get_kvm_run());
+            let exit = fd.run();
             let start = Instant::now();
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -347,17 +364,17 @@ impl Vcpu {
                 Ok(VcpuExit::Intr) => return None,
                 Ok(exit) => {
                     let ending = Exit::of(&exit);
-                    return Some(self.end(ending));
+                    return Some(self.end(fd, ending));
                 }
                 Err(e) if e.errno() == libc::EINTR => {
-                    self.fd.set_kvm_immediate_exit(0);
+                    fd.set_kvm_immediate_exit(0);
                     return None;
                 }
                 Err(e) if e.errno() == libc::EAGAIN => {}
                 Err(e) if e.errno() == libc::EFAULT => {
-                    return Some(self.end(Exit::Failed(format!("KVM_RUN: {e}: {NO_MEMORY}"))));
+                    return Some(self.end(fd, Exit::Failed(format!("KVM_RUN: {e}: {NO_MEMORY}"))));
                 }
-                Err(e) => return Some(self.end(Exit::Failed(format!("KVM_RUN: {e}")))),
+                Err(e) => return Some(self.end(fd, Exit::Failed(format!("KVM_RUN: {e}")))),
             }
             if self.world.outcome.get().is_some() {
                 // A device ended the run during this exit: the guest gets no further.
@@ -366,8 +383,8 @@ impl Vcpu {
         }
     }
 
-    fn end(&mut self, exit: Exit) -> Ending {
-        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+    fn end(&self, fd: &mut VcpuFd, exit: Exit) -> Ending {
+        let rip = fd.get_regs().map_or(0, |regs| regs.rip);
         let vcpu = self.index;
         if !matches!(exit, Exit::PoweredOff | Exit::Reset) {
             self.counters.failures().inc();
@@ -378,7 +395,7 @@ impl Vcpu {
             Exit::TripleFault => Ending::TripleFault { vcpu, rip },
             Exit::Failed(detail) => Ending::KvmError { vcpu, rip, detail },
             Exit::InternalError => {
-                Ending::KvmError { vcpu, rip, detail: internal_error(self.fd.get_kvm_run()) }
+                Ending::KvmError { vcpu, rip, detail: internal_error(fd.get_kvm_run()) }
             }
         }
     }

@@ -8,6 +8,7 @@
 //! * [`Kernel::read`], [`Kernel::load`] — check an image, put it into RAM;
 //! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
 //! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers;
+//! * [`VcpuState`], [`VmState`] — everything KVM knows of a vCPU and of what they share;
 //! * [`CpuConfig`], [`CpuTemplate`] — how a guest's CPU is to differ from the host's.
 
 mod x86_64;
@@ -21,6 +22,7 @@ pub use x86_64::cpu_config::{
 pub use x86_64::error::{BootError, FileError};
 pub use x86_64::kernel::{Entry, Kernel, Protocol};
 pub use x86_64::layout;
+pub use x86_64::state::{Clock, StateError, VcpuState, VmState};
 pub use x86_64::template::{CpuChoice, CpuTemplate};
 pub use x86_64::vcpu::{HostCpu, SetupError, Topology};
 

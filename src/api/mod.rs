@@ -23,7 +23,6 @@ mod counters;
 mod deprecated;
 mod http;
 pub(crate) mod message;
-mod not_yet;
 mod openapi;
 mod request_line;
 pub(crate) mod route;

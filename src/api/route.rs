@@ -10,12 +10,12 @@ use serde::de::DeserializeOwned;
 
 use super::deprecated::Deprecated;
 use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
-use super::not_yet::Missing;
 use crate::error::Refusal;
 use crate::events::Event;
 use crate::exit::Ending;
 use crate::instance::InstanceInfo;
 use crate::request::Request;
+use crate::snapshot::{LoadParams, SnapshotParams};
 
 /// A section of the configuration, as the API offers it. A method without a schema is not offered.
 #[derive(Clone, Copy, Debug)]
@@ -196,6 +196,20 @@ const ROUTES: &[Route] = &[
         |body| Ok(Request::Launch { body: body.to_vec() }),
     ),
     change(Method::Patch, "/vm", "Pause the microVM, or let it go on", shape::<Vm>(), set_state),
+    change(
+        Method::Put,
+        "/snapshot/create",
+        "Write a snapshot; answered when it is there",
+        shape::<SnapshotParams>(),
+        |body| Ok(Request::Snapshot(parse(body)?)),
+    ),
+    change(
+        Method::Put,
+        "/snapshot/load",
+        "Restore a microVM from a snapshot",
+        shape::<LoadParams>(),
+        |body| Ok(Request::Load(parse(body)?)),
+    ),
     get(
         "/mmds",
         "The guest's metadata",
@@ -273,10 +287,7 @@ impl Routes {
             None if with_method().any(|route| route.lacks_only_id(&segments)) => {
                 Err(RouteError::EmptyId)
             }
-            None => Err(match Missing::find(method, &segments) {
-                Some(missing) => RouteError::NotYet(missing.what),
-                None => RouteError::unknown(method, path),
-            }),
+            None => Err(RouteError::unknown(method, path)),
         }
     }
 }
@@ -286,8 +297,6 @@ impl Routes {
 pub(crate) enum RouteError {
     #[error("Invalid request method and/or path: {method} {path}.")]
     Unknown { method: String, path: String },
-    #[error("{0} is not supported yet")]
-    NotYet(&'static str),
     #[error("The ID cannot be empty.")]
     EmptyId,
     #[error(
@@ -532,7 +541,7 @@ pub(crate) mod tests {
         assert_eq!(text("GET", "/nope"), "Invalid request method and/or path: GET nope.");
         assert_eq!(text("GET", "/vsock"), "Invalid request method and/or path: GET vsock.");
         assert_eq!(text("GET", "/mmds/x"), "Invalid request method and/or path: GET mmds/x.");
-        assert_eq!(text("PUT", "/snapshot/load"), "snapshot is not supported yet");
+        assert_eq!(text("PUT", "/snapshot"), "Invalid request method and/or path: PUT snapshot.");
         assert_eq!(
             text("DELETE", "/machine-config"),
             "Invalid request method and/or path: DELETE machine-config."

@@ -10,6 +10,7 @@ mod log;
 mod machine;
 mod metrics;
 mod rate_limit_group;
+mod restored;
 mod sections;
 mod serial;
 
@@ -29,7 +30,7 @@ pub use self::metrics::MetricsConfig;
 pub use self::rate_limit_group::RateLimitGroup;
 pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
-use self::sections::{SECTIONS, fixed};
+use self::sections::{MMDS_CONFIG, SECTIONS, fixed, is_many};
 pub use self::serial::{SerialConfig, SerialTo};
 use crate::error::Refusal;
 use crate::memory::Sharing;
@@ -126,7 +127,7 @@ impl VmConfig {
         match mmds.version == version {
             true => Ok(()),
             false => Err(Refusal::Field {
-                section: sections::MMDS_CONFIG,
+                section: MMDS_CONFIG,
                 field: "version",
                 why: "all interfaces that lead to the metadata must have the same".into(),
             }),

@@ -3,7 +3,8 @@
 //! ```text
 //!  0x0000_0000  boot structures: GDT, start info, zero page, page tables, command line
 //!  0x0003_0000  free RAM for small kernels
-//!  0x0009_fc00  MP table (where the EBDA of a PC lies), then ACPI tables at 0xe0000
+//!  0x0009_fc00  MP table (where the EBDA of a PC lies)
+//!  0x000c_0000  the generation id; ACPI tables at 0xe0000
 //!  0x0010_0000  RAM: kernels; the initrd at the top
 //!  0xc000_0000  the hole: boot timer, virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
 //!  0x1_0000_0000 the rest of RAM; above it, in steps of 2 GiB, memory that devices bring along
@@ -32,6 +33,9 @@ pub const CMDLINE_MAX: usize = 2048;
 pub(crate) const LOW_RAM_FREE: u64 = 0x3_0000;
 /// The MP table, and the end of what is RAM below 1 MiB.
 pub(crate) const MP_TABLE: u64 = 0x9_fc00;
+/// The VM's generation id, 16 bytes: other ones in every VM that a snapshot becomes. In a page of its
+/// own, behind bytes that no option ROM begins with.
+pub const GENERATION_ID: u64 = 0xc_0028;
 /// ACPI tables, the RSDP first: kernels search from here in 16-byte steps.
 pub(crate) const ACPI: u64 = 0xe_0000;
 /// Where RAM goes on and kernels begin.

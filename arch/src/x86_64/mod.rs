@@ -7,6 +7,8 @@ pub(crate) mod error;
 pub(crate) mod kernel;
 pub mod layout;
 pub(crate) mod mptable;
+mod raw;
 pub(crate) mod regs;
+pub(crate) mod state;
 pub(crate) mod template;
 pub(crate) mod vcpu;

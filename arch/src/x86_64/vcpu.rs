@@ -6,8 +6,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::cpu_config::{Capability, CpuConfig, CpuError, MsrModifier};
 use super::kernel::Entry;
+use super::state::StateError;
 use super::template::CpuChoice;
-use super::{cpuid, regs};
+use super::{cpuid, regs, state};
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -136,6 +137,11 @@ impl HostCpu {
         let mut cpuid = self.cpuid.clone();
         cpuid::adapt(&mut cpuid, topology, apic_id, self.has_tsc_deadline)?;
         Ok(cpuid)
+    }
+
+    /// The MSRs that are part of a vCPU's state ([`super::state::VcpuState::read`]).
+    pub fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
+        state::msr_indices(kvm_fd)
     }
 
     /// Bits of a guest-physical address.

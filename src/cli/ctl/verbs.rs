@@ -79,6 +79,15 @@ pub(super) const VERBS: &[Verb] = &[
 /// Verbs that are two.
 pub(super) const GROUPS: &[Group] = &[
     Group {
+        name: "snapshot",
+        alias: None,
+        about: "Snapshots",
+        verbs: &[
+            Verb { reply: Reply::Awaited, ..put("create", "Write one", "/snapshot/create") },
+            put("load", "Restore one", "/snapshot/load"),
+        ],
+    },
+    Group {
         name: "boot",
         alias: Some("boot-source"),
         about: "What boots",

@@ -1,0 +1,178 @@
+//! A snapshot that was opened: judged, and ready to be made a VM of, as often as one likes.
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arch::{VcpuState, VmState};
+use devices::backend::file::{self, Access};
+use devices::legacy::acpi::AcpiState;
+use devices::legacy::i8042::I8042State;
+use devices::legacy::rtc::RtcState;
+use devices::legacy::serial::SerialState;
+use devices::virtio::mmio::Saved;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::SnapshotError;
+use super::extent::Extent;
+use super::format::StateFile;
+use super::params::{LoadParams, Place};
+use crate::config::VmConfig;
+
+/// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
+const STATE_MAX: u64 = 4 << 30;
+
+/// The state of a machine, without its memory.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct MachineState {
+    pub(crate) vm: VmState,
+    pub(crate) vcpus: Vec<VcpuState>,
+    pub(crate) legacy: LegacyState,
+    pub(crate) devices: Vec<DeviceState>,
+}
+
+/// The state of the devices of a PC.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct LegacyState {
+    pub(crate) serial: SerialState,
+    pub(crate) i8042: I8042State,
+    pub(crate) rtc: RtcState,
+    pub(crate) acpi: AcpiState,
+}
+
+/// The state of a virtio device.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct DeviceState {
+    pub(crate) model: String,
+    pub(crate) id: String,
+    /// Which place it has, from 0.
+    pub(crate) place: usize,
+    pub(crate) state: Saved,
+}
+
+/// The document in a state file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Document {
+    /// The version of husk that wrote it.
+    pub(crate) husk: String,
+    pub(crate) arch: String,
+    /// 16 random bytes in hexadecimal.
+    pub(crate) id: String,
+    pub(crate) memory: MemoryDocument,
+    /// As in `GET /vm/config`.
+    pub(crate) config: Value,
+    pub(crate) machine: MachineState,
+}
+
+/// What a state file says of the memory file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct MemoryDocument {
+    /// Its name, if it is in the same directory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) file: Option<PathBuf>,
+    /// Bytes.
+    pub(crate) len: u64,
+    /// Where in it the snapshot's id is, 16 bytes.
+    pub(crate) id_at: u64,
+}
+
+/// Guest memory in a file that is mapped privately: page for page, RAM without the hole.
+#[derive(Clone, Debug)]
+pub(crate) struct MemoryImage {
+    pub(crate) file: Arc<File>,
+    /// What of it is not zero.
+    pub(crate) extents: Arc<[Extent]>,
+}
+
+/// An opened snapshot. Clones are the same one.
+#[derive(Clone, Debug)]
+pub struct Image {
+    pub(crate) document: Arc<Document>,
+    pub(crate) memory: MemoryImage,
+}
+
+impl Image {
+    /// Opens the snapshot in a directory, as made by [`crate::SnapshotParams::to_directory`].
+    pub fn open(directory: impl Into<PathBuf>) -> Result<Self, SnapshotError> {
+        Self::load(&LoadParams::from_directory(directory))
+    }
+
+    /// Opens what a request names. The state is checked to its last bit, the memory file by its size
+    /// and by the snapshot's id in it.
+    pub(crate) fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
+        let place = params.place()?;
+        let state_path = match &place {
+            Place::Directory(directory) => directory.join(super::files::STATE),
+            Place::Files { state, .. } => state.clone(),
+        };
+        let file = StateFile::decode(&read_state(&state_path)?)?;
+        let document: Document =
+            serde_json::from_slice(&file.json).map_err(SnapshotError::Document)?;
+        if document.arch != std::env::consts::ARCH {
+            return Err(SnapshotError::Arch(document.arch));
+        }
+        let memory_path = match place {
+            Place::Directory(directory) => directory.join(memory_name(&document)?),
+            Place::Files { memory, .. } => memory,
+        };
+        let memory = open_memory(&memory_path, &document)?;
+        let memory = MemoryImage { file: Arc::new(memory), extents: file.extents.into() };
+        Ok(Self { document: Arc::new(document), memory })
+    }
+
+    /// The configuration of the VM it is of.
+    pub(crate) fn config(&self) -> Result<VmConfig, crate::Refusal> {
+        let Document { config, machine, .. } = &*self.document;
+        let devices: Vec<_> =
+            machine.devices.iter().map(|d| (d.model.as_str(), d.id.as_str())).collect();
+        VmConfig::restored(config, &devices)
+    }
+}
+
+/// The name of the memory file in a directory, which must not lead out of it.
+fn memory_name(document: &Document) -> Result<&Path, SnapshotError> {
+    let name = document
+        .memory
+        .file
+        .as_deref()
+        .filter(|name| name.file_name().is_some_and(|file| file == name.as_os_str()));
+    let why = "its memory file is elsewhere: name both files";
+    name.ok_or_else(|| SnapshotError::Field { field: "directory", why: why.into() })
+}
+
+fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
+    let file = file::open(path, Access::Read, file::Kind::Regular)
+        .map_err(|source| SnapshotError::Open { what: "state file", source })?;
+    let mut bytes = Vec::new();
+    let read = file.take(STATE_MAX).read_to_end(&mut bytes);
+    read.map_err(SnapshotError::file("cannot read the state file", path))?;
+    Ok(bytes)
+}
+
+fn open_memory(path: &Path, document: &Document) -> Result<File, SnapshotError> {
+    let wrong = |why| Err(SnapshotError::Memory { path: path.into(), why });
+    let failed = |source| SnapshotError::File { what: "cannot read", path: path.into(), source };
+    let file = file::open(path, Access::Read, file::Kind::Regular)
+        .map_err(|source| SnapshotError::Open { what: "memory file", source })?;
+    let (is, want) = (file.metadata().map_err(failed)?.len(), document.memory.len);
+    if is != want {
+        return wrong(format!("length: it has {is} bytes, the state file wants {want}"));
+    }
+    let mut id = [0; 16];
+    file.read_exact_at(&mut id, document.memory.id_at).map_err(failed)?;
+    let id = hex(&id);
+    if id != document.id {
+        return wrong(format!(
+            "id: it belongs to snapshot {id}, the state file to {}",
+            document.id
+        ));
+    }
+    Ok(file)
+}
+
+/// An id as it is shown.
+pub(super) fn hex(id: &[u8; 16]) -> String {
+    format!("{:032x}", u128::from_be_bytes(*id))
+}

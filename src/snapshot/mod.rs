@@ -1,0 +1,128 @@
+//! Snapshots: a VM in files, and in the memory of whoever restores it.
+//!
+//! ```text
+//!   Machine ──save──► MachineState ─┐                      ┌─► configuration, state ─┐
+//!                                   ├─► state file ──open──┤                         ├─► assemble
+//!   RAM ──────dump──► memory file ──┘                      └─► RAM, mapped privately ┘
+//! ```
+//!
+//! docs/snapshot.md says what is promised; [`format`] is the state file, byte by byte.
+mod extent;
+mod files;
+mod format;
+mod image;
+mod params;
+mod save;
+
+use std::env::consts::ARCH;
+use std::path::PathBuf;
+
+use devices::backend::file::is_shortage;
+
+pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
+pub use self::image::Image;
+pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage};
+pub use self::params::{
+    LoadParams, MemoryBackend, MemoryBackendType, SnapshotParams, SnapshotType,
+};
+pub(crate) use self::save::Saving;
+
+use crate::exit::ExitCode;
+
+/// Why a snapshot could not be made, or is not restored.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// What the request says cannot be.
+    #[error("{field}: {why}")]
+    Field {
+        /// The field, as in the API.
+        field: &'static str,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A file of a snapshot cannot be opened, or is not a file.
+    #[error("{what}: {source}")]
+    Open {
+        /// "state file" or "memory file".
+        what: &'static str,
+        /// Which, and why.
+        source: devices::backend::file::OpenError,
+    },
+    /// Something could not be done with a file.
+    #[error("{what} {}: {source}", path.display())]
+    File {
+        /// "cannot write the memory file".
+        what: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// A check of the state file has failed.
+    #[error("the state file is damaged: {0}")]
+    Damaged(&'static str),
+    /// The document in the state file is not one.
+    #[error("the state file is damaged: document: {0}")]
+    Document(serde_json::Error),
+    /// It is of a version that this husk does not read.
+    #[error("the state file has format {is}, this husk reads {oldest} to {newest}")]
+    Version {
+        /// The file's.
+        is: u32,
+        /// The newest that can be read.
+        newest: u32,
+        /// The oldest that can be read.
+        oldest: u32,
+    },
+    /// It is Firecracker's.
+    #[error("the state file is a snapshot of Firecracker's, which only Firecracker can load")]
+    Firecracker,
+    /// It is of another kind of processor.
+    #[error("the snapshot is of a VM on {0}, this is {ARCH}")]
+    Arch(String),
+    /// The memory file does not belong to the state file.
+    #[error("memory file {}: {why}", path.display())]
+    Memory {
+        /// The file.
+        path: PathBuf,
+        /// The check that failed.
+        why: String,
+    },
+    /// The state does not fit the machine it describes.
+    #[error("the snapshot does not fit together: {0}")]
+    Inconsistent(String),
+    /// KVM did not give or take the state.
+    #[error(transparent)]
+    State(#[from] arch::StateError),
+    /// Memory could not be copied.
+    #[error("cannot copy guest memory: {0}")]
+    Copy(std::io::Error),
+    /// One is being written.
+    #[error("a snapshot is being written: wait until it is there")]
+    Busy,
+    /// The VM ended before the snapshot was there.
+    #[error("the microVM ended before the snapshot was written")]
+    Ended,
+}
+
+impl SnapshotError {
+    /// The exit code of a process that was to restore a VM.
+    pub(crate) fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Field { .. } | Self::Busy | Self::Ended => ExitCode::Config,
+            Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
+            Self::Open { .. } => ExitCode::Config,
+            Self::File { .. } | Self::Copy(_) => ExitCode::Host,
+            _ => ExitCode::Snapshot,
+        }
+    }
+
+    /// A [`SnapshotError::File`].
+    pub(crate) fn file(
+        what: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::File { what, path, source }
+    }
+}
