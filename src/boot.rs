@@ -10,27 +10,36 @@ pub struct BootPhases {
     /// From husk's start (or that of the library's VM) until the guest was to start; after a reboot,
     /// until the guest reset itself.
     pub configured_us: u64,
+    /// Of a restore, reading the snapshot's state and checking it.
+    pub image_us: u64,
     /// Opening kernel, disks, taps, `/dev/kvm`; of a reboot, taking the machine apart.
     pub opened_us: u64,
     /// Making KVM's VM.
     pub vm_us: u64,
     /// Mapping RAM and telling KVM of it.
     pub memory_us: u64,
-    /// Making the interrupt controllers and loading the kernel.
+    /// Making the interrupt controllers and, of a boot, loading the kernel.
     pub kernel_us: u64,
     /// Putting devices in their places.
     pub devices_us: u64,
-    /// Writing tables and initrd, making the vCPUs and their threads.
+    /// Making the vCPUs and their threads; of a boot, writing tables and initrd, of a restore, giving
+    /// KVM the state.
     pub vcpus_us: u64,
     /// Letting devices and vCPUs run.
     pub running_us: u64,
 }
 
 impl BootPhases {
+    /// The start itself: all phases but the first.
+    pub(crate) fn total_us(&self) -> u64 {
+        self.named()[1..].iter().map(|(_, us)| us).sum()
+    }
+
     /// The phases with their names: all but the first are the start itself.
-    pub(crate) fn named(&self) -> [(&'static str, u64); 8] {
+    pub(crate) fn named(&self) -> [(&'static str, u64); 9] {
         [
             ("configured", self.configured_us),
+            ("image", self.image_us),
             ("opened", self.opened_us),
             ("vm", self.vm_us),
             ("memory", self.memory_us),
@@ -45,7 +54,7 @@ impl BootPhases {
 impl std::fmt::Display for BootPhases {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let [(_, configured), start @ ..] = self.named();
-        let total: u64 = start.iter().map(|(_, us)| us).sum();
+        let total = self.total_us();
         write!(f, "started in {total} us, {configured} us after husk:")?;
         start.iter().try_for_each(|(name, us)| write!(f, " {name} {us}"))
     }

@@ -20,14 +20,14 @@ use serde_json::{Value, json};
 use crate::boot::{BootPhases, Stopwatch};
 use crate::config::{OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
 use crate::error::Refusal;
-use crate::events::{Hub, What};
+use crate::events::{Hub, Poster, What};
 use crate::exit::Ending;
 use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, Name, ThreadNames};
 use crate::metrics::{self, Metrics, Source, micros_since};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
-use crate::snapshot::{Image, LoadParams, Saving, SnapshotError, SnapshotParams};
+use crate::snapshot::{Image, LoadParams, Saving, SnapshotError, SnapshotParams, Written};
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -260,18 +260,19 @@ impl Controller {
 
     fn start(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
-        self.start_with(config, None, false)
+        let watch = Stopwatch::start(self.identity.started);
+        self.start_with(config, watch, None, false)
     }
 
     /// Starts what is configured, or restores what was saved so.
     fn start_with(
         &mut self,
         config: VmConfig,
+        mut watch: Stopwatch,
         image: Option<&Image>,
         is_paused: bool,
     ) -> Result<(), Refusal> {
-        let Identity { names, started, quit, announce, .. } = self.identity.clone();
-        let mut watch = Stopwatch::start(started);
+        let Identity { names, quit, announce, .. } = self.identity.clone();
         // Opened by now, or wanted by the request to start, which may yet be refused.
         let metrics = match self.metrics.is_open() {
             true => None,
@@ -296,12 +297,21 @@ impl Controller {
         self.metrics.adopt(metrics);
         self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
-        self.hub.tell(runs_since, What::Started);
+        let what = match image {
+            None => What::Started,
+            Some(image) => {
+                let took_us = boot.total_us();
+                self.identity.counters.latencies.vmm_load_snapshot().set(took_us);
+                What::Restored { id: image.document.id.clone(), paused: is_paused, took_us }
+            }
+        };
+        self.hub.tell(runs_since, what);
         Ok(())
     }
 
     /// All or nothing: what was configured before stays if this is refused.
     fn launch(&mut self, body: &[u8]) -> Result<(), Refusal> {
+        let watch = Stopwatch::start(self.identity.started);
         let mut config = self.configuring()?.clone();
         let metrics = config.metrics.take();
         config.put_all(body)?;
@@ -315,27 +325,38 @@ impl Controller {
             config.check()?;
             config.start_log()?;
         }
-        self.start_with(config, None, false)
+        self.start_with(config, watch, None, false)
     }
 
     /// Restores a VM. All or nothing: what was configured before stays if this is refused.
     fn load(&mut self, params: &LoadParams) -> Result<(), Refusal> {
+        let mut watch = Stopwatch::start(self.identity.started);
         let before = self.configuring()?.clone();
         let image = Image::load(params)?;
         let mut config = image.config()?;
         // These are of this process.
         (config.defaults, config.logger, config.metrics) =
             (before.defaults, before.logger, before.metrics);
-        self.start_with(config, Some(&image), !params.resume_vm)
+        watch.phases.image_us = watch.lap();
+        self.start_with(config, watch, Some(&image), !params.resume_vm)
     }
 
     /// Begins a snapshot; a thread of its own sees it through and answers, while the guest goes on.
     fn snapshot(&mut self, params: SnapshotParams, respond: Respond) {
-        let saving = match self.begin_snapshot(&params) {
-            Ok(saving) => saving,
+        let start = Instant::now();
+        let (saving, paused_us, poster) = match self.begin_snapshot(&params) {
+            Ok(begun) => begun,
             Err(e) => return respond(Err(e)),
         };
-        let finish = move || respond(done(saving.finish().map_err(Refusal::Snapshot)));
+        let (kind, latencies) = (params.snapshot_type, self.identity.counters.latencies.clone());
+        let finish = move || {
+            let written = saving.finish().map_err(Refusal::Snapshot);
+            respond(done(written.map(|Written { id, bytes }| {
+                let took_us = micros_since(start);
+                latencies.wrote_snapshot(kind).set(took_us);
+                poster.post(What::SnapshotCreated { id, kind, took_us, paused_us, bytes });
+            })));
+        };
         let thread = std::thread::Builder::new().name("husk_snapshot".into()).spawn(finish);
         match thread {
             Ok(thread) => self.saving = Some(thread),
@@ -344,21 +365,29 @@ impl Controller {
         }
     }
 
-    fn begin_snapshot(&mut self, params: &SnapshotParams) -> Result<Saving, Refusal> {
+    /// What is to be finished, for how many microseconds the guest stood still, and who tells of it.
+    fn begin_snapshot(
+        &mut self,
+        params: &SnapshotParams,
+    ) -> Result<(Saving, u64, Poster), Refusal> {
         if self.saving.as_ref().is_some_and(|thread| !thread.is_finished()) {
             return Err(SnapshotError::Busy.into());
         }
+        let poster = self.hub.poster().map_err(Refusal::host("cannot make an eventfd"))?;
         let Live { config, machine, is_paused, .. } = self.live()?;
+        let start = Instant::now();
         if !*is_paused {
             machine.pause()?;
         }
         let state = machine.save();
         let saving = state
             .and_then(|state| Ok(Saving::begin(params, config.to_json(), state, machine.ram())?));
+        let mut paused_us = 0;
         if !*is_paused {
             machine.run();
+            paused_us = micros_since(start);
         }
-        saving
+        Ok((saving?, paused_us, poster))
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {

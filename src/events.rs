@@ -11,7 +11,7 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use serde::Serialize;
 
 use crate::bell::Bell;
 use crate::exit::Ending;
+use crate::snapshot::SnapshotType;
 
 /// Something that happened to a VM.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, schemars::JsonSchema)]
@@ -39,6 +40,28 @@ pub struct Event {
 pub enum What {
     /// The vCPUs run for the first time.
     Started,
+    /// The VM is there as a snapshot has it.
+    Restored {
+        /// The snapshot's id.
+        id: String,
+        /// Whether the vCPUs and devices stand still.
+        paused: bool,
+        /// Microseconds from the request until the guest could go on.
+        took_us: u64,
+    },
+    /// A snapshot is there, under its name.
+    SnapshotCreated {
+        /// Its id.
+        id: String,
+        /// How much of the memory it holds.
+        kind: SnapshotType,
+        /// Microseconds it took.
+        took_us: u64,
+        /// Microseconds of it in which the guest stood still for it: 0 if it did so anyway.
+        paused_us: u64,
+        /// Bytes written, of state and memory.
+        bytes: u64,
+    },
     /// What leads to the serial port, a pseudo-terminal or a socket. Before the start.
     SerialPath {
         /// The path.
@@ -162,6 +185,26 @@ impl Observer for Watch {
     }
 }
 
+/// What was posted, and when.
+type Post = (Instant, What);
+
+/// Tells the hub, from another thread, what has happened.
+#[derive(Debug)]
+pub(crate) struct Poster {
+    posts: Sender<Post>,
+    board: Arc<Board>,
+}
+
+impl Poster {
+    /// `what` happens now.
+    pub(crate) fn post(&self, what: What) {
+        // Without a hub nobody listens.
+        if self.posts.send((Instant::now(), what)).is_ok() {
+            self.board.bell.ring();
+        }
+    }
+}
+
 /// Hands each event to every sink.
 #[derive(Debug)]
 pub(crate) struct Hub {
@@ -178,6 +221,8 @@ pub(crate) struct Hub {
 struct Devices {
     board: Arc<Board>,
     notices: Receiver<Notice>,
+    /// From posters, who are few.
+    posts: (Sender<Post>, Receiver<Post>),
     watches: Vec<Arc<Watch>>,
     /// When what was missed is told.
     due: Option<Instant>,
@@ -202,8 +247,26 @@ impl Hub {
 
     /// Something that tells of a device from now on.
     pub(crate) fn watch(&mut self, model: &'static str, id: &str) -> std::io::Result<Arc<Watch>> {
-        let devices = match &mut self.devices {
-            Some(devices) => devices,
+        let devices = self.devices()?;
+        let watch = Arc::new(Watch {
+            board: devices.board.clone(),
+            device: Arc::new(Name { model, id: id.to_owned() }),
+            missed: AtomicU64::new(0),
+            last: Mutex::new(Happening::Reset),
+        });
+        devices.watches.push(watch.clone());
+        Ok(watch)
+    }
+
+    /// Something that tells from another thread what happens.
+    pub(crate) fn poster(&mut self) -> std::io::Result<Poster> {
+        let devices = self.devices()?;
+        Ok(Poster { posts: devices.posts.0.clone(), board: devices.board.clone() })
+    }
+
+    fn devices(&mut self) -> std::io::Result<&mut Devices> {
+        match &mut self.devices {
+            Some(devices) => Ok(devices),
             none => {
                 let (sender, notices) = sync_channel(DEVICE_EVENTS_MAX.into());
                 let board = Arc::new(Board {
@@ -213,17 +276,10 @@ impl Hub {
                     told: AtomicU64::new(0),
                     has_missed: AtomicBool::new(false),
                 });
-                none.insert(Devices { board, notices, watches: Vec::new(), due: None })
+                let (posts, watches) = (channel(), Vec::new());
+                Ok(none.insert(Devices { board, notices, posts, watches, due: None }))
             }
-        };
-        let watch = Arc::new(Watch {
-            board: devices.board.clone(),
-            device: Arc::new(Name { model, id: id.to_owned() }),
-            missed: AtomicU64::new(0),
-            last: Mutex::new(Happening::Reset),
-        });
-        devices.watches.push(watch.clone());
-        Ok(watch)
+        }
     }
 
     /// Readable when [`Self::heed`] has something to do.
@@ -236,7 +292,7 @@ impl Hub {
         self.devices.as_ref()?.due
     }
 
-    /// Tells what devices have noticed.
+    /// Tells what devices have noticed, and what was posted.
     pub(crate) fn heed(&mut self) {
         let Some(devices) = &mut self.devices else { return };
         devices.board.bell.hush();
@@ -246,8 +302,14 @@ impl Hub {
             devices.due = Some(now + MISSED_PERIOD);
         }
         let is_due = devices.due.is_some_and(|due| due <= now);
-        for Notice { time, device, what } in notices {
-            self.tell(time, What::Device { device: (*device).clone(), what });
+        let of_device = |Notice { time, device, what }| {
+            (time, What::Device { device: Name::clone(&device), what })
+        };
+        let mut all: Vec<_> = notices.into_iter().map(of_device).collect();
+        all.extend(devices.posts.1.try_iter());
+        all.sort_by_key(|(time, _)| *time);
+        for (time, what) in all {
+            self.tell(time, what);
         }
         if is_due {
             self.tell_missed(now);
@@ -327,6 +389,34 @@ mod tests {
         let json = serde_json::to_value(&told[0]).unwrap();
         assert_eq!((&json["event"], &json["model"]), (&"device".into(), &"drives".into()));
         assert_eq!((&json["id"], &json["what"]), (&"root".into(), &"activated".into()));
+    }
+
+    #[test]
+    fn what_another_thread_posts_rings_and_is_told_in_its_order() {
+        let (mut hub, told) = hub();
+        let disk = hub.watch("drives", "root").unwrap();
+        let poster = hub.poster().unwrap();
+        disk.notice(Happening::Activated);
+        hub.devices.as_ref().unwrap().board.bell.hush();
+        let created = What::SnapshotCreated {
+            id: "07".into(),
+            kind: SnapshotType::Full,
+            took_us: 9,
+            paused_us: 1,
+            bytes: 4096,
+        };
+        let posted = created.clone();
+        std::thread::spawn(move || poster.post(posted)).join().unwrap();
+        assert!(hub.devices.as_ref().unwrap().board.bell.hush());
+        disk.notice(Happening::Reset);
+        hub.publish(What::Paused);
+        let told = told.lock().unwrap();
+        let happened: Vec<_> = told.iter().map(|event| event.what.clone()).collect();
+        let of = |what| What::Device { device: device("drives", "root"), what };
+        let expected = [of(Happening::Activated), created, of(Happening::Reset), What::Paused];
+        assert_eq!(happened, expected);
+        let json = serde_json::to_value(&told[1]).unwrap();
+        assert_eq!((&json["event"], &json["kind"]), (&"snapshot_created".into(), &"Full".into()));
     }
 
     #[test]

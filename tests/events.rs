@@ -1,5 +1,6 @@
 //! What `GET /events` tells of a VM and its devices.
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -65,6 +66,61 @@ fn changes_from_outside_are_told() {
     expect("paused");
     api.act("Kill").done();
     expect("ended");
+}
+
+/// What its user does to a VM as a whole, and how long that took.
+#[test]
+fn snapshots_and_restores_are_told_and_measured() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("snapshot");
+    let latencies = |api: &Api, metrics: &Path| {
+        api.act("FlushMetrics").done();
+        let text = std::fs::read_to_string(metrics).unwrap();
+        let line: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        move |key: &str| line["latencies_us"][key].as_u64().unwrap()
+    };
+    let metrics = scratch.file("metrics", "");
+    let husk = Husk::guest("hello", "how=hang").option("--metrics-path", &metrics).listening();
+    let vm = husk.start();
+    vm.expect("hello");
+    let api = vm.api();
+    let mut events = api.follow("/events").skip(1);
+    let mut create = || -> Value {
+        api.put("/snapshot/create", json!({"directory": directory})).done();
+        events.find(|event| event["event"] == "snapshot_created").unwrap()
+    };
+    let first = create();
+    let number =
+        |event: &Value, key: &str| event[key].as_u64().unwrap_or_else(|| panic!("{event}"));
+    assert_eq!((first["kind"].as_str(), first["id"].as_str().unwrap().len()), (Some("Full"), 32));
+    let (took, paused) = (number(&first, "took_us"), number(&first, "paused_us"));
+    assert!(0 < paused && paused < took, "{first}");
+    let of = latencies(&api, &metrics);
+    assert_eq!(of("vmm_full_create_snapshot"), took);
+    assert!(of("full_create_snapshot") >= took);
+    assert_eq!((of("load_snapshot"), of("diff_create_snapshot")), (0, 0));
+    api.patch("/vm", json!({"state": "Paused"})).done();
+    let second = create();
+    assert_eq!(number(&second, "paused_us"), 0, "it stood still anyway");
+    assert_ne!(first["id"], second["id"]);
+    let state = std::fs::metadata(directory.join("state")).unwrap().len();
+    assert!(number(&second, "bytes") > state, "{second}: the state has {state}");
+    drop(vm);
+
+    let other = Husk::api().option("--metrics-path", &metrics).start();
+    let api = other.api();
+    let mut events = api.follow("/events").skip(1);
+    api.put("/snapshot/load", json!({"directory": directory})).done();
+    let restored = events.next().unwrap();
+    assert_eq!(restored["event"], "restored");
+    assert_eq!((&restored["id"], &restored["paused"]), (&second["id"], &json!(true)));
+    let of = latencies(&api, &metrics);
+    assert_eq!(of("vmm_load_snapshot"), number(&restored, "took_us"));
+    assert!(of("load_snapshot") >= of("vmm_load_snapshot"));
+    let boot = &api.get("/").json()["boot"];
+    assert!(boot["image_us"].as_u64() > Some(0) && boot["vcpus_us"].as_u64() > Some(0), "{boot}");
+    api.patch("/vm", json!({"state": "Resumed"})).done();
+    assert_eq!(events.next().unwrap()["event"], "resumed");
 }
 
 /// Resets without end neither hold up who asks nor drown who listens; what was not told is counted.

@@ -145,7 +145,7 @@ fn prometheus_reads_what_counts_for_the_whole_life() {
     // The phases of the last boot, of which there were three.
     let boot = api.get("/").json()["boot"].clone();
     let phases = boot.as_object().unwrap();
-    assert_eq!(phases.len(), 8);
+    assert_eq!(phases.len(), 9);
     let since_husk = phases["configured_us"].as_u64().unwrap();
     assert!(since_husk > phases["kernel_us"].as_u64().unwrap(), "{boot}");
     assert!(phases["vcpus_us"].as_u64() > Some(0) && phases["memory_us"].as_u64() > Some(0));

@@ -291,6 +291,8 @@ async fn ask(api: &Api, request: Request) -> Result<Value, Refusal> {
     let latency = match request {
         Request::Pause => Some(latencies.pause_vm()),
         Request::Resume => Some(latencies.resume_vm()),
+        Request::Snapshot(ref params) => Some(latencies.asked_for_snapshot(params.snapshot_type)),
+        Request::Load(_) => Some(latencies.load_snapshot()),
         _ => None,
     };
     let asked = Instant::now();

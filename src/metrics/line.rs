@@ -30,17 +30,6 @@ pub(super) const NEVER: &[(&str, &[&str])] = &[
     ("block", &["no_avail_buffer", "io_engine_throttled_events", "remaining_reqs_count"]),
     ("entropy", &["host_rng_fails"]),
     (
-        "latencies_us",
-        &[
-            "full_create_snapshot",
-            "diff_create_snapshot",
-            "load_snapshot",
-            "vmm_full_create_snapshot",
-            "vmm_diff_create_snapshot",
-            "vmm_load_snapshot",
-        ],
-    ),
-    (
         "net",
         &[
             "mac_address_updates",

@@ -17,7 +17,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use devices::legacy::i8042;
-use devices::metrics::{CounterSet, Declared, Value};
+use devices::metrics::{CounterSet, Declared, Gauge, Value};
 
 use self::line::Previous;
 use self::output::Output;
@@ -26,6 +26,7 @@ use crate::api::{RequestCounters, Routes};
 use crate::boot::BootPhases;
 use crate::config::MetricsConfig;
 use crate::error::Refusal;
+use crate::snapshot::SnapshotType;
 use crate::vcpu;
 
 /// How often a line is written unasked.
@@ -38,10 +39,40 @@ devices::counters! {
         pause_vm: Gauge,
         /// Microseconds it took to go on, as the API's client sees it.
         resume_vm: Gauge,
+        /// Microseconds it took to write a snapshot of all memory, as the API's client sees it.
+        full_create_snapshot: Gauge,
+        /// Microseconds it took to write a snapshot of what has changed, as the API's client sees it.
+        diff_create_snapshot: Gauge,
+        /// Microseconds it took to restore a VM, as the API's client sees it.
+        load_snapshot: Gauge,
+        /// Microseconds it took to write a snapshot of all memory.
+        vmm_full_create_snapshot: Gauge,
+        /// Microseconds it took to write a snapshot of what has changed.
+        vmm_diff_create_snapshot: Gauge,
+        /// Microseconds it took to restore a VM.
+        vmm_load_snapshot: Gauge,
         /// Microseconds it took to stop vCPUs and devices.
         vmm_pause_vm: Gauge,
         /// Microseconds it took to let devices and vCPUs go on.
         vmm_resume_vm: Gauge,
+    }
+}
+
+impl Latencies {
+    /// Of the last snapshot of a kind, as its client sees it.
+    pub(crate) fn asked_for_snapshot(&self, kind: SnapshotType) -> &Gauge {
+        match kind {
+            SnapshotType::Full => self.full_create_snapshot(),
+            SnapshotType::Diff => self.diff_create_snapshot(),
+        }
+    }
+
+    /// Of the last snapshot of a kind.
+    pub(crate) fn wrote_snapshot(&self, kind: SnapshotType) -> &Gauge {
+        match kind {
+            SnapshotType::Full => self.vmm_full_create_snapshot(),
+            SnapshotType::Diff => self.vmm_diff_create_snapshot(),
+        }
     }
 }
 

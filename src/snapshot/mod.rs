@@ -25,7 +25,7 @@ pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage
 pub use self::params::{
     LoadParams, MemoryBackend, MemoryBackendType, SnapshotParams, SnapshotType,
 };
-pub(crate) use self::save::Saving;
+pub(crate) use self::save::{Saving, Written};
 
 use crate::exit::ExitCode;
 

@@ -17,6 +17,14 @@ pub(crate) struct Saving {
     document: Document,
 }
 
+/// A snapshot that is there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) id: String,
+    /// Bytes of state and memory.
+    pub(crate) bytes: u64,
+}
+
 impl Saving {
     /// Begins with the memory of a VM that stands still; it may go on when this returns.
     pub(crate) fn begin(
@@ -47,10 +55,13 @@ impl Saving {
     }
 
     /// Waits for the memory, then describes and names the files.
-    pub(crate) fn finish(self) -> Result<(), SnapshotError> {
+    pub(crate) fn finish(self) -> Result<Written, SnapshotError> {
         let Self { id, files, dump, document } = self;
         let extents = dump.finish().map_err(SnapshotError::Copy)?;
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
-        files.commit(&id, &StateFile::encode(&json, &extents))
+        let state = StateFile::encode(&json, &extents);
+        let of_memory: u64 = extents.iter().map(|extent| u64::from(extent.stored)).sum();
+        files.commit(&id, &state)?;
+        Ok(Written { id, bytes: of_memory + state.len() as u64 })
     }
 }
