@@ -27,7 +27,9 @@ use crate::machine::{Machine, Name, ThreadNames};
 use crate::metrics::{self, Metrics, Source, micros_since};
 use crate::parts::Parts;
 use crate::request::{Reply, Request, Respond};
-use crate::snapshot::{Image, LoadParams, Saving, SnapshotError, SnapshotParams, Written};
+use crate::snapshot::{
+    LoadParams, Overrides, Restore, Saving, SnapshotError, SnapshotParams, Written,
+};
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -135,6 +137,9 @@ impl Controller {
                 Ok(self.describe())
             }
             Request::Load(params) => done(self.load(&params)),
+            Request::Restore(restore) => {
+                done(self.restore(&restore, Stopwatch::start(self.identity.started)))
+            }
             // Answered elsewhere, as they may take a while; only the VM's end brings them here.
             Request::Wait | Request::Snapshot(_) => {
                 Err(self.ending().map_or(Refusal::Gone, |ending| Refusal::Ended(ending.clone())))
@@ -261,32 +266,37 @@ impl Controller {
     fn start(&mut self) -> Result<(), Refusal> {
         let config = self.configuring()?.clone();
         let watch = Stopwatch::start(self.identity.started);
-        self.start_with(config, watch, None, false)
+        self.start_with(config, watch, None)
     }
 
-    /// Starts what is configured, or restores what was saved so.
+    /// Starts what is configured, or goes on with what was saved so.
     fn start_with(
         &mut self,
         config: VmConfig,
         mut watch: Stopwatch,
-        image: Option<&Image>,
-        is_paused: bool,
+        restore: Option<&Restore>,
     ) -> Result<(), Refusal> {
+        let is_paused = restore.is_some_and(|restore| restore.is_paused);
+        let metadata = restore.and_then(|restore| restore.overrides.mmds.as_ref());
+        metadata.map_or(Ok(()), |data| self.mmds.check(data))?;
         let Identity { names, quit, announce, .. } = self.identity.clone();
         // Opened by now, or wanted by the request to start, which may yet be refused.
         let metrics = match self.metrics.is_open() {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        let serial = image.map(|image| &image.document.machine.legacy.serial);
+        let serial = restore.map(|restore| &restore.image.document.machine.legacy.serial);
         let mut parts = Parts::open(&config, names.io, quit, &self.mmds, serial)?;
         parts.observe(&mut self.hub)?;
         watch.phases.opened_us = watch.lap();
         let serial_path = parts.serial_path.clone();
-        let machine = Machine::assemble(&config, parts, names, &mut watch, image)?;
+        let machine = Machine::assemble(&config, parts, names, &mut watch, restore)?;
         if let Some(path) = &serial_path {
             announce(path);
             self.hub.publish(What::SerialPath { path: path.clone() });
+        }
+        if let Some(restore) = restore {
+            self.heed(&restore.overrides);
         }
         let runs_since = Instant::now();
         if !is_paused {
@@ -297,9 +307,9 @@ impl Controller {
         self.metrics.adopt(metrics);
         self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
-        let what = match image {
+        let what = match restore {
             None => What::Started,
-            Some(image) => {
+            Some(Restore { image, .. }) => {
                 let took_us = boot.total_us();
                 self.identity.counters.latencies.vmm_load_snapshot().set(took_us);
                 What::Restored { id: image.document.id.clone(), paused: is_paused, took_us }
@@ -307,6 +317,16 @@ impl Controller {
         };
         self.hub.tell(runs_since, what);
         Ok(())
+    }
+
+    /// Makes what is of the process as `overrides` say. They have been checked.
+    fn heed(&mut self, overrides: &Overrides) {
+        if let Some(Err(e)) = overrides.mmds.clone().map(|data| self.mmds.put(data)) {
+            log::error!("metadata: {e}");
+        }
+        if let Some(id) = &overrides.id {
+            self.identity.id.clone_from(id);
+        }
     }
 
     /// All or nothing: what was configured before stays if this is refused.
@@ -325,20 +345,25 @@ impl Controller {
             config.check()?;
             config.start_log()?;
         }
-        self.start_with(config, watch, None, false)
+        self.start_with(config, watch, None)
     }
 
     /// Restores a VM. All or nothing: what was configured before stays if this is refused.
     fn load(&mut self, params: &LoadParams) -> Result<(), Refusal> {
-        let mut watch = Stopwatch::start(self.identity.started);
+        let watch = Stopwatch::start(self.identity.started);
+        self.configuring()?;
+        self.restore(&Restore::open(params)?, watch)
+    }
+
+    /// The same, of a snapshot that was opened.
+    fn restore(&mut self, restore: &Restore, mut watch: Stopwatch) -> Result<(), Refusal> {
         let before = self.configuring()?.clone();
-        let image = Image::load(params)?;
-        let mut config = image.config()?;
+        let mut config = restore.config()?;
         // These are of this process.
         (config.defaults, config.logger, config.metrics) =
             (before.defaults, before.logger, before.metrics);
         watch.phases.image_us = watch.lap();
-        self.start_with(config, watch, Some(&image), !params.resume_vm)
+        self.start_with(config, watch, Some(restore))
     }
 
     /// Begins a snapshot; a thread of its own sees it through and answers, while the guest goes on.

@@ -45,8 +45,8 @@ pub use exit::{Ending, ExitCode};
 pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use snapshot::{
-    Image, LoadParams, MemoryBackend, MemoryBackendType, SnapshotError, SnapshotParams,
-    SnapshotType,
+    Image, LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, Overrides,
+    Restore, SnapshotError, SnapshotParams, SnapshotType, VsockOverride,
 };
 pub use vm::Vm;
 

@@ -32,7 +32,7 @@ use crate::metrics::Source;
 use crate::outcome::Outcome;
 use crate::parts::{Part, Parts, setup};
 use crate::request::Reply;
-use crate::snapshot::{DeviceState, Image, LegacyState, MachineState, SnapshotError};
+use crate::snapshot::{DeviceState, LegacyState, MachineState, Restore, SnapshotError};
 use crate::vcpu::{Unclaimed, Vcpus, World};
 
 /// Appended to the command line of the demo guest only: it prints the time since then.
@@ -94,14 +94,15 @@ pub(crate) struct ThreadNames {
 
 impl Machine {
     /// Puts a machine together; its vCPUs are parked at the first instruction, or where they were when
-    /// `image` was made.
+    /// the snapshot to `restore` was made.
     pub(crate) fn assemble(
         config: &VmConfig,
         mut parts: Parts,
         names: ThreadNames,
         watch: &mut Stopwatch,
-        image: Option<&Image>,
+        restore: Option<&Restore>,
     ) -> Result<Self, Refusal> {
+        let image = restore.map(|restore| &restore.image);
         let saved = image.map(|image| &image.document.machine);
         let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
@@ -167,8 +168,9 @@ impl Machine {
             log::info!("assembled: {protocol} kernel at {addr:#x}, command line: {cmdline}");
         }
         let fds = create_vcpus(&vm, &parts, config, topology, kernel.as_ref())?;
-        if let Some(saved) = saved {
-            saved.write(&vm, &fds)?;
+        if let Some(restore) = restore {
+            let saved = &restore.image.document.machine;
+            saved.write(&vm, &fds, restore.clock())?;
             legacy.restore(&saved.legacy);
         }
         let counters = parts.counters.vcpus.clone();
@@ -365,7 +367,7 @@ impl Legacy {
 
 impl MachineState {
     /// Gives KVM its part of it.
-    fn write(&self, vm: &VmFd, vcpus: &[VcpuFd]) -> Result<(), SnapshotError> {
+    fn write(&self, vm: &VmFd, vcpus: &[VcpuFd], clock: Clock) -> Result<(), SnapshotError> {
         if vcpus.len() != self.vcpus.len() {
             let (is, want) = (self.vcpus.len(), vcpus.len());
             let why = format!("it has the state of {is} vCPUs, of which it should have {want}");
@@ -377,7 +379,7 @@ impl MachineState {
             // guest does not use kvm-clock.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(self.vm.write(vm, Clock::GoesOn)?)
+        Ok(self.vm.write(vm, clock)?)
     }
 
     fn device(&self, model: &str, id: &str) -> Result<&DeviceState, SnapshotError> {

@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
-use crate::snapshot::{LoadParams, SnapshotParams};
+use crate::snapshot::{LoadParams, Restore, SnapshotParams};
 
 /// Everything that can be asked. Devices and sections of the configuration are data, not variants.
 #[derive(Debug)]
@@ -58,8 +58,10 @@ pub enum Request {
     Resume,
     /// Write a snapshot. Answered when it is there.
     Snapshot(SnapshotParams),
-    /// Restore a VM from a snapshot.
-    Load(LoadParams),
+    /// Restore a VM from a snapshot that is to be opened.
+    Load(Box<LoadParams>),
+    /// Restore a VM from a snapshot that was opened.
+    Restore(Box<Restore>),
     /// Press the power button.
     Shutdown,
     /// Press Ctrl-Alt-Del.

@@ -203,13 +203,17 @@ const ROUTES: &[Route] = &[
         shape::<SnapshotParams>(),
         |body| Ok(Request::Snapshot(parse(body)?)),
     ),
-    change(
-        Method::Put,
-        "/snapshot/load",
-        "Restore a microVM from a snapshot",
-        shape::<LoadParams>(),
-        |body| Ok(Request::Load(parse(body)?)),
-    ),
+    // Overrides may have metadata in them.
+    secret(deprecating(
+        Deprecated { fields: &["mem_file_path", "enable_diff_snapshots"], ..Deprecated::NOTHING },
+        change(
+            Method::Put,
+            "/snapshot/load",
+            "Restore a microVM from a snapshot",
+            shape::<LoadParams>(),
+            |body| Ok(Request::Load(Box::new(parse(body)?))),
+        ),
+    )),
     get(
         "/mmds",
         "The guest's metadata",
@@ -411,9 +415,21 @@ const fn change(
     }
 }
 
-/// Sets data of the guest, which may be secrets, and have a limit.
-const fn private(mut route: Route) -> Route {
+/// Has something in its body that clients should no longer send.
+const fn deprecating(deprecated: Deprecated, mut route: Route) -> Route {
+    route.deprecated = deprecated;
+    route
+}
+
+/// Has something in its body that nobody else should see.
+const fn secret(mut route: Route) -> Route {
     route.logged = Logged::Never;
+    route
+}
+
+/// Sets data of the guest, which may be secrets, and have a limit.
+const fn private(route: Route) -> Route {
+    let mut route = secret(route);
     route.is_limited = true;
     route
 }

@@ -66,7 +66,7 @@ pub struct SerialConfig {
 }
 
 impl SerialConfig {
-    pub(super) fn check_values(&self) -> Result<(), Refusal> {
+    pub(crate) fn check_values(&self) -> Result<(), Refusal> {
         let refuse =
             |field, why: &str| Err(Refusal::Field { section: "serial", field, why: why.into() });
         if self.serial_out_path.is_some() && self.to.is_some() {

@@ -15,10 +15,10 @@ use devices::virtio::mmio::Saved;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::SnapshotError;
 use super::extent::Extent;
 use super::format::StateFile;
 use super::params::{LoadParams, Place};
+use super::{Overrides, SnapshotError};
 use crate::config::VmConfig;
 
 /// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
@@ -122,12 +122,14 @@ impl Image {
         Ok(Self { document: Arc::new(document), memory })
     }
 
-    /// The configuration of the VM it is of.
-    pub(crate) fn config(&self) -> Result<VmConfig, crate::Refusal> {
+    /// The configuration of the VM it is of, and what is to be different.
+    pub(crate) fn config(&self, overrides: &Overrides) -> Result<VmConfig, crate::Refusal> {
         let Document { config, machine, .. } = &*self.document;
+        let mut config = config.clone();
+        overrides.apply(&mut config)?;
         let devices: Vec<_> =
             machine.devices.iter().map(|d| (d.model.as_str(), d.id.as_str())).collect();
-        VmConfig::restored(config, &devices)
+        VmConfig::restored(&config, &devices)
     }
 }
 

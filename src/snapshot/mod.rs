@@ -11,7 +11,9 @@ mod extent;
 mod files;
 mod format;
 mod image;
+mod overrides;
 mod params;
+mod restore;
 mod save;
 
 use std::env::consts::ARCH;
@@ -22,9 +24,12 @@ use devices::backend::file::is_shortage;
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub use self::image::Image;
 pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage};
+pub use self::overrides::Overrides;
 pub use self::params::{
-    LoadParams, MemoryBackend, MemoryBackendType, SnapshotParams, SnapshotType,
+    LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,
+    SnapshotType, VsockOverride,
 };
+pub use self::restore::Restore;
 pub(crate) use self::save::{Saving, Written};
 
 use crate::exit::ExitCode;

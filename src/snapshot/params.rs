@@ -1,10 +1,14 @@
 //! What is asked of snapshots: the bodies of `PUT /snapshot/create` and `PUT /snapshot/load`.
 use std::path::PathBuf;
 
+use devices::virtio::model::Model;
+use devices::virtio::{net, vsock};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 
-use super::SnapshotError;
+use super::{Overrides, SnapshotError};
+use crate::config::HugePages;
 
 /// How much of the memory a snapshot holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -105,12 +109,94 @@ pub struct LoadParams {
     /// Whether the guest goes on at once.
     #[serde(default)]
     pub resume_vm: bool,
+    /// Whether KVM remembers the pages that the guest writes.
+    #[serde(default)]
+    pub track_dirty_pages: bool,
+    /// Deprecated: `track_dirty_pages` is its successor.
+    #[serde(default)]
+    pub enable_diff_snapshots: bool,
+    /// Whether the guest's clock shows the time that has passed since the snapshot; else it goes on
+    /// where it was.
+    #[serde(default)]
+    pub clock_realtime: bool,
+    /// Which pages back guest RAM.
+    #[serde(default)]
+    pub huge_pages: LoadPages,
+    /// What is to be different. husk only.
+    #[serde(default)]
+    pub overrides: Overrides,
+    /// Taps for interfaces: Firecracker's form of what `overrides` say.
+    #[serde(default)]
+    pub network_overrides: Vec<NetworkOverride>,
+    /// The socket of the vsock device: Firecracker's form of what `overrides` say.
+    #[serde(default)]
+    pub vsock_override: Option<VsockOverride>,
+}
+
+/// Which pages back the RAM of a VM that is restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub enum LoadPages {
+    /// Those that the snapshot says.
+    #[default]
+    Snapshot,
+    /// As the host is set up.
+    None,
+    /// Transparent huge pages are asked for.
+    Transparent,
+    /// Pages of 2 MiB from the host's pool (hugetlbfs).
+    #[serde(rename = "2M")]
+    Hugetlb2M,
+}
+
+impl From<LoadPages> for Option<HugePages> {
+    fn from(pages: LoadPages) -> Self {
+        match pages {
+            LoadPages::Snapshot => None,
+            LoadPages::None => Some(HugePages::None),
+            LoadPages::Transparent => Some(HugePages::Transparent),
+            LoadPages::Hugetlb2M => Some(HugePages::Hugetlb2M),
+        }
+    }
+}
+
+/// Another tap for an interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkOverride {
+    /// The interface.
+    pub iface_id: String,
+    /// The tap on the host.
+    pub host_dev_name: String,
+}
+
+/// Another socket for the vsock device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct VsockOverride {
+    /// The Unix socket by which the host reaches the guest.
+    pub uds_path: PathBuf,
 }
 
 impl LoadParams {
     /// The snapshot in a directory; its guest goes on at once.
     pub fn from_directory(directory: impl Into<PathBuf>) -> Self {
         Self { directory: Some(directory.into()), resume_vm: true, ..Self::default() }
+    }
+
+    /// All that is to be different, in one form.
+    pub(crate) fn overrides(&self) -> Overrides {
+        let mut all = self.overrides.clone();
+        for tap in &self.network_overrides {
+            all.add(net::Net::NAME, json!(tap));
+        }
+        if let Some(vsock) = &self.vsock_override {
+            // Over what is said of the same device in the other form.
+            let device = all.devices.entry(vsock::Vsock::NAME).or_insert_with(|| json!({}));
+            if let Some(fields) = device.as_object_mut() {
+                fields.insert("uds_path".into(), json!(vsock.uds_path));
+            }
+        }
+        all
     }
 
     /// The form that was chosen.

@@ -22,8 +22,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub(crate) use self::stack::{HEAD_BYTES, Stack};
-pub use self::store::StoreError;
 use self::store::{Format, Store};
+pub use self::store::{StoreError, merge};
 use self::token::Tokens;
 use crate::counters;
 use crate::metrics::CounterSet;
@@ -151,6 +151,11 @@ impl Mmds {
     /// The data; an empty object if there are none.
     pub fn show(&self) -> Value {
         self.store().show()
+    }
+
+    /// Refuses what [`Self::put`] would refuse.
+    pub fn check(&self, data: &Value) -> Result<(), StoreError> {
+        self.store().check(data)
     }
 
     /// Replaces the data.

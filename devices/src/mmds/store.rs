@@ -46,10 +46,15 @@ impl Store {
         }
     }
 
-    pub(super) fn put(&mut self, data: Value) -> Result<(), StoreError> {
-        if data.to_string().len() > self.size_limit {
-            return Err(StoreError::TooLarge);
+    pub(super) fn check(&self, data: &Value) -> Result<(), StoreError> {
+        match data.to_string().len() > self.size_limit {
+            true => Err(StoreError::TooLarge),
+            false => Ok(()),
         }
+    }
+
+    pub(super) fn put(&mut self, data: Value) -> Result<(), StoreError> {
+        self.check(&data)?;
         self.data = Some(data);
         Ok(())
     }
@@ -78,8 +83,8 @@ impl Store {
     }
 }
 
-/// JSON Merge Patch (RFC 7396, 2). As deep as the patch, which its parser bounds.
-fn merge(target: &mut Value, patch: &Value) {
+/// Changes `target` by a JSON Merge Patch (RFC 7396, 2). As deep as the patch, which its parser bounds.
+pub fn merge(target: &mut Value, patch: &Value) {
     let Value::Object(changes) = patch else {
         *target = patch.clone();
         return;

@@ -100,6 +100,9 @@ pub trait Model: VirtioDevice + Sized + 'static {
     const PATCHABLE: bool = false;
     /// Fields that are deprecated: the API says so to whoever uses them.
     const DEPRECATED: &'static [&'static str] = &[];
+    /// Fields that name what is outside the VM, or that the guest need not know: they may be others
+    /// when a snapshot is restored.
+    const OUTSIDE: &'static [&'static str] = &[];
     /// What `GET` shows, if it is offered: the configuration before start, [`VirtioDevice::show`]
     /// afterwards.
     const SHOWN: Option<SchemaFn> = None;
@@ -464,6 +467,8 @@ pub struct Row {
     pub is_removable: bool,
     /// [`Model::DEPRECATED`].
     pub deprecated: &'static [&'static str],
+    /// [`Model::OUTSIDE`].
+    pub outside: &'static [&'static str],
     /// [`Model::ABOUT`].
     pub about: &'static str,
     /// [`Model::METRICS`].
@@ -492,6 +497,7 @@ pub const fn row<M: Model>() -> Row {
         ignores_rest: M::IGNORES_REST,
         is_removable: M::REMOVABLE,
         deprecated: M::DEPRECATED,
+        outside: M::OUTSIDE,
         about: M::ABOUT,
         metrics: M::METRICS,
         other_metrics: M::OTHER_METRICS,

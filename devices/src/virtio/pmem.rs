@@ -123,6 +123,7 @@ impl Model for Pmem {
     const ID_FIELD: &'static str = "id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
+    const OUTSIDE: &'static [&'static str] = &["path_on_host", "rate_limiter", "rate_limit_group"];
     const ABOUT: &'static str = "A file in the guest's memory, past its page cache";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;

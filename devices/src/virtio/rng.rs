@@ -59,6 +59,7 @@ counters! {
 
 impl Model for Rng {
     const NAME: &'static str = "entropy";
+    const OUTSIDE: &'static [&'static str] = &["rate_limiter", "rate_limit_group"];
     const ABOUT: &'static str = "Random numbers from the host";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;

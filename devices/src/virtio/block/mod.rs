@@ -227,6 +227,8 @@ impl Model for Block {
     const ID_FIELD: &'static str = "drive_id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
+    const OUTSIDE: &'static [&'static str] =
+        &["path_on_host", "io_engine", "rate_limiter", "rate_limit_group"];
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     const METRICS: Group = Counters::GROUP;
     const OTHER_METRICS: &'static [Group] = &[vhost_user::GROUP];

@@ -229,6 +229,14 @@ impl Model for Net {
     const ID_FIELD: &'static str = "iface_id";
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
+    const OUTSIDE: &'static [&'static str] = &[
+        "host_dev_name",
+        "guest_mac",
+        "rx_rate_limiter",
+        "tx_rate_limiter",
+        "rx_rate_limit_group",
+        "tx_rate_limit_group",
+    ];
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;

@@ -96,6 +96,7 @@ impl Model for Vsock {
     const NAME: &'static str = "vsock";
     const IGNORES_REST: bool = true;
     const DEPRECATED: &'static [&'static str] = &["vsock_id"];
+    const OUTSIDE: &'static [&'static str] = &["uds_path", "guest_cid"];
     const ABOUT: &'static str = "Streams between the guest and Unix sockets of the host";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;

@@ -1,0 +1,62 @@
+//! How a VM goes on from a snapshot.
+use arch::Clock;
+
+use super::{Image, LoadParams, Overrides};
+use crate::config::{HugePages, VmConfig};
+use crate::error::Refusal;
+
+/// What goes on, and how.
+#[derive(Clone, Debug)]
+pub struct Restore {
+    /// The snapshot.
+    pub image: Image,
+    /// What is to be different.
+    pub overrides: Overrides,
+    /// Whether the guest stands still until it is resumed.
+    pub is_paused: bool,
+    /// Whether KVM remembers the pages that the guest writes.
+    pub track_dirty_pages: bool,
+    /// Whether the guest's clock shows the time that has passed since the snapshot; else it goes on.
+    pub clock_realtime: bool,
+    /// Which pages back guest RAM, if not those that the snapshot says.
+    pub huge_pages: Option<HugePages>,
+}
+
+impl Restore {
+    /// The VM as it was, going on at once.
+    pub fn new(image: &Image) -> Self {
+        Self {
+            image: image.clone(),
+            overrides: Overrides::default(),
+            is_paused: false,
+            track_dirty_pages: false,
+            clock_realtime: false,
+            huge_pages: None,
+        }
+    }
+
+    /// Opens what a request names.
+    pub(crate) fn open(params: &LoadParams) -> Result<Self, Refusal> {
+        Ok(Self {
+            image: Image::load(params)?,
+            overrides: params.overrides(),
+            is_paused: !params.resume_vm,
+            track_dirty_pages: params.track_dirty_pages || params.enable_diff_snapshots,
+            clock_realtime: params.clock_realtime,
+            huge_pages: params.huge_pages.into(),
+        })
+    }
+
+    /// The configuration of the VM that goes on. What is of the process is not in it.
+    pub(crate) fn config(&self) -> Result<VmConfig, Refusal> {
+        let mut config = self.image.config(&self.overrides)?;
+        config.machine.track_dirty_pages = self.track_dirty_pages;
+        config.machine.huge_pages = self.huge_pages.unwrap_or(config.machine.huge_pages);
+        Ok(config)
+    }
+
+    /// What the guest's clock does.
+    pub(crate) fn clock(&self) -> Clock {
+        if self.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn }
+    }
+}
