@@ -118,6 +118,7 @@ impl Parts {
         let (serial, input) = serial.map_err(|e| match e {
             SerialError::Fifo(_) => SnapshotError::Inconsistent(e.to_string()).into(),
             SerialError::EventFd(e) => Refusal::host("serial port")(e),
+            SerialError::Console(e) => Refusal::Console(e),
         })?;
         let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
         let io = Arc::new(io);

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use vmm_sys_util::eventfd::EventFd;
 
 /// An edge-triggered interrupt line: an irqfd in a VM, a counter in tests.
-pub trait Line: Send {
+pub trait Line: Send + Sync {
     /// Raises one edge. Never blocks.
     fn raise(&self);
 }

@@ -19,7 +19,7 @@ use vm_superio::serial::SerialEvents;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::{Line, read_bytes, write_bytes};
-use crate::backend::console::{self, Console, Input, Readiness};
+use crate::backend::console::{self, Console, ConsoleError, Input, Readiness};
 use crate::bus::BusDeviceMut;
 use crate::counters;
 use crate::io::{Watch, Worker};
@@ -51,6 +51,9 @@ pub enum SerialError {
     /// The host has no eventfd for us.
     #[error("cannot make an eventfd for the serial port")]
     EventFd(#[source] std::io::Error),
+    /// The host has no descriptors for us.
+    #[error(transparent)]
+    Console(#[from] ConsoleError),
 }
 
 /// The registers, and the input the guest has not read. Bytes on their way out belong to the host.
@@ -152,6 +155,25 @@ impl Serial {
         self.uart.state().into()
     }
 
+    /// Goes on as saved. Output is with the console already, and input that waits there stays.
+    pub fn set_state(&mut self, state: SerialState) -> Result<(), SerialError> {
+        let state = vm_superio::SerialState::from(state);
+        if state.in_buffer.len() > FIFO_LEN {
+            return Err(SerialError::Fifo(state.in_buffer.len()));
+        }
+        let edge = || Edge(self.uart.interrupt_evt().0.clone());
+        let tally = || Tally(self.counters.clone());
+        // vm-superio takes a state only with the console, and gives a console only at its end.
+        let idle = vm_superio::Serial::with_events(edge(), tally(), Console::none()?);
+        let (edge, tally, len) = (edge(), tally(), state.in_buffer.len());
+        let console = std::mem::replace(&mut self.uart, idle).into_writer();
+        self.uart = vm_superio::Serial::from_state(&state, edge, tally, console)
+            .map_err(|_| SerialError::Fifo(len))?;
+        self.is_stalled = false;
+        self.tell_room();
+        Ok(())
+    }
+
     /// Puts the registers back to what they are after power-on. Input that the guest has not read
     /// is lost, as it would be on a real port; output is with the console already.
     pub fn reset(&mut self) {
@@ -194,7 +216,7 @@ impl Serial {
         let host = console.events();
         let counters = Arc::<Counters>::default();
         let tally = Tally(counters.clone());
-        let uart = vm_superio::Serial::from_state(&state, Edge(line), tally, console)
+        let uart = vm_superio::Serial::from_state(&state, Edge(line.into()), tally, console)
             .map_err(|_| SerialError::Fifo(state.in_buffer.len()))?;
         let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(SerialError::EventFd)?;
         let room = Arc::new(room);
@@ -360,7 +382,7 @@ impl Worker for SerialInput {
 }
 
 /// A line as vm-superio wants it.
-struct Edge(Box<dyn Line>);
+struct Edge(Arc<dyn Line>);
 
 impl Trigger for Edge {
     type E = Infallible;
@@ -637,6 +659,34 @@ mod tests {
         assert_eq!(line.load(Ordering::Relaxed), 1, "the guest is told again");
         assert_eq!(received(&serial), b"waiting");
         assert_eq!(inb(&serial, 7), 0x5a);
+    }
+
+    #[test]
+    fn goes_back_to_what_was_saved_with_its_console() {
+        let mut rig = Rig::new("rewind");
+        rig.outb(IER, 1);
+        rig.outb(7, 0x5a);
+        rig.user.write_all(b"waiting").unwrap();
+        rig.run();
+        let saved = rig.serial.lock().unwrap().state();
+        assert_eq!(rig.received(), b"waiting");
+        rig.outb(IER, 0);
+        rig.outb(7, 0);
+        rig.interrupts();
+        rig.serial.lock().unwrap().set_state(saved.clone()).unwrap();
+        assert_eq!(rig.serial.lock().unwrap().state(), saved);
+        assert_eq!(rig.interrupts(), 1, "the guest is told again");
+        assert_eq!((rig.received(), rig.inb(7)), (b"waiting".to_vec(), 0x5a));
+        rig.user.write_all(b"more").unwrap();
+        rig.run();
+        assert_eq!(rig.received(), b"more");
+        rig.outb(DATA, b'!');
+        let mut byte = [0];
+        rig.user.read_exact(&mut byte).unwrap();
+        assert_eq!(&byte, b"!");
+        let absurd = SerialState { in_buffer: vec![0; FIFO_LEN + 1], ..saved };
+        let refusal = rig.serial.lock().unwrap().set_state(absurd).unwrap_err();
+        assert!(matches!(refusal, SerialError::Fifo(65)), "{refusal}");
     }
 
     #[test]

@@ -54,6 +54,12 @@ pub trait VirtioDevice: Send + Debug {
     /// The driver has reset the device, or its machine is being taken apart: nothing that it began
     /// goes on. There is no worker.
     fn reset(&mut self) {}
+    /// The machine goes back to an earlier moment of its life: nothing that was begun goes on. There is no
+    /// worker. The next [`Self::activate`] gets what was saved at that moment.
+    fn rewind(&mut self) -> Result<Left, DeviceError> {
+        self.reset();
+        Ok(Left::Nothing)
+    }
     /// Whether the worker may wait for the host longer than a moment. It then has a thread of its
     /// own, so that nobody waits with it.
     fn may_block(&self) -> bool {
@@ -80,6 +86,15 @@ pub enum Change {
     Silent,
     /// The configuration space changed.
     Config,
+}
+
+/// What of a device stays as it is when its machine goes back to an earlier moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Nothing the guest could notice.
+    Nothing,
+    /// The file that it writes to.
+    File,
 }
 
 /// How a device comes to be: the part the table needs.

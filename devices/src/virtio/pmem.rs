@@ -13,7 +13,7 @@ use vm_memory::Le32;
 use super::chain::{Chain, Fault};
 use super::file::{claim, refused};
 use super::model::{
-    Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default,
+    Change, Claim, DeviceError, Env, Left, Model, VirtioDevice, check_id, null_is_default,
 };
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::file::Access;
@@ -205,6 +205,10 @@ impl VirtioDevice for Pmem {
 
     fn counters(&self) -> Arc<dyn CounterSet> {
         self.counters.clone()
+    }
+
+    fn rewind(&mut self) -> Result<Left, DeviceError> {
+        Ok(if self.config.read_only { Left::Nothing } else { Left::File })
     }
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {

@@ -316,6 +316,94 @@ fn every_stage_can_be_saved_and_restored() {
     }
 }
 
+/// All of the memory from 0 to what rings and chains need.
+fn contents(m: &Machine) -> Vec<u8> {
+    let mut bytes = vec![0; usize::try_from(LOW.1).unwrap()];
+    m.mem.read_slice(&mut bytes, GuestAddress(LOW.0)).unwrap();
+    bytes
+}
+
+#[test]
+fn a_rewound_device_goes_on_where_it_was() {
+    type Later = (&'static str, fn(&Machine, &mut Ring));
+    let later: [Later; 4] = [
+        ("nothing happened", |_, _| {}),
+        ("it went on", |m, ring| {
+            for count in 22..=40 {
+                ring.set_used_event(count - 1);
+                add_some_chain(ring);
+                m.finish(ring, count);
+            }
+        }),
+        ("it was reset", |m, _| m.set(0x70, 0)),
+        ("its ring lied", |m, ring| {
+            ring.set_avail_idx(9999);
+            m.kick(ring);
+            m.wait_for_latch("the latch");
+        }),
+    ];
+    for (what, later) in later {
+        every_device(|name, m, _host| {
+            let mut rings = m.start(F_EVENT_IDX | F_INDIRECT);
+            let ring = served_queue(&m, &mut rings);
+            for count in 1..=20 {
+                ring.set_used_event(count - 1);
+                add_some_chain(ring);
+                m.finish(ring, count);
+            }
+            let isr = m.get(0x60);
+            m.transport.lock().unwrap().pause().unwrap();
+            // One more waits in the ring when the snapshot is taken.
+            ring.set_used_event(20);
+            add_some_chain(ring);
+            let (saved, memory) = (m.transport.lock().unwrap().save(), contents(&m));
+            let mut ring = ring.clone();
+            m.transport.lock().unwrap().resume().unwrap();
+            m.irq.wait("used buffers", || ring.used_idx() == 21);
+            later(&m, &mut ring.clone());
+
+            let mut transport = m.transport.lock().unwrap();
+            transport.pause().unwrap();
+            transport.check(&saved).unwrap();
+            m.mem.write_slice(&memory, GuestAddress(LOW.0)).unwrap();
+            transport.rewind(&saved).unwrap();
+            drop(transport);
+            assert_eq!((m.status(), m.get(0x60)), (15, isr), "{name}: {what}");
+            assert_eq!(ring.used_idx(), 20);
+            m.transport.lock().unwrap().resume().unwrap();
+            m.irq.wait("used buffers", || ring.used_idx() == 21);
+            ring.set_used_event(21);
+            add_some_chain(&mut ring);
+            m.finish(&ring, 22);
+        });
+    }
+}
+
+#[test]
+fn a_device_is_not_rewound_to_what_was_saved_of_another() {
+    for name in kinds() {
+        let first = sample(name);
+        let m = Machine::new(first.device);
+        let mut rings = m.start(0);
+        m.transport.lock().unwrap().pause().unwrap();
+        let good = serde_json::to_value(m.transport.lock().unwrap().save()).unwrap();
+        let refused = |path: &str, value: serde_json::Value| {
+            let mut bad = good.clone();
+            *bad.pointer_mut(path).unwrap() = value;
+            let saved: Saved = serde_json::from_value(bad).unwrap();
+            assert!(m.transport.lock().unwrap().check(&saved).is_err(), "{name}: {path}");
+        };
+        refused("/positions", serde_json::json!([]));
+        refused("/registers/queues", serde_json::json!([]));
+        refused("/registers/driver_features", serde_json::json!(u64::MAX));
+        // And goes on, as nothing was done to it.
+        m.transport.lock().unwrap().resume().unwrap();
+        let ring = served_queue(&m, &mut rings);
+        add_some_chain(ring);
+        m.finish(ring, 1);
+    }
+}
+
 #[test]
 fn a_snapshot_that_does_not_fit_is_refused() {
     for name in kinds() {

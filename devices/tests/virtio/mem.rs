@@ -368,6 +368,29 @@ fn what_was_plugged_is_saved() {
 }
 
 #[test]
+fn what_was_plugged_comes_back_when_the_machine_is_rewound() {
+    let mut device = Device::new(200);
+    assert_eq!(device.ask(PLUG, BLOCK, 1), ACK);
+    assert_eq!(device.ask(PLUG, SLOT - BLOCK, 3), ACK);
+    device.machine.transport.lock().unwrap().pause().unwrap();
+    let saved = device.machine.transport.lock().unwrap().save();
+    device.machine.transport.lock().unwrap().resume().unwrap();
+    let (sizes, pieces) = (device.sizes(), device.shown.pieces().len());
+    assert_eq!(device.ask(UNPLUG, BLOCK, 1), ACK);
+    assert_eq!(device.ask(PLUG, 4 * BLOCK, 9), ACK);
+    let mut transport = device.machine.transport.lock().unwrap();
+    transport.pause().unwrap();
+    transport.rewind(&saved).unwrap();
+    transport.resume().unwrap();
+    drop(transport);
+    assert_eq!((device.sizes(), device.shown.pieces().len()), (sizes, pieces));
+    let plugged = [1, 63, 64, 65];
+    for n in 0..128 {
+        assert_eq!(device.reach(n * BLOCK), plugged.contains(&n), "block {n}");
+    }
+}
+
+#[test]
 fn refuses_sizes_that_cannot_be() {
     let device = Device::new(0);
     for mib in [1, 3, 258, u64::MAX, 1 << 44] {

@@ -19,7 +19,7 @@ use self::request::{Executor, Outcome};
 use self::vhost_user::VhostUserBlock;
 use super::file::{claim, refused};
 use super::model::{
-    Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id, null_is_default,
+    Change, Claim, DeviceError, Env, Left, Model, VirtioDevice, check_id, null_is_default,
 };
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::disk::{Disk, SECTOR_SIZE};
@@ -344,6 +344,10 @@ impl VirtioDevice for Block {
         };
         let executor = Executor { disk, id, features, limiter, flight, counters };
         Ok(Box::new(BlockWorker { requests, executor, is_held: false }))
+    }
+
+    fn rewind(&mut self) -> Result<Left, DeviceError> {
+        Ok(if self.disk.is_writable() { Left::File } else { Left::Nothing })
     }
 
     fn update(&mut self, _view: Option<&str>, patch: &Value) -> Result<Change, DeviceError> {

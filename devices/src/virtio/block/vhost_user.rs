@@ -16,7 +16,7 @@ use crate::backend::vhost_user::{BackEnd, PATIENCE, Ring, VhostUserError};
 use crate::io::{Retired, Watch, Worker};
 use crate::metrics::{CounterSet, Group};
 use crate::virtio::mmio::TRANSPORT_FEATURES;
-use crate::virtio::model::{Change, DeviceError, VirtioDevice};
+use crate::virtio::model::{Change, DeviceError, Left, VirtioDevice};
 use crate::virtio::queue::{VirtQueue, split};
 
 /// How often to look whether a back end has finished.
@@ -172,6 +172,12 @@ impl VirtioDevice for VhostUserBlock {
             counters.config_change_time_us().time(|| lock(&self.back_end).config(SPACE_BYTES));
         self.space = read.inspect_err(|_| counters.config_change_fails().inc()).map_err(refused)?;
         Ok(Change::Config)
+    }
+
+    /// Whoever serves it knows nothing of it.
+    fn rewind(&mut self) -> Result<Left, DeviceError> {
+        self.reset();
+        Ok(Left::File)
     }
 
     fn counters(&self) -> Arc<dyn CounterSet> {

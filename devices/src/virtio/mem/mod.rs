@@ -14,14 +14,14 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use self::blocks::{Blocks, Geometry};
+use self::blocks::{Blocks, Geometry, Unplugged};
 use self::request::MemWorker;
 use super::model::{
-    Change, DeviceError, Env, Model, SchemaFn, VirtioDevice, null_is_default, schema_of,
+    Change, DeviceError, Env, Left, Model, SchemaFn, VirtioDevice, null_is_default, schema_of,
 };
 use super::queue::{VirtQueue, split};
 use crate::counters;
-use crate::io::Worker;
+use crate::io::{IoError, Worker};
 use crate::memory::{GuestRegion, OwnMemory, Placement};
 use crate::metrics::{CounterSet, Group};
 use crate::sys::map::Pages;
@@ -299,6 +299,24 @@ impl VirtioDevice for Mem {
         }
         let (shared, counters) = (self.shared.clone(), self.counters.clone());
         Ok(Box::new(MemWorker { requests, shared, counters }))
+    }
+
+    /// As after power-on: what was plugged is plugged when the driver's queues are there again.
+    fn rewind(&mut self) -> Result<Left, DeviceError> {
+        let blocks = self.shared.blocks();
+        let blocks = blocks.as_ref().ok_or(DeviceError::Saved("it has no place"))?;
+        for (first, count) in blocks.runs() {
+            match blocks.unplug(first..first.saturating_add(count)) {
+                Unplugged::Freed => {}
+                Unplugged::Kept => self.counters.unplug_discard_fails().inc(),
+                Unplugged::InUse => return Err(IoError::Busy.into()),
+            }
+        }
+        let mut sizes = self.shared.sizes();
+        sizes.plugged = 0;
+        sizes.usable = self.shared.usable_for(sizes.requested);
+        self.is_fresh = true;
+        Ok(Left::Nothing)
     }
 
     fn counters(&self) -> Arc<dyn CounterSet> {

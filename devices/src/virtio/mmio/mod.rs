@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use self::registers::Registers;
 use self::removed::Placeholder;
 pub use self::window::{Window, WindowDevice};
-use super::model::{Change, DeviceError, VirtioDevice};
+use super::model::{Change, DeviceError, Left, VirtioDevice};
 use super::notifier::{Notifier, status};
 use super::queue::{RingFeatures, VirtQueue};
 use crate::GuestRam;
@@ -79,6 +79,13 @@ pub struct Saved {
     /// `(next_avail, next_used)` of each live queue.
     positions: Vec<(u16, u16)>,
     device: Value,
+}
+
+impl Saved {
+    /// Whether its worker was at work when it was paused.
+    fn has_live_queues(&self) -> bool {
+        self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
+    }
 }
 
 /// The transport of one device: what the vCPUs see at its windows.
@@ -223,31 +230,52 @@ impl MmioTransport {
         }
     }
 
-    fn restore(&mut self, saved: &Saved) -> Result<(), DeviceError> {
+    /// Goes back to what was saved, in the machine that it is in. The device must be paused, and stays
+    /// so. If the host refuses half-way, it is neither here nor there: [`Self::check`] finds all else
+    /// before.
+    pub fn rewind(&mut self, saved: &Saved) -> Result<Left, DeviceError> {
+        // Requests that were in progress then are served again; those of later have not been made.
+        self.stage = Stage::Idle;
+        let left = self.device.rewind()?;
+        self.notifier.reset();
+        self.restore(saved)?;
+        Ok(left)
+    }
+
+    /// Tells the driver that the configuration space is another.
+    pub fn tell_config_change(&self) {
+        self.notifier.config_change();
+    }
+
+    /// Refuses what was not saved of such a device.
+    pub fn check(&self, saved: &Saved) -> Result<(), DeviceError> {
         if saved.registers.queues.len() != self.kicks.len() {
             return Err(DeviceError::Saved("it has another number of queues"));
         }
-        self.registers = saved.registers.clone();
-        if saved.status & status::FEATURES_OK != 0 && !self.are_features_acceptable() {
+        if saved.status & status::FEATURES_OK != 0 && !self.accepts(saved.registers.driver_features)
+        {
             return Err(DeviceError::Saved("its driver uses features that are not offered here"));
         }
-        self.notifier.restore(saved.status, saved.isr, saved.generation);
-        if saved.status & status::DRIVER_OK == 0 {
-            return Ok(());
-        }
-        if saved.status & status::NEEDS_RESET != 0 {
-            // Its queues may be what it needs a reset for.
-            self.stage = Stage::Broken;
-            return Ok(());
-        }
-        if saved.positions.len() != self.kicks.len() {
+        if saved.has_live_queues() && saved.positions.len() != self.kicks.len() {
             return Err(DeviceError::Saved("it was not paused when it was saved"));
         }
-        let mut queues = self.live_queues()?;
-        for (queue, &(next_avail, next_used)) in queues.iter_mut().zip(&saved.positions) {
-            queue.seek(next_avail, next_used);
+        Ok(())
+    }
+
+    fn restore(&mut self, saved: &Saved) -> Result<(), DeviceError> {
+        self.check(saved)?;
+        self.registers = saved.registers.clone();
+        self.notifier.restore(saved.status, saved.isr, saved.generation);
+        if saved.has_live_queues() {
+            let mut queues = self.live_queues()?;
+            for (queue, &(next_avail, next_used)) in queues.iter_mut().zip(&saved.positions) {
+                queue.seek(next_avail, next_used);
+            }
+            self.stage = Stage::Parked(Retired { queues, state: saved.device.clone() });
+        } else if saved.status & status::DRIVER_OK != 0 {
+            // Its queues may be what it needs a reset for.
+            self.stage = Stage::Broken;
         }
-        self.stage = Stage::Parked(Retired { queues, state: saved.device.clone() });
         Ok(())
     }
 
@@ -419,7 +447,10 @@ impl MmioTransport {
     }
 
     fn are_features_acceptable(&self) -> bool {
-        let features = self.registers.driver_features;
+        self.accepts(self.registers.driver_features)
+    }
+
+    fn accepts(&self, features: u64) -> bool {
         features & !self.features() == 0 && features & F_VERSION_1 != 0
     }
 
