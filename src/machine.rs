@@ -114,7 +114,7 @@ impl Machine {
         let ram = memory::map(&config.machine, config.sharing(), image.map(|i| &i.memory))?;
         memory::register(&vm, &ram.guest, &config.machine)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
-        let memory = memory::place(&vm, host, &ram.guest, &mut parts.devices)?;
+        let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
         watch.phases.memory_us = watch.lap();
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {

@@ -5,8 +5,10 @@ mod dump;
 mod own;
 
 use std::fs::File;
+use std::sync::Arc;
 
 use arch::{GuestRam, layout};
+use devices::memory::Backing;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
@@ -24,6 +26,8 @@ use crate::snapshot::MemoryImage;
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) guest: GuestRam,
+    /// What is behind each region of it now. Whoever maps something else there says so.
+    pub(crate) backings: Vec<Arc<Backing>>,
     /// What is behind pages that nobody has written since, if it is not zeros.
     image: Option<MemoryImage>,
 }
@@ -88,7 +92,7 @@ pub(crate) fn map(
         HugePages::Hugetlb2M => libc::MAP_HUGETLB | libc::MAP_HUGE_2MB,
         HugePages::None | HugePages::Transparent => libc::MAP_NORESERVE,
     };
-    let mut regions = Vec::new();
+    let (mut regions, mut backings) = (Vec::new(), Vec::new());
     let mut offset = 0;
     for (start, len) in layout::ram_ranges(size) {
         let file = match (sharing, image) {
@@ -112,11 +116,16 @@ pub(crate) fn map(
         // A core dump of husk is for husk's developers: the guest's memory is its owner's.
         advise(&region, Advice::LinuxDontDump)
             .map_err(Refusal::host("cannot keep guest memory out of core dumps"))?;
+        let backing = Backing::of(&region);
+        backings.push(Arc::new(match machine.track_dirty_pages {
+            true => backing.recording(),
+            false => backing,
+        }));
         regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
     }
     let guest = GuestRam::from_regions(regions)
         .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
-    Ok(Ram { guest, image: image.cloned() })
+    Ok(Ram { guest, backings, image: image.cloned() })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.

@@ -27,8 +27,8 @@ pub mod virtio;
 
 pub use memory::GuestRam;
 
-/// What records the pages that devices write. `()` records nothing.
-pub type GuestBitmap = ();
+/// What records the pages that devices write. `None` records nothing.
+pub type GuestBitmap = Option<memory::PageSet>;
 
 /// A piece of guest RAM where the host has it.
 pub type GuestSlice<'a> = vm_memory::VolatileSlice<'a, vm_memory::bitmap::BS<'a, GuestBitmap>>;

@@ -2,14 +2,15 @@
 use std::io;
 use std::sync::{Arc, Weak};
 
-use arch::{GuestRam as Ram, HostCpu, layout};
+use arch::{HostCpu, layout};
 use devices::GuestRam;
 use devices::memory::{Leases, Piece, Placement, Slots};
 use devices::virtio::model::DeviceError;
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
+use super::Ram;
 use crate::error::Refusal;
 use crate::parts::Part;
 
@@ -29,15 +30,17 @@ pub(crate) fn place(
     devices: &mut [Part],
 ) -> Result<GuestRam, Refusal> {
     let limit = 1_u64 << host.cpu.address_bits();
-    let end = ram.last_addr().0 + 1;
+    let end = ram.guest.last_addr().0 + 1;
     if end > limit {
         let why = format!("RAM would end at {end:#x}, the processor's addresses at {limit:#x}");
         return Err(Refusal::Field { section: "machine-config", field: "mem_size_mib", why });
     }
     let no_room = |e| Refusal::Host { what: "guest memory".into(), source: io::Error::other(e) };
-    let mut all = GuestRam::new(ram).map_err(no_room)?;
+    let backings = ram.backings.iter().cloned();
+    let mut all = GuestRam::backed(&ram.guest, backings).map_err(no_room)?;
+    let is_recorded = ram.backings.iter().any(|backing| backing.written().is_some());
     let leases = Arc::<Leases>::default();
-    let (mut floor, mut slot) = (end, ram.num_regions() as u64);
+    let (mut floor, mut slot) = (end, ram.guest.num_regions() as u64);
     for Part { model, id, device, .. } in devices {
         let Some(own) = device.own_memory() else { continue };
         let refused = |source| Refusal::Device { section: model, id: id.clone(), source };
@@ -57,8 +60,9 @@ pub(crate) fn place(
             return Err(too_big("need more memory slots than KVM has, which are", slots_max));
         }
         let first = u32::try_from(first).expect("KVM has fewer than 2^32 slots");
-        let slots = Arc::new(KvmSlots { vm: Arc::downgrade(vm), first });
-        let placement = Placement { addr: GuestAddress(addr), slots, leases: leases.clone() };
+        let slots = Arc::new(KvmSlots { vm: Arc::downgrade(vm), first, is_recorded });
+        let (addr, leased) = (GuestAddress(addr), leases.clone());
+        let placement = Placement { addr, slots, leases: leased, is_recorded };
         let region = own.place(placement).map_err(refused)?;
         all = all.with(region, leases.clone()).map_err(no_room)?;
     }
@@ -71,6 +75,8 @@ struct KvmSlots {
     /// A device that survives its VM must not keep it.
     vm: Weak<VmFd>,
     first: u32,
+    /// Whether KVM remembers the pages that the guest writes.
+    is_recorded: bool,
 }
 
 impl KvmSlots {
@@ -79,7 +85,11 @@ impl KvmSlots {
         let Some(vm) = self.vm.upgrade() else { return Ok(()) };
         let slot = kvm_userspace_memory_region {
             slot: self.first + piece.slot,
-            flags: if piece.is_read_only { KVM_MEM_READONLY } else { 0 },
+            flags: match (piece.is_read_only, self.is_recorded) {
+                (true, _) => KVM_MEM_READONLY,
+                (false, true) => KVM_MEM_LOG_DIRTY_PAGES,
+                (false, false) => 0,
+            },
             guest_phys_addr: piece.addr.0,
             memory_size: len,
             userspace_addr: piece.host,

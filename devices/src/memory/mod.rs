@@ -6,8 +6,10 @@
 //! time, and then a system call fails where an ordinary access is a SIGBUS.
 //!
 //! What can go away while the VM runs is only used under a lease ([`Leases`]).
+mod backing;
 mod lease;
 mod own;
+mod pages;
 
 use std::sync::Arc;
 
@@ -20,9 +22,11 @@ use vm_memory::{
     MemoryRegionAddress, VolatileMemory,
 };
 
+pub use self::backing::{Backing, Behind};
 pub use self::lease::{Lease, Leases};
 pub use self::own::{FileMemory, OwnMemory, Piece, Placement, PluggedMemory, Slots};
-use crate::sys::map::Pages;
+pub use self::pages::{PAGE, PageSet, PageSlice};
+use crate::sys::map::recorded;
 use crate::{GuestBitmap, GuestSlice};
 
 /// All of a guest's memory. Clones are the same memory.
@@ -44,30 +48,29 @@ pub struct GuestRegion {
 
 #[derive(Debug)]
 enum Memory {
-    Ram(Arc<MmapRegion<GuestBitmap>>),
+    Ram(Arc<MmapRegion<()>>, Arc<Backing>),
     Plugged(Arc<PluggedMemory>),
     File(Arc<FileMemory>),
 }
 
-/// What is behind a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Backing {
-    /// Anonymous memory of this process.
-    Private(Pages),
-    /// A file in memory, which others map too.
-    Shared(Pages),
-    /// A file that does not change with the memory, or must not.
-    File,
-}
-
 impl GuestRam {
-    /// RAM, which never changes.
-    pub fn new(ram: &GuestMemoryMmap<GuestBitmap>) -> Result<Self, GuestRegionCollectionError> {
-        let region = |region: &GuestRegionMmap<GuestBitmap>| GuestRegion {
+    /// RAM, which never changes its place, and what is behind it now.
+    pub fn new(ram: &GuestMemoryMmap<()>) -> Result<Self, GuestRegionCollectionError> {
+        let backings = ram.iter().map(|region| Arc::new(Backing::of(&region.get_mmap())));
+        Self::backed(ram, backings)
+    }
+
+    /// RAM, and what is behind each region of it.
+    pub fn backed(
+        ram: &GuestMemoryMmap<()>,
+        backings: impl IntoIterator<Item = Arc<Backing>>,
+    ) -> Result<Self, GuestRegionCollectionError> {
+        let region = |(region, backing): (&GuestRegionMmap<()>, _)| GuestRegion {
             start: region.start_addr(),
-            memory: Memory::Ram(region.get_mmap()),
+            memory: Memory::Ram(region.get_mmap(), backing),
         };
-        let direct = GuestRegionCollection::from_regions(ram.iter().map(region).collect())?;
+        let regions = ram.iter().zip(backings).map(region).collect();
+        let direct = GuestRegionCollection::from_regions(regions)?;
         Ok(Self { direct, files: Vec::new(), leases: None })
     }
 
@@ -85,7 +88,7 @@ impl GuestRam {
         let (mut direct, mut files) = (self.direct.clone(), self.files.clone());
         match region.memory {
             Memory::File(_) => files.push(Arc::new(region)),
-            Memory::Ram(_) | Memory::Plugged(_) => {
+            Memory::Ram(..) | Memory::Plugged(_) => {
                 direct = direct.insert_region(Arc::new(region))?
             }
         }
@@ -151,25 +154,30 @@ impl GuestRegion {
         Self { start, memory: Memory::File(memory) }
     }
 
-    /// What is behind it, for whoever gives pages of it back.
-    pub(crate) fn backing(&self) -> Backing {
-        let ram = match &self.memory {
-            Memory::Ram(ram) => ram,
-            Memory::Plugged(plugged) => return Backing::Private(plugged.mapping().pages()),
-            Memory::File(_) => return Backing::File,
-        };
-        let is_huge = ram.flags() & libc::MAP_HUGETLB != 0;
-        let pages = if is_huge { Pages::Huge2M } else { Pages::Normal };
-        match ram.file_offset() {
-            _ if ram.flags() & libc::MAP_SHARED != 0 => Backing::Shared(pages),
-            Some(_) => Backing::File,
-            None => Backing::Private(pages),
+    /// What is behind it.
+    pub fn backing(&self) -> &Backing {
+        match &self.memory {
+            Memory::Ram(_, backing) => backing,
+            Memory::Plugged(plugged) => plugged.mapping().backing(),
+            Memory::File(file) => file.mapping().backing(),
+        }
+    }
+
+    /// Where its first byte is in this process, whether it can be looked up or not.
+    pub fn host(&self) -> u64 {
+        match &self.memory {
+            Memory::Ram(ram, _) => ram.as_ptr().addr() as u64,
+            Memory::Plugged(plugged) => plugged.mapping().host_address(0),
+            Memory::File(file) => file.mapping().host_address(0),
         }
     }
 
     fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
         match &self.memory {
-            Memory::Ram(ram) => ram.get_slice(usize::try_from(offset).ok()?, count).ok(),
+            Memory::Ram(ram, backing) => {
+                let offset = usize::try_from(offset).ok()?;
+                Some(recorded(ram.get_slice(offset, count).ok()?, backing.written(), offset))
+            }
             Memory::Plugged(plugged) => plugged.slice(offset, count),
             Memory::File(file) => file.slice(offset, count),
         }
@@ -181,7 +189,7 @@ impl GuestMemoryRegion for GuestRegion {
 
     fn len(&self) -> GuestUsize {
         match &self.memory {
-            Memory::Ram(ram) => ram.size() as u64,
+            Memory::Ram(ram, _) => ram.size() as u64,
             Memory::Plugged(plugged) => plugged.mapping().len(),
             Memory::File(file) => file.mapping().len(),
         }
@@ -192,11 +200,7 @@ impl GuestMemoryRegion for GuestRegion {
     }
 
     fn bitmap(&self) -> BS<'_, GuestBitmap> {
-        match &self.memory {
-            Memory::Ram(ram) => ram.bitmap().slice_at(0),
-            Memory::Plugged(plugged) => plugged.mapping().bitmap().slice_at(0),
-            Memory::File(file) => file.mapping().bitmap().slice_at(0),
-        }
+        self.backing().written().slice_at(0)
     }
 
     fn get_host_address(&self, addr: MemoryRegionAddress) -> Result<*mut u8, Error> {
@@ -206,7 +210,7 @@ impl GuestMemoryRegion for GuestRegion {
 
     fn file_offset(&self) -> Option<&vm_memory::FileOffset> {
         match &self.memory {
-            Memory::Ram(ram) => ram.file_offset(),
+            Memory::Ram(ram, _) => ram.file_offset(),
             Memory::Plugged(_) | Memory::File(_) => None,
         }
     }
@@ -229,7 +233,7 @@ mod tests {
     use vm_memory::Bytes;
 
     use super::*;
-    use crate::sys::map::{ALIGNMENT, Access, Mapping};
+    use crate::sys::map::{ALIGNMENT, Access, Mapping, Pages};
 
     const OWN: GuestAddress = GuestAddress(1 << 32);
 

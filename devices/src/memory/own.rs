@@ -38,6 +38,8 @@ pub struct Placement {
     pub slots: Arc<dyn Slots>,
     /// Who may be using it.
     pub leases: Arc<Leases>,
+    /// Whether husk's writes to it are recorded.
+    pub is_recorded: bool,
 }
 
 /// Shows host memory to the guest: KVM's memory slots, or a test's stand-in.

@@ -1,6 +1,6 @@
 //! Gives a range of guest memory back to the host. The guest keeps the addresses and reads zero
 //! there. The one place that knows how, because it depends on what is behind the memory: anonymous
-//! pages, huge ones, a file shared with another process.
+//! pages, huge ones, a file shared with another process, an image that is mapped privately.
 use std::io;
 
 use rustix::mm::{Advice, madvise};
@@ -8,8 +8,8 @@ use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use crate::GuestRam;
-use crate::memory::{Backing, GuestRegion};
-use crate::sys::map::Pages;
+use crate::memory::{Behind, GuestRegion};
+use crate::sys::map::{Access, Pages, zeroes};
 
 /// The pages of `MAP_HUGE_2MB`.
 const HUGE_PAGE_BYTES: u64 = 2 << 20;
@@ -25,8 +25,7 @@ pub enum DiscardError {
         /// Bytes.
         len: u64,
     },
-    /// Pages of a file, or of a private copy of one: without them the guest would read the file,
-    /// not zero.
+    /// Pages of a file.
     #[error("memory that is a file's cannot be given back")]
     File,
     /// The host did not take it.
@@ -70,12 +69,15 @@ fn discard_in(region: &GuestRegion, offset: u64, len: u64) -> Result<u64, Discar
     // Anonymous pages are dropped at once: what is only marked free (MADV_FREE) is not seen to be
     // returned, and reads zero or not as the host pleases. Of shared memory, dropping would only
     // undo our mapping: the pages have to go from the file.
-    let (advice, pages) = match region.backing() {
-        Backing::Private(pages) => (Advice::LinuxDontNeed, pages),
-        Backing::Shared(pages) => (Advice::LinuxRemove, pages),
-        Backing::File => return Err(DiscardError::File),
+    // Of an image, dropping would bring the image's pages back: zeroes are mapped over it.
+    let backing = region.backing();
+    let advice = match backing.behind() {
+        Behind::Anonymous => Some(Advice::LinuxDontNeed),
+        Behind::Shared => Some(Advice::LinuxRemove),
+        Behind::Image => None,
+        Behind::File => return Err(DiscardError::File),
     };
-    let page = match pages {
+    let page = match backing.pages() {
         Pages::Huge2M => HUGE_PAGE_BYTES,
         Pages::Normal | Pages::Transparent => rustix::param::page_size() as u64,
     };
@@ -93,19 +95,22 @@ fn discard_in(region: &GuestRegion, offset: u64, len: u64) -> Result<u64, Discar
     // Nothing, of memory that could be plugged but is not.
     let memory = region.get_slice(MemoryRegionAddress(first), size).map_err(|_| not_ram())?;
     // Before, so that whoever reads the bitmap meanwhile does not miss the change.
-    mark_dirty(region, position, size);
-    #[expect(unsafe_code, reason = "madvise")]
-    // SAFETY: the range is whole pages of a mapping that outlives the slice, and it is guest memory:
-    // that its contents change is what everybody who reads it has to expect of the guest anyway, and
-    // nobody holds a reference to it.
-    let done = unsafe { madvise(memory.ptr_guard_mut().as_ptr().cast(), size, advice) };
-    done.map_err(|e| DiscardError::Host { start, len: bytes, source: e.into() })?;
+    region.bitmap().mark_dirty(position, size);
+    let at = memory.ptr_guard_mut().as_ptr().cast();
+    let done = match advice {
+        // So many places that no more can be had: these pages stay.
+        None if !backing.vacate(position, size) => return Ok(0),
+        #[expect(unsafe_code, reason = "mmap of zeroes")]
+        // SAFETY: as below.
+        None => unsafe { zeroes(at, size, Access::ReadWrite, backing.pages()) },
+        #[expect(unsafe_code, reason = "madvise")]
+        // SAFETY: the range is whole pages of a mapping that outlives the slice, and it is guest
+        // memory: that its contents change is what everybody who reads it has to expect of the guest
+        // anyway, and nobody holds a reference to it.
+        Some(advice) => unsafe { madvise(at, size, advice) }.map_err(Into::into),
+    };
+    done.map_err(|source| DiscardError::Host { start, len: bytes, source })?;
     Ok(bytes)
-}
-
-/// Also where nothing is recorded, and the bitmap is no value.
-fn mark_dirty(region: &impl GuestMemoryRegion, offset: usize, len: usize) {
-    region.bitmap().mark_dirty(offset, len);
 }
 
 #[cfg(test)]
@@ -118,7 +123,6 @@ mod tests {
     use vm_memory::{Bytes, FileOffset, GuestMemoryMmap};
 
     use super::*;
-    use crate::GuestBitmap;
     use crate::memory::{FileMemory, Leases, PluggedMemory};
     use crate::sys::map::{ALIGNMENT, Access, Mapping};
 
@@ -128,10 +132,10 @@ mod tests {
     /// Where a device's memory is.
     const OWN: u64 = 1 << 32;
 
-    fn mapping(pages: u64, flags: i32, file: Option<FileOffset>) -> MmapRegion<GuestBitmap> {
+    fn mapping(pages: u64, flags: i32, file: Option<FileOffset>) -> MmapRegion<()> {
         let size = usize::try_from(pages * PAGE).unwrap();
         let prot = libc::PROT_READ | libc::PROT_WRITE;
-        let region = MmapRegionBuilder::<GuestBitmap>::new(size);
+        let region = MmapRegionBuilder::<()>::new(size);
         let region = region.with_mmap_prot(prot).with_mmap_flags(flags);
         match file {
             Some(file) => region.with_file_offset(file).build().unwrap(),
@@ -139,7 +143,7 @@ mod tests {
         }
     }
 
-    fn full(regions: Vec<GuestRegionMmap<GuestBitmap>>) -> GuestRam {
+    fn full(regions: Vec<GuestRegionMmap<()>>) -> GuestRam {
         let ram = GuestRam::new(&GuestMemoryMmap::from_regions(regions).unwrap()).unwrap();
         for region in ram.iter() {
             let len = usize::try_from(region.len()).unwrap();
@@ -240,12 +244,23 @@ mod tests {
     }
 
     #[test]
-    fn a_private_copy_of_a_file_stays() {
-        let region = mapping(4, libc::MAP_PRIVATE, Some(memory_file(4)));
-        let ram = full(vec![GuestRegionMmap::new(region, GuestAddress(0)).unwrap()]);
-        let e = discard(&ram, GuestAddress(0), PAGE).unwrap_err();
-        assert!(matches!(e, DiscardError::File), "{e}");
-        assert_eq!(zero_pages(&ram), [0; 0]);
+    fn zeroes_come_over_an_image() {
+        let file = memory_file(4);
+        std::os::unix::fs::FileExt::write_all_at(file.file(), &[9; 4 << 12], 0).unwrap();
+        let region = mapping(4, libc::MAP_PRIVATE, Some(file.clone()));
+        let regions = vec![GuestRegionMmap::new(region, GuestAddress(0)).unwrap()];
+        let ram = GuestRam::new(&GuestMemoryMmap::from_regions(regions).unwrap()).unwrap();
+        ram.write_obj(7u8, GuestAddress(PAGE)).unwrap();
+        assert_eq!(discard(&ram, GuestAddress(PAGE), 2 * PAGE).unwrap(), 2 * PAGE);
+        let bytes = |at| ram.read_obj::<u16>(GuestAddress(at)).unwrap();
+        assert_eq!([PAGE - 1, PAGE, 2 * PAGE, 3 * PAGE].map(bytes), [9, 0, 0, 0x0909]);
+        let backing = ram.find_region(GuestAddress(0)).unwrap().backing();
+        assert_eq!(backing.vacated(), Some(vec![6]));
+        ram.write_obj(0x0102u16, GuestAddress(2 * PAGE)).unwrap();
+        assert_eq!(bytes(2 * PAGE), 0x0102);
+        let mut image = [0; 4 << 12];
+        std::os::unix::fs::FileExt::read_exact_at(file.file(), &mut image, 0).unwrap();
+        assert_eq!(image, [9; 4 << 12]);
     }
 
     /// RAM, and a piece of it that a device has brought along, full.

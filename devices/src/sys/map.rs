@@ -11,8 +11,9 @@ use std::ptr::NonNull;
 
 use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
 use vm_memory::VolatileSlice;
-use vm_memory::bitmap::{Bitmap, NewBitmap};
+use vm_memory::bitmap::Bitmap;
 
+use crate::memory::{Backing, Behind};
 use crate::{GuestBitmap, GuestSlice};
 
 /// What mappings are aligned to, here and in the guest: the size of a huge page.
@@ -64,8 +65,7 @@ impl Access {
 pub struct Mapping {
     start: NonNull<u8>,
     len: usize,
-    pages: Pages,
-    bitmap: GuestBitmap,
+    backing: Backing,
 }
 
 #[expect(unsafe_code, reason = "a pointer that is an address, not a reference")]
@@ -80,7 +80,7 @@ impl Mapping {
     /// Anonymous private memory of `len` bytes, all zero, none of it taken from the host yet.
     pub fn anonymous(len: u64, pages: Pages, access: Access) -> Result<Self> {
         let mut mapping = Self::reserve(len)?;
-        mapping.pages = pages;
+        mapping.backing = Backing::new(len, Behind::Anonymous, pages);
         let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         if pages == Pages::Huge2M {
             flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
@@ -96,7 +96,8 @@ impl Mapping {
     /// `file`, shared with everybody who maps it, and zeroes after its first `file_len` bytes to
     /// fill `len`.
     pub fn file(file: &File, file_len: u64, len: u64, access: Access) -> Result<Self> {
-        let mapping = Self::reserve(len)?;
+        let mut mapping = Self::reserve(len)?;
+        mapping.backing = Backing::new(len, Behind::File, Pages::Normal);
         let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         mapping.map_anonymous(0..len, flags, access)?;
         let (start, count) = mapping.place(0..file_len)?;
@@ -133,7 +134,8 @@ impl Mapping {
                 rustix::mm::munmap(start.wrapping_byte_add(len), behind)?;
             }
             let start = NonNull::new(start.cast()).ok_or_else(too_big)?;
-            Ok(Self { start, len, pages: Pages::Normal, bitmap: GuestBitmap::with_len(len) })
+            let backing = Backing::new(len as u64, Behind::Anonymous, Pages::Normal);
+            Ok(Self { start, len, backing })
         }
     }
 
@@ -147,16 +149,24 @@ impl Mapping {
         self.len == 0
     }
 
-    /// Which pages are behind it.
-    pub fn pages(&self) -> Pages {
-        self.pages
+    /// What is behind it.
+    pub fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    /// The same mapping, which records from now on what husk writes.
+    #[must_use]
+    pub fn recording(mut self) -> Self {
+        let none = Backing::new(0, Behind::Anonymous, Pages::Normal);
+        self.backing = std::mem::replace(&mut self.backing, none).recording();
+        self
     }
 
     /// The same mapping, said to be of other pages: for tests where the host has none of them.
     #[cfg(test)]
     pub(crate) fn saying(self, pages: Pages) -> Self {
         let mut mapping = self;
-        mapping.pages = pages;
+        mapping.backing = Backing::new(mapping.len(), Behind::Anonymous, pages);
         mapping
     }
 
@@ -165,22 +175,16 @@ impl Mapping {
         (self.start.as_ptr() as u64).wrapping_add(offset)
     }
 
-    /// What records the pages that devices write.
-    pub fn bitmap(&self) -> &GuestBitmap {
-        &self.bitmap
-    }
-
     /// `count` bytes from `offset`, if there are so many.
     pub fn slice(&self, offset: u64, count: usize) -> Option<GuestSlice<'_>> {
         let offset = usize::try_from(offset).ok()?;
         offset.checked_add(count).filter(|&end| end <= self.len)?;
         let start = self.start.as_ptr().wrapping_add(offset);
         #[expect(unsafe_code, reason = "bytes that the guest changes at any time")]
-        #[expect(clippy::unit_arg, reason = "what records dirty pages records none now")]
         // SAFETY: the range lies in the mapping, which lives as long as the slice borrows it, and
         // only volatile accessors are made of it.
         Some(unsafe {
-            VolatileSlice::with_bitmap(start, count, self.bitmap.slice_at(offset), None)
+            VolatileSlice::with_bitmap(start, count, self.backing.written().slice_at(offset), None)
         })
     }
 
@@ -195,9 +199,25 @@ impl Mapping {
         Ok(())
     }
 
-    /// Gives the memory behind a piece of an anonymous mapping back: it reads as zeroes afterwards.
-    pub fn discard(&self, piece: Range<u64>) -> Result<()> {
-        self.advise(piece, Advice::LinuxDontNeed)
+    /// Gives the memory behind a piece of a mapping that is not a file's back: it reads as zeroes
+    /// afterwards. `access` is what may be done with it, before and after.
+    pub fn discard(&self, piece: Range<u64>, access: Access) -> Result<()> {
+        let (start, len) = self.place(piece.clone())?;
+        let offset = usize::try_from(piece.start).map_err(|_| ErrorKind::InvalidInput)?;
+        self.backing.written().mark_dirty(offset, len);
+        match self.backing.behind() {
+            Behind::Image if self.backing.vacate(offset, len) => {
+                #[expect(unsafe_code, reason = "mmap over a range of our own")]
+                // SAFETY: the range lies in this mapping, of whose bytes nobody holds a reference.
+                unsafe {
+                    zeroes(start, len, access, self.backing.pages())
+                }
+            }
+            Behind::Image => Err(Error::other("too many places of an image have been given back")),
+            Behind::Anonymous | Behind::Shared | Behind::File => {
+                self.advise(piece, Advice::LinuxDontNeed)
+            }
+        }
     }
 
     /// Takes memory for a piece now, so that it cannot be missing later.
@@ -244,6 +264,47 @@ impl Mapping {
     }
 }
 
+/// Maps zeroes, of which none is taken from the host yet, over `len` bytes at `start` of a private
+/// mapping.
+///
+/// # Safety
+/// The range is whole pages of guest memory, which nobody holds a reference to.
+#[expect(unsafe_code, reason = "mmap over a range of guest memory")]
+pub(super) unsafe fn zeroes(
+    start: *mut std::ffi::c_void,
+    len: usize,
+    access: Access,
+    pages: Pages,
+) -> Result<()> {
+    let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
+    if pages == Pages::Huge2M {
+        flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
+    }
+    // SAFETY: the caller says what the range is.
+    unsafe {
+        rustix::mm::mmap_anonymous(start, len, access.prot(), flags)?;
+        if pages == Pages::Transparent {
+            rustix::mm::madvise(start, len, Advice::LinuxHugepage)?;
+        }
+        rustix::mm::madvise(start, len, Advice::LinuxDontDump)?;
+    }
+    Ok(())
+}
+
+/// A piece of RAM at `offset` of what `written` records the writes to.
+pub(crate) fn recorded<'a>(
+    slice: VolatileSlice<'a>,
+    written: &'a GuestBitmap,
+    offset: usize,
+) -> GuestSlice<'a> {
+    let (start, len) = (slice.ptr_guard_mut().as_ptr(), slice.len());
+    #[expect(unsafe_code, reason = "the same piece, with a bitmap")]
+    // SAFETY: the bytes are those of a slice that lives as long.
+    unsafe {
+        VolatileSlice::with_bitmap(start, len, written.slice_at(offset), None)
+    }
+}
+
 impl Drop for Mapping {
     fn drop(&mut self) {
         #[expect(unsafe_code, reason = "munmap of a range of our own")]
@@ -283,14 +344,14 @@ mod tests {
         let word = |at| mapping.slice(at, 8).unwrap();
         word(0).write_obj(7u64, 0).unwrap();
         word(ALIGNMENT).write_obj(8u64, 0).unwrap();
-        mapping.discard(0..ALIGNMENT).unwrap();
+        mapping.discard(0..ALIGNMENT, Access::ReadWrite).unwrap();
         assert_eq!(word(0).read_obj::<u64>(0).unwrap(), 0);
         assert_eq!(word(ALIGNMENT).read_obj::<u64>(0).unwrap(), 8);
         mapping.protect(0..LEN, Access::Read).unwrap();
         mapping.protect(0..ALIGNMENT, Access::ReadWrite).unwrap();
         mapping.populate(0..ALIGNMENT).unwrap();
         assert!(mapping.populate(0..LEN).is_err());
-        assert!(mapping.discard(LEN..LEN + 4096).is_err());
+        assert!(mapping.discard(LEN..LEN + 4096, Access::ReadWrite).is_err());
     }
 
     #[test]

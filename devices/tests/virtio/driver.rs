@@ -168,7 +168,9 @@ impl Machine {
         let mut mem = ram.clone();
         if let Some(own) = device.own_memory() {
             let leases = Arc::<Leases>::default();
-            let placement = Placement { addr: OWN, slots: shown, leases: leases.clone() };
+            let leased = leases.clone();
+            let placement =
+                Placement { addr: OWN, slots: shown, leases: leased, is_recorded: true };
             mem = mem.with(own.place(placement)?, leases).unwrap();
         }
         let io = Arc::new(IoThread::spawn("test-io").unwrap());

@@ -69,7 +69,10 @@ pub(super) enum Unplugged {
 impl Blocks {
     /// Memory of which nothing is plugged.
     pub(super) fn new(geometry: Geometry, pages: Pages, place: Placement) -> io::Result<Self> {
-        let mapping = Mapping::anonymous(geometry.total, pages, idle(pages))?;
+        let mut mapping = Mapping::anonymous(geometry.total, pages, idle(pages))?;
+        if place.is_recorded {
+            mapping = mapping.recording();
+        }
         let memory = Arc::new(PluggedMemory::new(mapping, geometry.block));
         Ok(Self { geometry, pages, memory, place })
     }
@@ -138,7 +141,7 @@ impl Blocks {
     fn give_back(&self, bytes: Range<u64>) -> io::Result<()> {
         // In this order: what a write that comes in between brings is given back as well.
         let protected = self.memory.mapping().protect(bytes.clone(), idle(self.pages));
-        self.memory.mapping().discard(bytes).and(protected)
+        self.memory.mapping().discard(bytes, idle(self.pages)).and(protected)
     }
 
     /// Shows the guest the slots of `blocks` that it does not see yet.

@@ -1,0 +1,157 @@
+//! What is behind a piece of guest memory. Whoever gives pages back, copies memory, or maps something
+//! else in its place asks and says it here; nobody guesses from how memory was mapped once.
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use vm_memory::mmap::MmapRegion;
+
+use super::pages::PageSet;
+use crate::GuestBitmap;
+use crate::sys::map::Pages;
+
+/// Most runs of pages that are mapped over an image: each costs up to two mappings, of which a
+/// process has 65,530.
+const RUNS_MAX: usize = 16_384;
+
+/// What a page is that nobody has written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Behind {
+    /// Zero: anonymous memory of this process.
+    Anonymous,
+    /// Zero: a file in memory, which others map too.
+    Shared,
+    /// What an image holds, mapped privately, but where zeroes have been mapped over it.
+    Image,
+    /// A file's, which is not given back.
+    File,
+}
+
+/// What is behind a piece of guest memory without gaps.
+#[derive(Debug)]
+pub struct Backing {
+    len: u64,
+    pages: Pages,
+    state: Mutex<State>,
+    /// The pages of an image that have zeroes mapped over them. Made when there are some.
+    vacated: OnceLock<PageSet>,
+    /// The pages that husk has written. The guest's own writes are KVM's to know.
+    written: GuestBitmap,
+}
+
+#[derive(Debug)]
+struct State {
+    behind: Behind,
+    /// Runs of vacated pages, at most.
+    runs: usize,
+}
+
+impl Backing {
+    /// Of `len` bytes in `pages`; writes are not recorded.
+    pub fn new(len: u64, behind: Behind, pages: Pages) -> Self {
+        let state = Mutex::new(State { behind, runs: 0 });
+        Self { len, pages, state, vacated: OnceLock::new(), written: None }
+    }
+
+    /// Of a mapping as it is now.
+    pub fn of(region: &MmapRegion<()>) -> Self {
+        let is_huge = region.flags() & libc::MAP_HUGETLB != 0;
+        let pages = if is_huge { Pages::Huge2M } else { Pages::Normal };
+        let behind = match region.file_offset() {
+            _ if region.flags() & libc::MAP_SHARED != 0 => Behind::Shared,
+            Some(_) => Behind::Image,
+            None => Behind::Anonymous,
+        };
+        Self::new(region.size() as u64, behind, pages)
+    }
+
+    /// The same, which records from now on what husk writes.
+    #[must_use]
+    pub fn recording(self) -> Self {
+        Self { written: Some(PageSet::new(self.len)), ..self }
+    }
+
+    /// Bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether it has no bytes.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Which pages it is made of.
+    pub fn pages(&self) -> Pages {
+        self.pages
+    }
+
+    /// What is behind it now.
+    pub fn behind(&self) -> Behind {
+        self.lock().behind
+    }
+
+    /// Says that something else has been mapped in the place of all of it.
+    pub fn set_behind(&self, behind: Behind) {
+        let mut state = self.lock();
+        *state = State { behind, runs: 0 };
+        if let Some(vacated) = self.vacated.get() {
+            vacated.take();
+        }
+    }
+
+    /// The pages of an image that have zeroes mapped over them: bit n of word m is page 64 m + n.
+    /// `None` if there never were any.
+    pub fn vacated(&self) -> Option<Vec<u64>> {
+        self.vacated.get().map(PageSet::words)
+    }
+
+    /// Where husk's writes are recorded.
+    pub fn written(&self) -> &GuestBitmap {
+        &self.written
+    }
+
+    /// Whether zeroes may be mapped over the `len` bytes at `offset` of an image, which are then said
+    /// to be there. They may not if there are too many such places.
+    pub(crate) fn vacate(&self, offset: usize, len: usize) -> bool {
+        let mut state = self.lock();
+        let vacated = self.vacated.get_or_init(|| PageSet::new(self.len));
+        let is_run_before = offset.checked_sub(1).is_some_and(|before| vacated.contains(before));
+        let is_run_behind = vacated.contains(offset.saturating_add(len));
+        let runs = match (is_run_before, is_run_behind) {
+            (false, false) => state.runs.saturating_add(1),
+            (true, true) => state.runs.saturating_sub(1),
+            _ => state.runs,
+        };
+        if runs > RUNS_MAX {
+            return false;
+        }
+        state.runs = runs;
+        vacated.add(offset, len);
+        true
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_of_zeroes_are_bounded() {
+        let page = 4096;
+        let backing = Backing::new(1 << 30, Behind::Image, Pages::Normal);
+        for run in 0..RUNS_MAX {
+            assert!(backing.vacate(run * 2 * page, page), "{run}");
+        }
+        assert!(!backing.vacate(RUNS_MAX * 2 * page, page));
+        // What joins two of them makes room.
+        assert!(backing.vacate(page, page));
+        assert!(backing.vacate(RUNS_MAX * 2 * page, page));
+        assert_eq!(backing.vacated().unwrap()[0] & 15, 7);
+        backing.set_behind(Behind::Shared);
+        assert_eq!(backing.vacated().unwrap().iter().max(), Some(&0));
+        assert!(backing.vacate(RUNS_MAX * 2 * page, page));
+    }
+}
