@@ -168,6 +168,7 @@ impl Refusal {
             Self::Device { source: DeviceError::Host { .. } | DeviceError::Io(_), .. } => {
                 ExitCode::Host
             }
+            Self::Device { source: DeviceError::Saved(_), .. } => ExitCode::Snapshot,
             Self::Boot(e) if !e.is_config() => ExitCode::Host,
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Console(e) if is_shortage(e) => ExitCode::Host,

@@ -211,7 +211,7 @@ const ROUTES: &[Route] = &[
             "/snapshot/load",
             "Restore a microVM from a snapshot",
             shape::<LoadParams>(),
-            |body| Ok(Request::Load(Box::new(parse(body)?))),
+            load,
         ),
     )),
     get(
@@ -460,6 +460,12 @@ fn act(body: &[u8]) -> Result<Request, Refusal> {
         ActionType::Shutdown => Request::Shutdown,
         ActionType::Kill => Request::Kill,
     })
+}
+
+fn load(body: &[u8]) -> Result<Request, Refusal> {
+    let params: LoadParams = parse(body)?;
+    params.check_form()?;
+    Ok(Request::Load(Box::new(params)))
 }
 
 fn set_state(body: &[u8]) -> Result<Request, Refusal> {

@@ -13,6 +13,7 @@ use crate::error::Refusal;
 use crate::exit::ExitCode;
 use crate::instance::FIRECRACKER_VERSION;
 use crate::logger::{self, Stream};
+use crate::request::Request;
 
 /// Where Firecracker listens unless told otherwise.
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
@@ -153,7 +154,7 @@ impl FirecrackerArgs {
             module: self.module,
         })?;
         log::info!("Running Firecracker v{FIRECRACKER_VERSION}");
-        let starts = self.config_file.is_some();
+        let first = self.config_file.is_some().then_some(Request::Start);
         let config = self.config_file.as_deref().map(VmConfig::from_file).transpose();
         let mut config = config
             .inspect_err(|e| {
@@ -169,15 +170,8 @@ impl FirecrackerArgs {
             body_limit: self.http_api_max_payload_size,
         });
         let timing = self.timing;
-        let launch = Launch {
-            config,
-            starts,
-            api,
-            id: self.id,
-            style: Style::Firecracker,
-            timing,
-            metadata,
-        };
+        let launch =
+            Launch { config, first, api, id: self.id, style: Style::Firecracker, timing, metadata };
         let code = launch.carry_out(started)?;
         log::info!("Vmm is stopping.");
         Ok(code)

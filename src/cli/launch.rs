@@ -48,8 +48,8 @@ pub(super) struct Api {
 #[derive(Debug)]
 pub(super) struct Launch {
     pub(super) config: VmConfig,
-    /// Whether the guest starts at once.
-    pub(super) starts: bool,
+    /// What is asked before anybody else can ask: to start, or to restore.
+    pub(super) first: Option<Request>,
     pub(super) api: Option<Api>,
     pub(super) id: String,
     pub(super) style: Style,
@@ -132,8 +132,8 @@ impl Launch {
         let (handle, requests) = Requests::channel()?;
         let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
         let server = server.transpose()?;
-        if self.starts {
-            let started = controller.start_now();
+        if let Some(request) = self.first {
+            let started = controller.answer_now(request);
             if self.style == Style::Firecracker {
                 tell_of_start(&started);
             }
@@ -222,10 +222,10 @@ impl Style {
 }
 
 impl Controller {
-    /// Starts without a request.
-    fn start_now(&mut self) -> Result<(), Refusal> {
+    /// Does what can be done at once.
+    fn answer_now(&mut self, request: Request) -> Result<(), Refusal> {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        self.answer(Request::Start, Box::new(move |reply| drop(sender.send(reply))));
+        self.answer(request, Box::new(move |reply| drop(sender.send(reply))));
         receiver.recv().unwrap_or(Err(Refusal::Gone)).map(drop)
     }
 }

@@ -7,6 +7,7 @@ mod device_args;
 mod firecracker;
 mod launch;
 mod limits;
+mod restore;
 mod run;
 
 use std::ffi::OsString;
@@ -31,9 +32,11 @@ Examples:
   husk run --kernel vmlinux --disk root.ext4  boot Linux from a disk, on this terminal
   husk api --api-sock husk.sock               start empty, be told over a socket
   husk ctl --api-sock husk.sock status        ask over that socket
+  husk restore snapshots/warm                 go on from a snapshot
 
 Exit codes: 0 the guest powered off, 2 wrong arguments, 3 wrong configuration, 4 the host lacks
-something, 5 the guest crashed, 6 KVM failed, 130 and 143 stopped by a signal.";
+something, 5 the guest crashed, 6 KVM failed, 7 a snapshot is damaged or not for this
+host, 130 and 143 stopped by a signal.";
 
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
@@ -42,6 +45,8 @@ enum Command {
     Run(run::RunArgs),
     /// Start empty and wait to be configured over a socket.
     Api(run::ApiArgs),
+    /// Restore a guest from a snapshot and stay until it ends.
+    Restore(restore::RestoreArgs),
     /// Ask a husk that listens on a socket.
     Ctl(ctl::CtlArgs),
     /// Judge a configuration, touch nothing.
@@ -81,6 +86,7 @@ impl Command {
         match self {
             Self::Run(args) => args.carry_out(started),
             Self::Api(args) => args.carry_out(started),
+            Self::Restore(args) => args.carry_out(started),
             Self::Ctl(args) => args.carry_out(),
             Self::Check(args) => args.carry_out(),
             Self::Completions { shell } => {

@@ -14,6 +14,7 @@ use crate::config::{
 };
 use crate::error::Refusal;
 use crate::exit::ExitCode;
+use crate::request::Request;
 use crate::{balloon, block, mem, net, pmem, rng, vsock};
 
 /// The command line of a kernel for which none was given: a console on the serial port, reset by
@@ -153,7 +154,7 @@ impl MmdsArgs {
 }
 
 impl LogArgs {
-    fn start(&self) -> Result<(), Refusal> {
+    pub(super) fn start(&self) -> Result<(), Refusal> {
         crate::logger::init(self.log_level, crate::logger::Stream::Error, None);
         crate::logger::configure(&crate::config::LoggerConfig {
             log_path: self.log_file.clone(),
@@ -242,7 +243,7 @@ impl RunArgs {
             let timing = Timing::default();
             let launch = Launch {
                 config,
-                starts: true,
+                first: Some(Request::Start),
                 api,
                 id: self.id,
                 style: Style::Husk,
@@ -267,7 +268,7 @@ impl ApiArgs {
             let timing = Timing::default();
             let launch = Launch {
                 config,
-                starts: false,
+                first: None,
                 api,
                 id: self.id,
                 style: Style::Husk,
@@ -358,7 +359,7 @@ impl GuestArgs {
     }
 }
 
-fn huge_pages(s: &str) -> Result<HugePages, String> {
+pub(super) fn huge_pages(s: &str) -> Result<HugePages, String> {
     match s {
         "none" => Ok(HugePages::None),
         "transparent" => Ok(HugePages::Transparent),

@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::{Overrides, SnapshotError};
 use crate::config::HugePages;
+use crate::error::Refusal;
 
 /// How much of the memory a snapshot holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -148,6 +149,16 @@ pub enum LoadPages {
     Hugetlb2M,
 }
 
+impl From<HugePages> for LoadPages {
+    fn from(pages: HugePages) -> Self {
+        match pages {
+            HugePages::None => Self::None,
+            HugePages::Transparent => Self::Transparent,
+            HugePages::Hugetlb2M => Self::Hugetlb2M,
+        }
+    }
+}
+
 impl From<LoadPages> for Option<HugePages> {
     fn from(pages: LoadPages) -> Self {
         match pages {
@@ -181,6 +192,23 @@ impl LoadParams {
     /// The snapshot in a directory; its guest goes on at once.
     pub fn from_directory(directory: impl Into<PathBuf>) -> Self {
         Self { directory: Some(directory.into()), resume_vm: true, ..Self::default() }
+    }
+
+    /// Refuses a body that does not say where the memory is, or says it twice, in Firecracker's words.
+    pub(crate) fn check_form(&self) -> Result<(), Refusal> {
+        let refused = match (&self.directory, &self.mem_file_path, &self.mem_backend) {
+            (_, Some(_), Some(_)) => {
+                "too many fields: either `mem_backend` or `mem_file_path` exclusively is required"
+            }
+            (None, None, None) => {
+                "missing field: either `mem_backend` or `mem_file_path` is required"
+            }
+            _ if self.directory.is_none() && self.snapshot_path.is_none() => {
+                "missing field `snapshot_path`"
+            }
+            _ => return Ok(()),
+        };
+        Err(Refusal::Body(serde::de::Error::custom(refused)))
     }
 
     /// All that is to be different, in one form.

@@ -54,6 +54,20 @@ pub(super) fn with_id(body: Vec<u8>, field: &str, id: &str) -> Vec<u8> {
     }
 }
 
+/// The words, of which the first may be the value of `field` without saying so. What could be a body by
+/// itself is none.
+pub(super) fn named(field: &str, words: &[String]) -> Vec<String> {
+    let mut words = words.to_vec();
+    if let Some(first) = words.first_mut()
+        && !first.contains('=')
+        && !first.starts_with(['@', '{', '[', '"'])
+        && first != "-"
+    {
+        *first = format!("{field}={}", Value::from(first.as_str()));
+    }
+    words
+}
+
 fn read_all(from: &str, source: impl Read) -> Result<Vec<u8>, BodyError> {
     let mut body = Vec::new();
     source
@@ -127,6 +141,19 @@ mod tests {
         let said = body(&["@/nonexistent/body"]).unwrap_err();
         assert_eq!(said, "cannot read the body from /nonexistent/body");
         assert!(body(&["@/dev/zero"]).unwrap_err().contains("larger than"));
+    }
+
+    #[test]
+    fn the_first_word_may_go_without_its_field() {
+        let body = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            body(&named("directory", &words).iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        assert_eq!(body(&["a/b"]), Ok(json!({ "directory": "a/b" })));
+        assert_eq!(body(&["7", "x=1"]), Ok(json!({ "directory": "7", "x": 1 })));
+        assert_eq!(body(&["snapshot_path=a"]), Ok(json!({ "snapshot_path": "a" })));
+        assert_eq!(body(&[r#"{"directory": "b"}"#]), Ok(json!({ "directory": "b" })));
+        assert!(body(&["a", "b"]).unwrap_err().contains("'b' is neither"));
     }
 
     #[test]

@@ -44,6 +44,7 @@ Examples:
   husk ctl --api-sock husk.sock boot set kernel_image_path=vmlinux boot_args=console=ttyS0
   husk ctl --api-sock husk.sock drive set root path_on_host=root.ext4 is_root_device=true
   husk ctl --api-sock husk.sock launch @vm.json
+  husk ctl --api-sock husk.sock snapshot snapshots/warm
   husk ctl --api-sock husk.sock --json get /vm/config
 
 Exit codes: 0 done, 2 wrong arguments, 3 husk refused, 4 no answer.";
@@ -88,11 +89,16 @@ fn describe(verb: &'static Verb) -> Command {
         let id = Arg::new("id").value_name("ID").required(true).value_parser(segment);
         command = command.arg(id.help("The device's id"));
     }
-    if matches!(verb.body, Body::Words | Body::WithId(_)) {
-        let body = Arg::new("body").value_name("BODY").num_args(0..);
-        command = command.arg(body.help("JSON, @FILE, - (standard input), or FIELD=VALUE ..."));
+    let body = Arg::new("body").num_args(0..);
+    match verb.body {
+        Body::None | Body::Fixed(_) => command,
+        Body::Words | Body::WithId(_) => command.arg(
+            body.value_name("BODY").help("JSON, @FILE, - (standard input), or FIELD=VALUE ..."),
+        ),
+        Body::In(_) => command.arg(body.value_name("DIR").required(true).help(
+            "The directory as husk sees it, then FIELD=VALUE ...; or JSON, @FILE, - (standard input)",
+        )),
     }
-    command
 }
 
 /// What can stand in a request's line, a slash in front.
@@ -153,6 +159,7 @@ impl Call {
                 let id = self.id.as_deref().unwrap_or_default();
                 Some(body::with_id(body::read(&self.words)?, field, id))
             }
+            Body::In(field) => Some(body::read(&body::named(field, &self.words))?),
         })
     }
 }

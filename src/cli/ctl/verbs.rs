@@ -24,6 +24,8 @@ pub(super) enum Body {
     Words,
     /// The arguments, and the id under this name.
     WithId(&'static str),
+    /// The arguments, the first of which may be the value of this field by itself.
+    In(&'static str),
 }
 
 /// What to do with a reply.
@@ -62,6 +64,19 @@ pub(super) const VERBS: &[Verb] = &[
     act("ctrl-alt-del", "Press Ctrl-Alt-Del", r#"{"action_type": "SendCtrlAltDel"}"#),
     act("kill", "End the VM at once", r#"{"action_type": "Kill"}"#),
     Verb {
+        body: Body::In("directory"),
+        reply: Reply::Awaited,
+        ..put("snapshot", "Write a snapshot into a directory", "/snapshot/create")
+    },
+    Verb {
+        body: Body::In("directory"),
+        ..put(
+            "load",
+            "Restore the snapshot in a directory; resume_vm=true lets it go on",
+            "/snapshot/load",
+        )
+    },
+    Verb {
         reply: Reply::Awaited,
         ..get("wait", "Wait until the VM has ended, and say why", "/wait")
     },
@@ -78,15 +93,6 @@ pub(super) const VERBS: &[Verb] = &[
 
 /// Verbs that are two.
 pub(super) const GROUPS: &[Group] = &[
-    Group {
-        name: "snapshot",
-        alias: None,
-        about: "Snapshots",
-        verbs: &[
-            Verb { reply: Reply::Awaited, ..put("create", "Write one", "/snapshot/create") },
-            put("load", "Restore one", "/snapshot/load"),
-        ],
-    },
     Group {
         name: "boot",
         alias: Some("boot-source"),
