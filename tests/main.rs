@@ -29,6 +29,7 @@ mod logger;
 mod memory;
 mod metrics;
 mod mmds;
+mod restore;
 mod signals;
 mod terminal;
 mod unheard;

@@ -1,0 +1,152 @@
+//! Does one thing for each byte on the serial port, so that a test decides what happens before a snapshot and what after
+//! it: `c` counts, and looks whether memory is as it was left; `b` reads the first sector of the first disk, `w` writes
+//! the count to its second; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
+//! of the pmem device and the vsock address; `x` resets the machine, `q` ends. `pages=N` is how much memory to look after.
+#![no_std]
+#![no_main]
+
+use rt::block::{Block, SECTOR};
+use rt::virtio::{self, Buffer, Device, Queue};
+use rt::{BootInfo, Failure, Outcome, clock, ensure, memory, options, power, println, ring0};
+
+rt::entry!(run);
+
+const DATA: u16 = 0x3f8;
+const LINE_STATUS: u16 = DATA + 5;
+const DATA_READY: u8 = 1;
+const PAGE: usize = 4096;
+const TIMEOUT_US: u64 = 10_000_000;
+
+struct Job {
+    count: u64,
+    area: &'static mut [u8],
+    disk: Option<Block>,
+    sector: &'static mut [u8],
+    rng: Option<Queue>,
+    net: Option<Device>,
+    pmem: Option<Device>,
+    vsock: Option<Device>,
+}
+
+fn run(boot: &'static BootInfo) -> Outcome {
+    clock::start();
+    let find = |id| virtio::find(boot.cmdline, id, 0).ok();
+    let claimed = |id| {
+        let device = find(id)?;
+        device.negotiate(1 << 5).ok()?;
+        Some(device)
+    };
+    let rng = match find(virtio::ID_RNG) {
+        None => None,
+        Some(device) => {
+            device.negotiate(0)?;
+            let queue = device.queue(0, 4)?;
+            device.start()?;
+            Some(queue)
+        }
+    };
+    let disk = match find(virtio::ID_BLOCK) {
+        None => None,
+        Some(_) => Some(Block::open(boot.cmdline, 0)?),
+    };
+    let pages = options::number(boot.cmdline, "pages", 1024) as usize;
+    let mut job = Job {
+        count: 0,
+        area: memory::allocate(pages * PAGE),
+        disk,
+        sector: memory::allocate(SECTOR as usize),
+        rng,
+        net: claimed(virtio::ID_NET),
+        pmem: claimed(virtio::ID_PMEM),
+        vsock: claimed(virtio::ID_VSOCK),
+    };
+    println!("ready=1");
+    while job.step(input())? {}
+    Ok(())
+}
+
+fn input() -> u8 {
+    while ring0::in8(LINE_STATUS) & DATA_READY == 0 {}
+    ring0::in8(DATA)
+}
+
+impl Job {
+    fn step(&mut self, what: u8) -> Result<bool, Failure> {
+        match what {
+            b'c' => self.count()?,
+            b'b' => {
+                let Some(disk) = &mut self.disk else { return missing("disk") };
+                disk.read(0, self.sector)?;
+                println!("disk={}", text(self.sector));
+            }
+            b'w' => {
+                let Some(disk) = &mut self.disk else { return missing("disk") };
+                self.sector.fill(0);
+                self.sector[..8].copy_from_slice(&self.count.to_le_bytes());
+                disk.write(1, self.sector)?;
+                println!("wrote={}", self.count);
+            }
+            b'r' => {
+                let Some(queue) = &mut self.rng else { return missing("rng") };
+                let mut bytes = [0; 16];
+                let len = queue.round_trip(&[Buffer::writable(&mut bytes)], TIMEOUT_US)?;
+                ensure!(len == 16, "{len} random bytes, not 16");
+                println!("random={:032x}", u128::from_le_bytes(bytes));
+            }
+            b'n' => {
+                let Some(device) = &self.net else { return missing("net") };
+                let byte = |i| device.config8(i);
+                println!(
+                    "mac={:02x}:{:02x}:{:02x}:{:02x}:{:02x}:{:02x}",
+                    byte(0),
+                    byte(1),
+                    byte(2),
+                    byte(3),
+                    byte(4),
+                    byte(5)
+                );
+            }
+            b'p' => {
+                let Some(device) = &self.pmem else { return missing("pmem") };
+                let start = device.config64(0);
+                memory::map_gib(start);
+                let first = memory::mmio_read64(start as usize).to_le_bytes();
+                println!("pmem={}", text(&first));
+            }
+            b'v' => {
+                let Some(device) = &self.vsock else { return missing("vsock") };
+                println!("cid={}", device.config64(0));
+            }
+            b'x' => power::reboot(),
+            b'q' => return Ok(false),
+            _ => println!("unknown={what:#x}"),
+        }
+        Ok(true)
+    }
+
+    /// Each page holds the count and its own number, so a page that is old or another's is found.
+    fn count(&mut self) -> Outcome {
+        for (n, page) in self.area.chunks_exact_mut(PAGE).enumerate() {
+            let want = if self.count == 0 { 0 } else { word(self.count, n) };
+            let is = u64::from_le_bytes(*page.first_chunk().unwrap_or(&[0; 8]));
+            ensure!(is == want, "page {n} holds {is:#x}, not {want:#x}");
+            page[..8].copy_from_slice(&word(self.count + 1, n).to_le_bytes());
+        }
+        self.count += 1;
+        println!("count={}", self.count);
+        Ok(())
+    }
+}
+
+fn word(count: u64, page: usize) -> u64 {
+    count << 32 | page as u64
+}
+
+fn text(bytes: &[u8]) -> &str {
+    core::str::from_utf8(&bytes[..8]).unwrap_or("?")
+}
+
+fn missing(what: &str) -> Result<bool, Failure> {
+    println!("missing={what}");
+    Ok(true)
+}

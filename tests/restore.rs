@@ -1,0 +1,330 @@
+//! Restore: what goes on, with what outside, from the shell, over the API and in a program; what is refused, and how.
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::util::*;
+
+/// 16 MiB for the guest `steps`, which does what it is told.
+fn steps() -> Husk {
+    Husk::guest("steps", "").memory(16).listening().typing()
+}
+
+/// `husk restore` of a snapshot.
+fn restore(snapshot: &Path) -> Husk {
+    Husk::new(["restore"]).arg(snapshot)
+}
+
+/// Tells the guest `what`; the line it says with `key`.
+#[track_caller]
+fn tell(vm: &TestVm, what: &str, key: &str) -> String {
+    vm.type_in(what);
+    let line = vm.expect(&format!("{key}="));
+    line.trim_end().split_once('=').unwrap().1.to_owned()
+}
+
+#[track_caller]
+fn snapshot(vm: &TestVm, directory: &Path) {
+    vm.api().put("/snapshot/create", json!({ "directory": directory })).done();
+}
+
+/// A snapshot of `husk`'s guest after it has counted to 2.
+fn made(scratch: &Scratch, husk: Husk) -> PathBuf {
+    let vm = husk.start();
+    vm.expect("ready=1");
+    assert_eq!(tell(&vm, "cc", "count"), "1");
+    vm.expect("count=2");
+    let directory = scratch.path("snapshot");
+    snapshot(&vm, &directory);
+    // It goes on as if nothing had been.
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("q");
+    vm.wait().ok();
+    directory
+}
+
+/// Sums of the files in a directory, by name.
+fn sums(directory: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all: Vec<_> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())
+        })
+        .collect();
+    all.sort();
+    all
+}
+
+/// The one memory file in a directory.
+fn memory_file(directory: &Path) -> PathBuf {
+    let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    let mut found =
+        names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("memory-"));
+    let path = found.next().expect("a memory file");
+    assert_eq!(found.next(), None);
+    path
+}
+
+#[test]
+fn a_guest_goes_on_in_another_process() {
+    let scratch = Scratch::new();
+    let directory = made(&scratch, steps().arg("--rng"));
+    let before = sums(&directory);
+    // Two at once, each with what it was left with, neither with what the other does.
+    let clones = [(); 2].map(|()| restore(&directory).listening().typing().start());
+    let mut random = Vec::new();
+    for vm in &clones {
+        assert_eq!(tell(vm, "c", "count"), "3");
+        assert_eq!(tell(vm, "c", "count"), "4");
+        random.push(tell(vm, "r", "random"));
+    }
+    assert_ne!(random[0], random[1]);
+    // Like any VM: described, paused, resumed, saved again.
+    let [one, other] = clones;
+    let config = one.api().get("/vm/config").json();
+    assert_eq!(config["machine-config"]["mem_size_mib"], 16);
+    assert!(config["entropy"].is_object(), "{config}");
+    one.api().patch("/vm", json!({ "state": "Paused" })).done();
+    assert_eq!(one.api().state(), "Paused");
+    let again = scratch.path("again");
+    snapshot(&one, &again);
+    one.api().patch("/vm", json!({ "state": "Resumed" })).done();
+    assert_eq!(tell(&one, "c", "count"), "5");
+    for vm in [one, other] {
+        vm.type_in("q");
+        vm.wait().ok();
+    }
+    let third = restore(&again).typing().start();
+    assert_eq!(tell(&third, "c", "count"), "5");
+    third.type_in("q");
+    third.wait().ok();
+    assert!(sums(&directory) == before, "a restored VM has changed its snapshot");
+}
+
+#[test]
+fn what_names_the_outside_can_be_another() {
+    let scratch = Scratch::new();
+    let file = |name: &str, text: &str, len: usize| {
+        let mut bytes = text.as_bytes().to_vec();
+        bytes.resize(len, 0);
+        scratch.file(name, bytes)
+    };
+    let (disk, pmem) = (file("disk", "disk-one", 4096), file("pmem", "pmem-one", 2 << 20));
+    let network = Network::with_tap();
+    network.ip("tuntap add tap7 mode tap vnet_hdr");
+    let husk = steps()
+        .disk(&disk)
+        .option("--pmem", &pmem)
+        .network(&network, ",mac=06:00:00:00:00:01")
+        .vsock(3, &scratch.path("v1"));
+    let directory = made(&scratch, husk);
+    let clone_disk = file("disk2", "disk-two", 8192);
+    let clone_pmem = file("pmem2", "pmem-two", 2 << 20);
+    let vm = restore(&directory)
+        .within(&network)
+        .option("--disk", format!("disk0={}", clone_disk.display()))
+        .option("--pmem", format!("pmem0={}", clone_pmem.display()))
+        .option("--net", "eth0=tap=tap7,mac=06:00:00:00:00:02")
+        .option("--vsock", format!("uds={},cid=9", scratch.path("v2").display()))
+        .option("--id", "clone")
+        .listening()
+        .typing()
+        .start();
+    assert_eq!(tell(&vm, "b", "disk"), "disk-two");
+    assert_eq!(tell(&vm, "p", "pmem"), "pmem-two");
+    assert_eq!(tell(&vm, "n", "mac"), "06:00:00:00:00:02");
+    assert_eq!(tell(&vm, "v", "cid"), "9");
+    assert_eq!(tell(&vm, "w", "wrote"), "2");
+    assert!(scratch.path("v2").exists());
+    assert_eq!(vm.api().get("/").json()["id"], "clone");
+    let config = vm.api().get("/vm/config").json();
+    assert_eq!(config["drives"][0]["path_on_host"], json!(clone_disk));
+    assert_eq!(config["network-interfaces"][0]["host_dev_name"], "tap7");
+    assert_eq!(config["vsock"]["guest_cid"], 9);
+    vm.type_in("q");
+    vm.wait().ok();
+    assert_eq!(fs::read(&clone_disk).unwrap()[512], 2);
+    assert_eq!(fs::read(&disk).unwrap()[512], 0);
+}
+
+#[test]
+fn firecrackers_words_restore_too() {
+    let scratch = Scratch::new();
+    let network = Network::with_tap();
+    network.ip("tuntap add tap7 mode tap vnet_hdr");
+    let vm = steps().network(&network, "").vsock(3, &scratch.path("v1")).start();
+    vm.expect("ready=1");
+    let api = vm.api();
+    let (state, memory) = (scratch.path("vm.state"), scratch.path("vm.mem"));
+    api.patch("/vm", json!({ "state": "Paused" })).done();
+    api.put(
+        "/snapshot/create",
+        json!({ "snapshot_type": "Full", "snapshot_path": state, "mem_file_path": memory }),
+    )
+    .done();
+    drop(vm);
+    let log = scratch.file("log", "");
+    for (how, is_deprecated) in [
+        (json!({ "mem_file_path": memory }), true),
+        (json!({ "mem_backend": { "backend_type": "File", "backend_path": memory } }), false),
+        (json!({ "mem_file_path": memory, "enable_diff_snapshots": true }), true),
+    ] {
+        let vm = Husk::firecracker(["--api-sock"])
+            .arg(scratch.path("fc.sock"))
+            .within(&network)
+            .start_unheard();
+        vm.expect("Listening on API socket");
+        let api = Api::new(&scratch.path("fc.sock"));
+        // These may come first, as to Firecracker.
+        api.put("/logger", json!({ "log_path": log })).done();
+        let mut body = json!({
+            "snapshot_path": state, "resume_vm": false, "track_dirty_pages": false,
+            "clock_realtime": true, "huge_pages": "Snapshot",
+            "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap7" }],
+            "vsock_override": { "uds_path": scratch.path("v2") },
+        });
+        body.as_object_mut().unwrap().extend(how.as_object().unwrap().clone());
+        let reply = api.put("/snapshot/load", &body);
+        reply.done();
+        assert_eq!(reply.head.contains("Deprecation: true"), is_deprecated, "{}", reply.head);
+        assert_eq!(api.state(), "Paused");
+        let tracks = how.get("enable_diff_snapshots").is_some();
+        assert_eq!(api.get("/machine-config").json()["track_dirty_pages"], tracks);
+        let config = api.get("/vm/config").json();
+        assert_eq!(config["network-interfaces"][0]["host_dev_name"], "tap7");
+        assert_eq!(config["vsock"]["uds_path"], json!(scratch.path("v2")));
+        api.patch("/vm", json!({ "state": "Resumed" })).done();
+        assert_eq!(api.state(), "Running");
+        drop(vm);
+        let _ = fs::remove_file(scratch.path("fc.sock"));
+        let _ = fs::remove_file(scratch.path("v2"));
+    }
+}
+
+#[test]
+fn what_is_refused_says_what_to_do() {
+    let scratch = Scratch::new();
+    let disk = scratch.file("disk", [b'd'; 4096]);
+    let directory = made(&scratch, steps().disk(&disk));
+    let text = |path: PathBuf| path.to_str().unwrap().to_owned();
+    let state = text(directory.join("state"));
+    let memory = text(memory_file(&directory));
+    let short = text(scratch.file("short", [0; 4096]));
+    let other = {
+        let scratch = Scratch::new();
+        let other = made(&scratch, steps());
+        let kept = memory_file(&other);
+        fs::rename(kept, directory.with_file_name("other")).unwrap();
+        text(directory.with_file_name("other"))
+    };
+    let mut bytes = fs::read(directory.join("state")).unwrap();
+    bytes[200] ^= 4;
+    let flipped = text(scratch.file("flipped", &bytes));
+    let directory_name = text(directory.clone());
+    let refused = |args: &[&str], code, words: &str| {
+        let line = Husk::new(["restore"].iter().chain(args)).wait().quickly().refused(code);
+        assert!(line.contains(words), "{args:?}: {line}");
+    };
+    let snapshot = directory_name.as_str();
+    refused(&["/nonexistent"], 3, "state file: cannot open /nonexistent/state");
+    refused(&[&state], 3, "--memory: ");
+    refused(&[&state], 3, "is a state file: say where its memory is");
+    refused(&[snapshot, "--memory", &memory], 3, "is a directory");
+    refused(&[&state, "--memory", "/nonexistent"], 3, "memory file: cannot open /nonexistent");
+    refused(&[&state, "--memory", &short], 7, "length: it has 4096 bytes, the state file wants");
+    refused(&[&state, "--memory", &other], 7, "id: it belongs to snapshot");
+    refused(&[&flipped, "--memory", &memory], 7, "the state file is damaged: state checksum");
+    refused(&[&short, "--memory", &memory], 7, "the state file is damaged: magic");
+    let fault = "overrides: drives: the snapshot has none with id 'root': disk0";
+    refused(&[snapshot, "--disk", &format!("root={}", disk.display())], 3, fault);
+    refused(&[snapshot, "--disk", "disk0=/nonexistent"], 3, "drives disk0: ");
+    refused(&[snapshot, "--net", "eth0=tap=tap0"], 3, "network-interfaces: the snapshot has none");
+    refused(&[snapshot, "--vsock", "cid=9"], 3, "overrides: vsock: the snapshot has none");
+    refused(&[snapshot, "--huge-pages", "none", "--serial", "file=/nonexistent/x"], 3, "serial: ");
+    for words in [
+        &["--paused"][..],
+        &["--disk", "x"],
+        &["--disk", "disk0=x,ro"],
+        &["--net", "eth0=mtu=9"],
+        &["--vsock", "9"],
+        &["--pmem", "p"],
+        &["--id", "a b"],
+    ] {
+        Husk::new(["restore", snapshot].iter().chain(words)).wait().quickly().code(2);
+    }
+    // The process that was asked in vain can be asked again.
+    let vm = Husk::api().option("--mmds-size-limit", "100").typing().start();
+    let api = vm.api();
+    let load = |body: Value| api.put("/snapshot/load", body);
+    let body = "An error occurred when deserializing the json body of a request: ";
+    for (wrong, words) in [
+        (
+            json!({ "snapshot_path": state }),
+            format!("{body}missing field: either `mem_backend` or `mem_file_path` is required."),
+        ),
+        (
+            json!({ "snapshot_path": state, "mem_file_path": memory,
+                    "mem_backend": { "backend_type": "File", "backend_path": memory } }),
+            format!(
+                "{body}too many fields: either `mem_backend` or `mem_file_path` exclusively is required."
+            ),
+        ),
+        (json!({ "mem_file_path": memory }), format!("{body}missing field `snapshot_path`.")),
+        (
+            json!({ "snapshot_path": flipped, "mem_file_path": memory }),
+            "the state file is damaged: state checksum".into(),
+        ),
+        (
+            json!({ "directory": directory, "overrides": { "disks": [] } }),
+            "overrides: unknown field 'disks'".into(),
+        ),
+        (
+            json!({ "directory": directory,
+                    "overrides": { "drives": [{ "drive_id": "disk0", "is_read_only": true }] } }),
+            "overrides: drives disk0: is_read_only: the guest knows it".into(),
+        ),
+        (
+            json!({ "directory": directory,
+                    "network_overrides": [{ "iface_id": "e", "host_dev_name": "t" }] }),
+            "overrides: network-interfaces: the snapshot has none".into(),
+        ),
+        (
+            json!({ "directory": directory, "overrides": { "mmds": "x".repeat(200) } }),
+            "The MMDS patch request doesn't fit.".into(),
+        ),
+    ] {
+        let fault = load(wrong.clone()).fault();
+        assert!(fault.starts_with(&words), "{wrong}: {fault}");
+        assert_eq!(api.state(), "Not started");
+    }
+    load(json!({ "directory": directory, "resume_vm": true, "overrides": { "mmds": { "a": 1 }, "id": "b" } }))
+        .done();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    assert_eq!(api.get("/mmds").json(), json!({ "a": 1 }));
+    assert_eq!(api.get("/").json()["id"], "b");
+    vm.type_in("q");
+    vm.wait().ok();
+}
+
+#[test]
+fn a_reset_boots_again_if_the_kernel_is_there() {
+    let scratch = Scratch::new();
+    let kernel = scratch.path("kernel");
+    fs::copy(guest("steps"), &kernel).unwrap();
+    let husk = Husk::run(&kernel).cmdline("").memory(16).listening().typing();
+    let directory = made(&scratch, husk);
+    let vm = restore(&directory).typing().start();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("x");
+    vm.expect("ready=1");
+    assert_eq!(tell(&vm, "c", "count"), "1");
+    vm.type_in("q");
+    vm.wait().ok();
+    fs::remove_file(&kernel).unwrap();
+    let vm = restore(&directory).typing().start();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("x");
+    vm.wait().code(0);
+}
