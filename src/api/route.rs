@@ -204,7 +204,7 @@ const ROUTES: &[Route] = &[
         |body| Ok(Request::Snapshot(parse(body)?)),
     ),
     // Overrides may have metadata in them.
-    secret(deprecating(
+    private(deprecating(
         Deprecated { fields: &["mem_file_path", "enable_diff_snapshots"], ..Deprecated::NOTHING },
         change(
             Method::Put,
@@ -421,15 +421,9 @@ const fn deprecating(deprecated: Deprecated, mut route: Route) -> Route {
     route
 }
 
-/// Has something in its body that nobody else should see.
-const fn secret(mut route: Route) -> Route {
-    route.logged = Logged::Never;
-    route
-}
-
 /// Sets data of the guest, which may be secrets, and have a limit.
-const fn private(route: Route) -> Route {
-    let mut route = secret(route);
+const fn private(mut route: Route) -> Route {
+    route.logged = Logged::Never;
     route.is_limited = true;
     route
 }
