@@ -9,6 +9,24 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! A snapshot is opened once, and goes on as many VMs as one likes:
+//!
+//! ```no_run
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let vm = husk::Vm::start(husk::VmConfig::new("vmlinux"))?;
+//! vm.snapshot(husk::SnapshotParams::to_directory("warm"))?;
+//! let image = husk::Image::open("warm")?;
+//! for i in 0..3 {
+//!     let mut overrides = husk::Overrides::default();
+//!     let path = format!("clone{i}.ext4");
+//!     overrides.add("drives", serde_json::json!({ "drive_id": "root", "path_on_host": path }));
+//!     let clone = husk::Vm::restore(&image, overrides)?;
+//!     println!("{}", clone.wait()?);
+//! }
+//! # Ok(())
+//! # }
+//! ```
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
@@ -17,13 +35,14 @@ use std::time::Instant;
 use serde_json::Value;
 
 use crate::bell::Bell;
-use crate::config::VmConfig;
+use crate::config::{SerialTo, VmConfig};
 use crate::controller::{Controller, Identity};
 use crate::error::Refusal;
 use crate::events::{Event, Sink};
 use crate::exit::Ending;
 use crate::machine::ThreadNames;
 use crate::request::{Handle, Request, Requests};
+use crate::snapshot::{Image, Overrides, Restore, SnapshotParams};
 use crate::vmm;
 
 /// Events a subscriber may leave unread before it is taken to have gone.
@@ -41,6 +60,17 @@ impl Vm {
     pub fn start(config: VmConfig) -> Result<Self, Refusal> {
         let vm = Self::prepare(config)?;
         vm.handle.call(Request::Start)?;
+        Ok(vm)
+    }
+
+    /// A VM that goes on from a snapshot. When this returns, the guest runs. [`Restore`] has more to
+    /// choose from: [`Request::Restore`] takes it, of a VM that was [prepared](Self::prepare).
+    pub fn restore(image: &Image, overrides: Overrides) -> Result<Self, Refusal> {
+        let mut config = VmConfig::default();
+        config.defaults.serial = SerialTo::None;
+        let vm = Self::prepare(config)?;
+        let restore = Restore { overrides, ..Restore::new(image) };
+        vm.handle.call(Request::Restore(Box::new(restore)))?;
         Ok(vm)
     }
 
@@ -90,6 +120,11 @@ impl Vm {
     /// Lets it go on.
     pub fn resume(&self) -> Result<(), Refusal> {
         self.handle.call(Request::Resume).map(drop)
+    }
+
+    /// Writes a snapshot. When this returns, it is there; the guest goes on meanwhile if it ran.
+    pub fn snapshot(&self, params: SnapshotParams) -> Result<(), Refusal> {
+        self.handle.call(Request::Snapshot(params)).map(drop)
     }
 
     /// Presses the power button. Whether and when the guest heeds it is its business.

@@ -1,5 +1,7 @@
 //! Restore: what goes on, with what outside, from the shell, over the API and in a program; what is refused, and how.
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -326,4 +328,44 @@ fn a_reset_boots_again_if_the_kernel_is_there() {
     assert_eq!(tell(&vm, "c", "count"), "3");
     vm.type_in("x");
     vm.wait().code(0);
+}
+
+#[test]
+fn a_program_restores_an_image_as_often_as_it_likes() {
+    let scratch = Scratch::new();
+    let directory = made(&scratch, steps());
+    let image = husk::Image::open(&directory).unwrap();
+    let before = sums(&directory);
+    // The image is what it was when it was opened, whatever becomes of the names.
+    let moved = directory.with_file_name("moved");
+    fs::rename(&directory, &moved).unwrap();
+    let vms: Vec<_> = (0..4)
+        .map(|i| {
+            let socket = scratch.path(&format!("serial{i}"));
+            let mut overrides = husk::Overrides::default();
+            let to = husk::SerialTo::Socket(socket.clone());
+            overrides.serial =
+                Some(husk::SerialConfig { to: Some(to), ..husk::SerialConfig::default() });
+            let vm = husk::Vm::restore(&image, overrides).unwrap();
+            (vm, BufReader::new(UnixStream::connect(socket).unwrap()))
+        })
+        .collect();
+    for (vm, mut serial) in vms {
+        serial.get_mut().write_all(b"c").unwrap();
+        assert_eq!(line(&mut serial), "count=3");
+        let again = scratch.path("again");
+        vm.snapshot(husk::SnapshotParams::to_directory(&again)).unwrap();
+        assert!(again.join("state").exists());
+        serial.get_mut().write_all(b"q").unwrap();
+        assert_eq!(vm.wait().unwrap(), husk::Ending::PoweredOff);
+    }
+    assert!(sums(&moved) == before, "a restored VM has changed its snapshot");
+    let refusal = husk::Image::open(&directory).unwrap_err();
+    assert!(refusal.to_string().starts_with("state file: cannot open"), "{refusal}");
+}
+
+fn line(reader: &mut impl BufRead) -> String {
+    let mut line = String::new();
+    reader.read_line(&mut line).unwrap();
+    line.trim_end().to_owned()
 }
