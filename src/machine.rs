@@ -111,10 +111,13 @@ impl Machine {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         watch.phases.vm_us = watch.lap();
-        let ram = memory::map(&config.machine, config.sharing(), image.map(|i| &i.memory))?;
+        let mut ram = memory::map(&config.machine, config.sharing(), image.map(|i| &i.memory))?;
         memory::register(&vm, &ram.guest, &config.machine)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
-        let memory = memory::place(&vm, host, &ram, &mut parts.devices)?;
+        let memory = memory::place(&vm, host, &mut ram, &mut parts.devices, saved)?;
+        if let Some(image) = image {
+            image.check_memory(&ram)?;
+        }
         watch.phases.memory_us = watch.lap();
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
         if config.machine.pit {
@@ -152,6 +155,7 @@ impl Machine {
             })
             .collect::<Result<Vec<_>, _>>()?;
 
+        ram.fill().map_err(Refusal::host("cannot bring plugged memory back"))?;
         watch.phases.devices_us = watch.lap();
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
         if let Some(kernel) = &kernel {
@@ -240,6 +244,7 @@ impl Machine {
             model: device.model.into(),
             id: device.id.clone(),
             place: device.index,
+            memory_at: self.ram.place_of(device.model, &device.id),
             state: lock(&device.transport).save(),
         });
         let Legacy { acpi, i8042, rtc } = &self.legacy;
@@ -380,6 +385,11 @@ impl MachineState {
             let _ = vcpu.kvmclock_ctrl();
         }
         Ok(self.vm.write(vm, clock)?)
+    }
+
+    /// Where the guest saw the memory that a device brought along.
+    pub(crate) fn memory_at(&self, model: &str, id: &str) -> Option<u64> {
+        self.device(model, id).ok()?.memory_at
     }
 
     fn device(&self, model: &str, id: &str) -> Result<&DeviceState, SnapshotError> {

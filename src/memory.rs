@@ -2,13 +2,14 @@
 #![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
 
 mod dump;
+mod image;
 mod own;
 
 use std::fs::File;
 use std::sync::Arc;
 
 use arch::{GuestRam, layout};
-use devices::memory::Backing;
+use devices::memory::{Backing, Behind, GuestRegion};
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
@@ -22,12 +23,17 @@ use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 use crate::snapshot::MemoryImage;
 
-/// Guest RAM, mapped.
+/// Guest RAM, mapped, and what devices have brought along.
 #[derive(Debug)]
 pub(crate) struct Ram {
     pub(crate) guest: GuestRam,
-    /// What is behind each region of it now. Whoever maps something else there says so.
+    /// What is behind each region of RAM now. Whoever maps something else there says so.
     pub(crate) backings: Vec<Arc<Backing>>,
+    /// All that an image holds: RAM, then in the order of addresses the memory that is plugged while the
+    /// guest runs. Not files.
+    pub(crate) all: devices::GuestRam,
+    /// Where the memory of devices begins: model, id and address.
+    pub(crate) places: Vec<(&'static str, String, u64)>,
     /// What is behind pages that nobody has written since, if it is not zeros.
     image: Option<MemoryImage>,
 }
@@ -35,26 +41,58 @@ pub(crate) struct Ram {
 impl Ram {
     /// Bytes, which are as many in an image of it.
     pub(crate) fn len(&self) -> u64 {
-        self.guest.iter().map(GuestMemoryRegion::len).sum()
+        self.all.iter().map(GuestMemoryRegion::len).sum()
     }
 
-    /// Where a guest address is in an image, which is RAM without the hole. The address is one of the
-    /// layout's, and in RAM of any size.
+    /// Where a guest address is in an image, which is memory without the holes. The address is one of
+    /// the layout's, and in RAM of any size.
     pub(crate) fn offset_of(&self, addr: u64) -> u64 {
         debug_assert!(addr < layout::RAM_MIN);
         addr
     }
 
+    /// The memory besides RAM: address and bytes of each region.
+    pub(crate) fn plugged(&self) -> Vec<(u64, u64)> {
+        let plugged = self.all.iter().skip(self.guest.num_regions());
+        plugged.map(|region| (region.start_addr().0, region.len())).collect()
+    }
+
+    /// Where the memory of a device begins.
+    pub(crate) fn place_of(&self, model: &str, id: &str) -> Option<u64> {
+        let place = self.places.iter().find(|place| (place.0, place.1.as_str()) == (model, id));
+        place.map(|(_, _, addr)| *addr)
+    }
+
     /// Begins to copy all of it to `target`, as it is now.
     pub(crate) fn dump(&self, patch: Patch, target: &File) -> std::io::Result<Dump> {
-        let mut start = 0;
-        let mut pieces = Vec::new();
-        for region in self.guest.iter() {
-            let base = self.image.as_ref().map(|image| image.extents.clone());
-            pieces.push(dump::Piece { host: host_addr(region)?, len: region.len(), start, base });
+        dump::begin(&self.pieces(), patch, target)
+    }
+
+    /// Gives memory besides RAM the contents that the image has. It has been plugged, and nobody uses it
+    /// yet.
+    pub(crate) fn fill(&self) -> std::io::Result<()> {
+        let Some(image) = &self.image else { return Ok(()) };
+        let mut start = self.guest.iter().map(GuestMemoryRegion::len).sum::<u64>();
+        for region in self.all.iter().skip(self.guest.num_regions()) {
+            image::fill(image, start, region)?;
             start += region.len();
         }
-        dump::begin(&pieces, patch, target)
+        Ok(())
+    }
+
+    fn pieces(&self) -> Vec<dump::Piece> {
+        let mut start = 0;
+        let piece = |region: &GuestRegion| {
+            let (backing, len, at) = (region.backing(), region.len(), start);
+            start += len;
+            let base = match (backing.behind(), &self.image) {
+                (Behind::Image, Some(image)) => Some(image.extents.clone()),
+                _ => None,
+            };
+            let vacated = backing.vacated().unwrap_or_default();
+            dump::Piece { host: region.host(), len, start: at, base, vacated }
+        };
+        self.all.iter().map(piece).collect()
     }
 }
 
@@ -109,6 +147,9 @@ pub(crate) fn map(
         let len = usize::try_from(len).map_err(|_| too_big(what()))?;
         let region = MmapRegion::build(file, len, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
+        if let (Sharing::Private, Some(image)) = (sharing, image) {
+            image::lay_over(image, offset - len as u64, &region).map_err(Refusal::host(what()))?;
+        }
         if machine.huge_pages == HugePages::Transparent {
             advise(&region, Advice::LinuxHugepage)
                 .map_err(Refusal::host("cannot ask for transparent huge pages"))?;
@@ -123,9 +164,10 @@ pub(crate) fn map(
         }));
         regions.push(GuestRegionMmap::new(region, start).ok_or_else(|| too_big(what()))?);
     }
-    let guest = GuestRam::from_regions(regions)
-        .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
-    Ok(Ram { guest, backings, image: image.cloned() })
+    let failed = |e| Refusal::Host { what: what(), source: std::io::Error::other(e) };
+    let guest = GuestRam::from_regions(regions).map_err(failed)?;
+    let all = devices::GuestRam::backed(&guest, backings.iter().cloned()).map_err(failed)?;
+    Ok(Ram { guest, backings, all, places: Vec::new(), image: image.cloned() })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.

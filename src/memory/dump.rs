@@ -49,6 +49,8 @@ pub(crate) struct Piece {
     pub(crate) start: u64,
     /// What is behind pages that this process has not written: an image that is mapped privately.
     pub(crate) base: Option<Arc<[Extent]>>,
+    /// Which pages of the image have zeroes over them, a bit each: nothing, if none have.
+    pub(crate) vacated: Vec<u64>,
 }
 
 /// What is put over the guest's memory in the copy: a place in the image, and bytes within one page.
@@ -187,7 +189,8 @@ impl Copier<'_> {
                 let start = piece.start + offset;
                 let mut wanted = touched(chunk, piece.base.is_some());
                 if let Some(base) = &mut base {
-                    wanted |= base.pages(start, chunk.len());
+                    let vacated = piece.vacated.get((first + done) / CHUNK_PAGES);
+                    wanted |= base.pages(start, chunk.len()) & !vacated.unwrap_or(&0);
                 }
                 if wanted != 0 {
                     self.copy_chunk(piece.host + offset, start, wanted, chunk.len())?;

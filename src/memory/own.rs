@@ -5,6 +5,7 @@ use std::sync::{Arc, Weak};
 use arch::{HostCpu, layout};
 use devices::GuestRam;
 use devices::memory::{Leases, Piece, Placement, Slots};
+use devices::sys::map::ALIGNMENT;
 use devices::virtio::model::DeviceError;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
@@ -13,6 +14,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend};
 use super::Ram;
 use crate::error::Refusal;
 use crate::parts::Part;
+use crate::snapshot::{MachineState, SnapshotError};
 
 /// What of the host decides where memory may lie.
 #[derive(Clone, Copy)]
@@ -22,12 +24,14 @@ pub(crate) struct Host<'a> {
 }
 
 /// Gives the memory that `devices` bring along its place above `ram`, in their order: the same
-/// devices lie at the same addresses again after a reset. All memory, as devices see it.
+/// devices lie at the same addresses again after a reset, and where they were `saved`. All memory, as
+/// devices see it.
 pub(crate) fn place(
     vm: &Arc<VmFd>,
     host: Host<'_>,
-    ram: &Ram,
+    ram: &mut Ram,
     devices: &mut [Part],
+    saved: Option<&MachineState>,
 ) -> Result<GuestRam, Refusal> {
     let limit = 1_u64 << host.cpu.address_bits();
     let end = ram.guest.last_addr().0 + 1;
@@ -36,8 +40,7 @@ pub(crate) fn place(
         return Err(Refusal::Field { section: "machine-config", field: "mem_size_mib", why });
     }
     let no_room = |e| Refusal::Host { what: "guest memory".into(), source: io::Error::other(e) };
-    let backings = ram.backings.iter().cloned();
-    let mut all = GuestRam::backed(&ram.guest, backings).map_err(no_room)?;
+    let mut all = ram.all.clone();
     let is_recorded = ram.backings.iter().any(|backing| backing.written().is_some());
     let leases = Arc::<Leases>::default();
     let (mut floor, mut slot) = (end, ram.guest.num_regions() as u64);
@@ -49,10 +52,17 @@ pub(crate) fn place(
             let source = io::Error::from(io::ErrorKind::OutOfMemory);
             refused(DeviceError::Host { what: format!("{mib} MiB {what} {limit:#x}"), source })
         };
-        let addr = layout::device_memory(floor).unwrap_or(u64::MAX);
+        let lowest = layout::device_memory(floor).unwrap_or(u64::MAX);
+        let before = saved.and_then(|saved| saved.memory_at(model, id));
+        let addr = before.unwrap_or(lowest);
+        if addr < lowest || !addr.is_multiple_of(ALIGNMENT) {
+            let why = format!("the memory of {model} {id} cannot be at {addr:#x}");
+            return Err(SnapshotError::Inconsistent(why).into());
+        }
         floor = addr.checked_add(own.size()).filter(|&end| end <= limit).ok_or_else(|| {
             too_big("do not fit below the end of the processor's addresses at", limit)
         })?;
+        ram.places.push((*model, id.clone(), addr));
         let first = slot;
         slot = slot.saturating_add(own.slots());
         let slots_max = host.kvm.get_nr_memslots() as u64;
@@ -66,6 +76,7 @@ pub(crate) fn place(
         let region = own.place(placement).map_err(refused)?;
         all = all.with(region, leases.clone()).map_err(no_room)?;
     }
+    ram.all = all.clone();
     Ok(all)
 }
 

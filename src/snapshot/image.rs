@@ -20,6 +20,7 @@ use super::format::StateFile;
 use super::params::{LoadParams, Place};
 use super::{Overrides, SnapshotError};
 use crate::config::VmConfig;
+use crate::memory::Ram;
 
 /// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
 const STATE_MAX: u64 = 4 << 30;
@@ -49,6 +50,9 @@ pub(crate) struct DeviceState {
     pub(crate) id: String,
     /// Which place it has, from 0.
     pub(crate) place: usize,
+    /// Where the guest sees the memory that it brings along.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) memory_at: Option<u64>,
     pub(crate) state: Saved,
 }
 
@@ -76,14 +80,37 @@ pub(crate) struct MemoryDocument {
     pub(crate) len: u64,
     /// Where in it the snapshot's id is, 16 bytes.
     pub(crate) id_at: u64,
+    /// What follows RAM: address and bytes of each region of memory that is plugged while the guest runs.
+    #[serde(default)]
+    pub(crate) plugged: Vec<(u64, u64)>,
 }
 
 /// Guest memory in a file that is mapped privately: page for page, RAM without the hole.
 #[derive(Clone, Debug)]
 pub(crate) struct MemoryImage {
     pub(crate) file: Arc<File>,
-    /// What of it is not zero.
+    /// What of the image is not zero.
     pub(crate) extents: Arc<[Extent]>,
+    /// What is not in the file but over it: in order, and nowhere twice.
+    pub(crate) over: Arc<[Segment]>,
+}
+
+/// A piece of an image.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    /// Its place in the image, and in its file.
+    pub(crate) start: u64,
+    /// Bytes.
+    pub(crate) len: u64,
+    /// The file with its contents. Zeroes have none.
+    pub(crate) from: Option<Arc<File>>,
+}
+
+impl Segment {
+    /// The first byte of the image behind it.
+    pub(crate) fn end(&self) -> u64 {
+        self.start + self.len
+    }
 }
 
 /// An opened snapshot. Clones are the same one.
@@ -118,8 +145,26 @@ impl Image {
             Place::Files { memory, .. } => memory,
         };
         let memory = open_memory(&memory_path, &document)?;
-        let memory = MemoryImage { file: Arc::new(memory), extents: file.extents.into() };
+        let memory = MemoryImage {
+            file: Arc::new(memory),
+            extents: file.extents.into(),
+            over: Arc::default(),
+        };
         Ok(Self { document: Arc::new(document), memory })
+    }
+
+    /// Refuses memory of another shape than it is of.
+    pub(crate) fn check_memory(&self, ram: &Ram) -> Result<(), SnapshotError> {
+        let MemoryDocument { len, plugged, .. } = &self.document.memory;
+        if (*len, plugged) == (ram.len(), &ram.plugged()) {
+            return Ok(());
+        }
+        let (want, is) = (ram.len(), ram.plugged());
+        let why = format!(
+            "it has {len:#x} bytes of memory, with {plugged:x?} to be plugged, its configuration \
+             {want:#x} with {is:x?}"
+        );
+        Err(SnapshotError::Inconsistent(why))
     }
 
     /// The configuration of the VM it is of, and what is to be different.

@@ -23,7 +23,7 @@ use devices::backend::file::is_shortage;
 
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub use self::image::Image;
-pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage};
+pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage, Segment};
 pub use self::overrides::Overrides;
 pub use self::params::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,

@@ -42,7 +42,12 @@ impl Saving {
         let id_at = ram.offset_of(arch::layout::GENERATION_ID);
         let patch = Patch { at: id_at, bytes };
         let dump = ram.dump(patch, files.memory()).map_err(SnapshotError::Copy)?;
-        let memory = MemoryDocument { file: files.memory_name.clone(), len: ram.len(), id_at };
+        let memory = MemoryDocument {
+            file: files.memory_name.clone(),
+            len: ram.len(),
+            id_at,
+            plugged: ram.plugged(),
+        };
         let document = Document {
             husk: env!("CARGO_PKG_VERSION").into(),
             arch: std::env::consts::ARCH.into(),

@@ -163,6 +163,20 @@ impl GuestRegion {
         }
     }
 
+    /// The runs of bytes in it that are there: offset and length.
+    pub fn present(&self) -> Vec<(u64, u64)> {
+        match &self.memory {
+            Memory::Ram(..) | Memory::File(_) => vec![(0, self.len())],
+            Memory::Plugged(plugged) => {
+                let block = plugged.block_size();
+                let bytes = |(first, count): (u64, u64)| {
+                    (first.saturating_mul(block), count.saturating_mul(block))
+                };
+                plugged.runs().into_iter().map(bytes).collect()
+            }
+        }
+    }
+
     /// Where its first byte is in this process, whether it can be looked up or not.
     pub fn host(&self) -> u64 {
         match &self.memory {

@@ -11,6 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use serde_json::Value;
 use vm_memory::GuestAddress;
 
 use super::{GuestRegion, Leases};
@@ -27,6 +28,10 @@ pub trait OwnMemory {
     fn slots(&self) -> u64;
     /// Takes its place in a new machine, in the state in which a machine is switched on.
     fn place(&mut self, place: Placement) -> Result<GuestRegion, DeviceError>;
+    /// What is to be saved of it, besides its contents: `null` if nothing is.
+    fn save(&self) -> Value;
+    /// Brings about what was saved, in its place; the contents come afterwards.
+    fn restore(&mut self, saved: &Value) -> Result<(), DeviceError>;
 }
 
 /// The place of a device's memory in a machine.

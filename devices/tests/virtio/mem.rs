@@ -360,11 +360,22 @@ fn what_was_plugged_is_saved() {
     let good = serde_json::to_value(&saved).unwrap();
     for plugged in [json!([[0, 129]]), json!([[u64::MAX, 2]]), json!([[1, 2], [2, 1]])] {
         let mut bad = good.clone();
-        bad["device"]["plugged"] = plugged;
+        bad["memory"]["plugged"] = plugged;
         let bad: Saved = serde_json::from_value(bad).unwrap();
-        let other = Device::restored(Some(&bad));
-        assert!(other.machine.transport.lock().unwrap().resume().is_err());
+        let other = open("memory-hotplug", &json!({"total_size_mib": 256}));
+        assert!(Machine::placed(other, ram(), Some(&bad), Arc::default()).is_err());
     }
+}
+
+/// A driver that has reset the device has not unplugged anything.
+#[test]
+fn what_is_plugged_is_saved_without_a_driver() {
+    let mut device = Device::new(200);
+    assert_eq!(device.ask(PLUG, BLOCK, 1), ACK);
+    device.machine.set(0x70, 0);
+    let saved = device.machine.transport.lock().unwrap().save();
+    let other = Device::restored(Some(&saved));
+    assert!(other.reach(BLOCK) && !other.reach(0));
 }
 
 #[test]

@@ -185,9 +185,6 @@ pub struct Mem {
     pages: Pages,
     /// Its first address.
     start: u64,
-    /// Whether no driver has brought it up since the machine was put together: then what was saved is
-    /// news.
-    is_fresh: bool,
     counters: Arc<Counters>,
 }
 
@@ -250,7 +247,7 @@ impl Model for Mem {
         let (sizes, blocks) = (Mutex::default(), Mutex::default());
         let shared = Arc::new(Shared { geometry, sizes, blocks });
         let (pages, counters) = (env.pages, Arc::default());
-        Ok(Self { shared, pages, start: 0, is_fresh: true, counters })
+        Ok(Self { shared, pages, start: 0, counters })
     }
 }
 
@@ -289,19 +286,14 @@ impl VirtioDevice for Mem {
         &mut self,
         queues: Vec<VirtQueue>,
         _features: u64,
-        saved: Option<&Value>,
+        _saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         let [requests] = split(queues)?;
-        if std::mem::take(&mut self.is_fresh)
-            && let Some(saved) = saved
-        {
-            self.adopt(saved)?;
-        }
         let (shared, counters) = (self.shared.clone(), self.counters.clone());
         Ok(Box::new(MemWorker { requests, shared, counters }))
     }
 
-    /// As after power-on: what was plugged is plugged when the driver's queues are there again.
+    /// As after power-on: [`OwnMemory::restore`] plugs what was plugged.
     fn rewind(&mut self) -> Result<Left, DeviceError> {
         let blocks = self.shared.blocks();
         let blocks = blocks.as_ref().ok_or(DeviceError::Saved("it has no place"))?;
@@ -315,7 +307,6 @@ impl VirtioDevice for Mem {
         let mut sizes = self.shared.sizes();
         sizes.plugged = 0;
         sizes.usable = self.shared.usable_for(sizes.requested);
-        self.is_fresh = true;
         Ok(Left::Nothing)
     }
 
@@ -377,23 +368,17 @@ impl OwnMemory for Mem {
         let mut sizes = self.shared.sizes();
         sizes.plugged = 0;
         sizes.usable = self.shared.usable_for(sizes.requested);
-        self.is_fresh = true;
         Ok(region)
     }
-}
 
-/// What a worker leaves.
-#[derive(Debug, Deserialize, Serialize)]
-struct Saved {
-    requested: u64,
-    usable: u64,
-    /// Runs of plugged blocks: first and count.
-    plugged: Vec<(u64, u64)>,
-}
+    fn save(&self) -> Value {
+        let plugged = self.shared.blocks().as_ref().map(Blocks::runs).unwrap_or_default();
+        let Sizes { requested, usable, .. } = *self.shared.sizes();
+        json!(Saved { requested, usable, plugged })
+    }
 
-impl Mem {
-    /// Plugs what was plugged when the device was saved.
-    fn adopt(&self, saved: &Value) -> Result<(), DeviceError> {
+    /// Plugs what was plugged.
+    fn restore(&mut self, saved: &Value) -> Result<(), DeviceError> {
         let Saved { requested, usable, plugged } = Saved::deserialize(saved)?;
         let geometry = self.shared.geometry;
         if requested.max(usable) > geometry.total {
@@ -415,4 +400,13 @@ impl Mem {
         *self.shared.sizes() = Sizes { requested, usable, plugged };
         Ok(())
     }
+}
+
+/// What is saved of the memory.
+#[derive(Debug, Deserialize, Serialize)]
+struct Saved {
+    requested: u64,
+    usable: u64,
+    /// Runs of plugged blocks: first and count.
+    plugged: Vec<(u64, u64)>,
 }

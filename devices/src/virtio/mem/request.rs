@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use serde_json::json;
+use serde_json::Value;
 use vm_memory::{ByteValued, Le16, Le64};
 
 use super::blocks::{Blocks, Unplugged};
-use super::{Counters, Saved, Shared};
+use super::{Counters, Shared};
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::virtio::chain::{Chain, Fault};
 use crate::virtio::queue::{Served, VirtQueue};
@@ -125,10 +125,7 @@ impl Worker for MemWorker {
     }
 
     fn retire(self: Box<Self>) -> Retired {
-        let sizes = *self.shared.sizes();
-        let plugged = self.shared.blocks().as_ref().map(Blocks::runs).unwrap_or_default();
-        let saved = Saved { requested: sizes.requested, usable: sizes.usable, plugged };
-        Retired { queues: vec![self.requests], state: json!(saved) }
+        Retired { queues: vec![self.requests], state: Value::Null }
     }
 }
 

@@ -79,6 +79,9 @@ pub struct Saved {
     /// `(next_avail, next_used)` of each live queue.
     positions: Vec<(u16, u16)>,
     device: Value,
+    /// What the memory that it brings along says.
+    #[serde(default)]
+    memory: Value,
 }
 
 impl Saved {
@@ -212,7 +215,7 @@ impl MmioTransport {
     }
 
     /// Everything a restored device needs. The device must be paused.
-    pub fn save(&self) -> Saved {
+    pub fn save(&mut self) -> Saved {
         let (positions, device) = match &self.stage {
             Stage::Parked(retired) => {
                 let positions = retired.queues.iter().map(|q| q.state());
@@ -227,6 +230,7 @@ impl MmioTransport {
             generation: self.notifier.generation(),
             positions,
             device,
+            memory: self.device.own_memory().map(|own| own.save()).unwrap_or_default(),
         }
     }
 
@@ -264,6 +268,9 @@ impl MmioTransport {
 
     fn restore(&mut self, saved: &Saved) -> Result<(), DeviceError> {
         self.check(saved)?;
+        if let Some(own) = self.device.own_memory() {
+            own.restore(&saved.memory)?;
+        }
         self.registers = saved.registers.clone();
         self.notifier.restore(saved.status, saved.isr, saved.generation);
         if saved.has_live_queues() {

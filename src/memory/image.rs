@@ -1,0 +1,157 @@
+//! Puts an image of memory behind guest memory: most of it is one file, mapped privately; what lies over
+//! it, in the files of snapshots of what has changed, is mapped or copied over that.
+#![expect(unsafe_code, reason = "maps over guest memory")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+
+use devices::memory::{Behind, GuestRegion};
+use devices::sys::map::Pages;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
+use vm_memory::mmap::MmapRegion;
+
+use crate::snapshot::{MemoryImage, Segment};
+
+/// The shortest segment that is mapped: shorter ones are copied, which costs a page fault less each.
+const MAPPED_MIN: u64 = 64 << 10;
+/// Most segments that are mapped: a process has 65,530 mappings.
+const MAPPED_MAX: usize = 4096;
+
+/// Lays what is over the image's file over `region`, which is all mapped from `start` of the file, and
+/// which nobody uses yet.
+pub(super) fn lay_over(image: &MemoryImage, start: u64, region: &MmapRegion) -> io::Result<()> {
+    // SAFETY: the range is all of the region, of which nobody has a reference.
+    unsafe { over(image, start, region.as_ptr().addr() as u64, region.size() as u64) }
+}
+
+/// Gives what is plugged of `region` the contents that the image has from `start` on.
+pub(super) fn fill(image: &MemoryImage, start: u64, region: &GuestRegion) -> io::Result<()> {
+    let backing = region.backing();
+    let is_mapped = backing.pages() != Pages::Huge2M;
+    for (offset, len) in region.present() {
+        let (at, host) = (start + offset, region.host() + offset);
+        // SAFETY: the range is plugged guest memory, of which nobody has a reference.
+        unsafe {
+            match is_mapped {
+                true => {
+                    map(&image.file, at, host, len)?;
+                    over(image, at, host, len)?;
+                }
+                false => copy_all(image, at, host, len)?,
+            }
+        }
+    }
+    if is_mapped {
+        backing.set_behind(Behind::Image);
+    }
+    Ok(())
+}
+
+/// Lays over `len` bytes at `host`, which are mapped from `start` of the image's file.
+///
+/// # Safety
+/// The range is guest memory that nobody uses yet.
+unsafe fn over(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::Result<()> {
+    let shortest = shortest_mapped(&image.over);
+    for segment in clipped(&image.over, start, len) {
+        let to = host + (segment.start - start);
+        // SAFETY: the segment is clipped to the range.
+        unsafe {
+            match &segment.from {
+                Some(file) if segment.len >= shortest => map(file, segment.start, to, segment.len)?,
+                Some(file) => copy(file, segment.start, to, segment.len)?,
+                None if segment.len >= shortest => map_zeroes(to, segment.len)?,
+                None => std::ptr::write_bytes(to as *mut u8, 0, usize_of(segment.len)?),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// How long a segment must be to be mapped, so that there are not too many.
+fn shortest_mapped(over: &[Segment]) -> u64 {
+    let mut shortest = MAPPED_MIN;
+    while over.iter().filter(|segment| segment.len >= shortest).count() > MAPPED_MAX {
+        shortest *= 2;
+    }
+    shortest
+}
+
+/// The parts of segments in `len` bytes at `start`.
+fn clipped(over: &[Segment], start: u64, len: u64) -> impl Iterator<Item = Segment> {
+    let end = start + len;
+    let first = over.partition_point(move |segment| segment.end() <= start);
+    let here = over.iter().skip(first).take_while(move |segment| segment.start < end);
+    here.map(move |segment| {
+        let from = segment.start.max(start);
+        Segment { start: from, len: segment.end().min(end) - from, from: segment.from.clone() }
+    })
+}
+
+/// # Safety
+/// As of [`over`].
+unsafe fn map(file: &File, start: u64, host: u64, len: u64) -> io::Result<()> {
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    let flags = flags | MapFlags::FIXED | MapFlags::NORESERVE;
+    let (to, len) = (host as *mut std::ffi::c_void, usize_of(len)?);
+    // SAFETY: the caller says what the range is.
+    unsafe {
+        mmap(to, len, access, flags, file.as_fd(), start)?;
+        madvise(to, len, Advice::LinuxDontDump)?;
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As of [`over`].
+unsafe fn map_zeroes(host: u64, len: u64) -> io::Result<()> {
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE);
+    let flags = flags | MapFlags::FIXED | MapFlags::NORESERVE;
+    let (to, len) = (host as *mut std::ffi::c_void, usize_of(len)?);
+    // SAFETY: the caller says what the range is.
+    unsafe {
+        mmap_anonymous(to, len, access, flags)?;
+        madvise(to, len, Advice::LinuxDontDump)?;
+    }
+    Ok(())
+}
+
+/// Copies what the image holds, for memory that cannot be mapped from a file.
+///
+/// # Safety
+/// As of [`over`].
+unsafe fn copy_all(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::Result<()> {
+    let end = start + len;
+    let first = image.extents.partition_point(|extent| extent.end() <= start);
+    let here = image.extents.iter().skip(first).take_while(|extent| extent.start < end);
+    for extent in here {
+        let from = extent.start.max(start);
+        let count = extent.end().min(end) - from;
+        // SAFETY: the extent is clipped to the range.
+        unsafe { copy(&image.file, from, host + (from - start), count)? };
+    }
+    for segment in clipped(&image.over, start, len) {
+        let to = host + (segment.start - start);
+        // SAFETY: the segment is clipped to the range.
+        unsafe {
+            match &segment.from {
+                Some(file) => copy(file, segment.start, to, segment.len)?,
+                None => std::ptr::write_bytes(to as *mut u8, 0, usize_of(segment.len)?),
+            }
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// As of [`over`].
+unsafe fn copy(file: &File, start: u64, host: u64, len: u64) -> io::Result<()> {
+    // SAFETY: the caller says what the range is; nobody else has a reference to it.
+    let bytes = unsafe { std::slice::from_raw_parts_mut(host as *mut u8, usize_of(len)?) };
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, start)
+}
+
+fn usize_of(len: u64) -> io::Result<usize> {
+    usize::try_from(len).map_err(io::Error::other)
+}
