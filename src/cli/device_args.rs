@@ -30,7 +30,7 @@ pub(super) fn parse_balloon(s: &str) -> Result<balloon::Config, String> {
     Ok(config)
 }
 
-/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,vhost-user][,bw=N][,ops=N][,group=ID]`
+/// `PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,overlay[=FILE|=memory]][,vhost-user][,bw=N][,ops=N][,group=ID]`
 #[derive(Clone, Debug)]
 pub(super) struct DiskArg {
     path: PathBuf,
@@ -39,6 +39,7 @@ pub(super) struct DiskArg {
     is_unsafe: bool,
     is_vhost_user: bool,
     io_engine: block::IoEngine,
+    overlay: Option<block::Place>,
     id: Option<String>,
     limits: LimitArgs,
 }
@@ -56,6 +57,7 @@ impl FromStr for DiskArg {
             is_unsafe: false,
             is_vhost_user: false,
             io_engine: block::IoEngine::Sync,
+            overlay: None,
             id: None,
             limits: LimitArgs::default(),
         };
@@ -65,6 +67,11 @@ impl FromStr for DiskArg {
                 None if word == "rw" => disk.is_read_only = false,
                 None if word == "root" => disk.is_root = true,
                 None if word == "vhost-user" => disk.is_vhost_user = true,
+                None if word == "overlay" => disk.overlay = Some(block::Place::Temporary),
+                Some(("overlay", "memory")) => disk.overlay = Some(block::Place::Memory),
+                Some(("overlay", path)) if !path.is_empty() => {
+                    disk.overlay = Some(block::Place::File(path.into()));
+                }
                 Some(("id", id)) => disk.id = Some(id.into()),
                 Some(("cache", "writeback")) => disk.is_unsafe = false,
                 Some(("cache", "unsafe")) => disk.is_unsafe = true,
@@ -74,7 +81,7 @@ impl FromStr for DiskArg {
                 _ => {
                     return Err(format!(
                         "'{word}' is not one of ro, rw, root, id=ID, cache=writeback, cache=unsafe, \
-                         io=sync, io=async, vhost-user, bw=N, ops=N, group=ID"
+                         io=sync, io=async, overlay, overlay=FILE, overlay=memory, vhost-user, bw=N, ops=N, group=ID"
                     ));
                 }
             }
@@ -98,6 +105,7 @@ impl DiskArg {
             rate_limiter: self.limits.limiter(),
             rate_limit_group: self.limits.group,
             io_engine: self.io_engine,
+            overlay: self.overlay,
             ..block::Config::new(id, self.path)
         };
         if self.is_vhost_user {

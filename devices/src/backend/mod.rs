@@ -3,6 +3,7 @@ pub mod console;
 pub mod disk;
 pub mod file;
 pub mod mapped;
+pub mod overlay;
 pub mod stream;
 pub mod tap;
 pub mod unix;

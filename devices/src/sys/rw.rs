@@ -105,7 +105,13 @@ impl<'a> IoSlices<'a> {
 
     /// Fills all pieces from `offset` of `file`. The end of the file is an error.
     pub fn read_exact_at(&mut self, file: &File, offset: u64) -> Result<()> {
-        self.transfer_at(offset, ErrorKind::UnexpectedEof, |vectors, count, offset| {
+        self.read_part_at(file, offset, self.bytes)
+    }
+
+    /// Fills the first `len` bytes of all pieces from `offset` of `file`, and cuts them off. The end of
+    /// the file is an error.
+    pub fn read_part_at(&mut self, file: &File, offset: u64, len: u64) -> Result<()> {
+        self.transfer_at(offset, len, ErrorKind::UnexpectedEof, |vectors, count, offset| {
             #[expect(unsafe_code, reason = "preadv")]
             // SAFETY: `pending` gives `count` initialised vectors; each describes a piece of memory
             // that outlives 'a, and nobody holds a reference to its bytes.
@@ -117,7 +123,7 @@ impl<'a> IoSlices<'a> {
 
     /// Writes all pieces to `offset` of `file`.
     pub fn write_all_at(&mut self, file: &File, offset: u64) -> Result<()> {
-        self.transfer_at(offset, ErrorKind::WriteZero, |vectors, count, offset| {
+        self.transfer_at(offset, self.bytes, ErrorKind::WriteZero, |vectors, count, offset| {
             #[expect(unsafe_code, reason = "pwritev")]
             // SAFETY: as in `read_exact_at`.
             unsafe {
@@ -189,20 +195,50 @@ impl<'a> IoSlices<'a> {
     fn transfer_at(
         &mut self,
         mut offset: u64,
+        len: u64,
         at_end: ErrorKind,
         call: impl Fn(*const libc::iovec, c_int, libc::off_t) -> libc::ssize_t,
     ) -> Result<()> {
-        while self.bytes > 0 {
+        let mut left = len.min(self.bytes);
+        while left > 0 {
             let at = libc::off_t::try_from(offset).map_err(|_| ErrorKind::InvalidInput)?;
-            let (vectors, count) = self.raw()?;
-            let done = retry(|| call(vectors, count, at))? as u64;
+            let all = self.raw()?;
+            let is_all = left == self.bytes;
+            let (count, whole) = if is_all { (all.1, 0) } else { self.shorten(left)? };
+            let done = retry(|| call(all.0, count, at));
+            if !is_all {
+                self.lengthen(count, whole);
+            }
+            let done = done? as u64;
             if done == 0 {
                 return Err(at_end.into());
             }
             self.advance(done);
             offset = offset.saturating_add(done);
+            left = left.saturating_sub(done);
         }
         Ok(())
+    }
+
+    /// Shortens the piece in which the first `bytes` end; how many pieces they are in, and how long that
+    /// one was.
+    fn shorten(&mut self, bytes: u64) -> Result<(c_int, usize)> {
+        let mut left = usize::try_from(bytes).unwrap_or(usize::MAX);
+        for (count, vector) in (1..).zip(self.pending()) {
+            if vector.iov_len >= left {
+                return Ok((count, std::mem::replace(&mut vector.iov_len, left)));
+            }
+            left = left.saturating_sub(vector.iov_len);
+        }
+        Err(ErrorKind::InvalidInput.into())
+    }
+
+    /// Undoes [`Self::shorten`].
+    fn lengthen(&mut self, count: c_int, whole: usize) {
+        let last = usize::try_from(count).ok().and_then(|count| count.checked_sub(1));
+        if let Some(vector) = last.and_then(|last| self.pending().get_mut(last)) {
+            vector.iov_len = whole;
+        }
     }
 
     /// Cuts off what a short transfer has done.

@@ -13,6 +13,7 @@ use serde::{Deserialize as _, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use super::queue::VirtQueue;
+use crate::backend::overlay::Frozen;
 use crate::io::Worker;
 use crate::limiter::{Groups, Limits, RateLimiter};
 use crate::memory::OwnMemory;
@@ -72,6 +73,16 @@ pub trait VirtioDevice: Send + Debug {
     /// `view` names. The worker is off the I/O thread meanwhile.
     fn update(&mut self, _view: Option<&str>, _patch: &Value) -> Result<Change, DeviceError> {
         Err(DeviceError::Fixed)
+    }
+    /// Fixes what the device has written on the host and a snapshot is to hold, and goes on without
+    /// changing that. There is no worker.
+    fn freeze_files(&mut self) -> Result<Option<Frozen>, DeviceError> {
+        Ok(None)
+    }
+    /// Goes on with what another device of this configuration has frozen, or this one earlier, whatever
+    /// it has written itself. There is no worker.
+    fn adopt_files(&mut self, _frozen: &Frozen) -> Result<(), DeviceError> {
+        Err(DeviceError::Saved("it has written what this device cannot have"))
     }
     /// What `GET` shows of the running device, or of the [`View`] of it that `view` names.
     fn show(&self, _view: Option<&str>) -> Result<Value, DeviceError> {

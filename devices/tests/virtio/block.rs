@@ -8,15 +8,15 @@ use vm_memory::{Bytes, GuestAddress};
 use crate::driver::{Buf, F_EVENT_IDX, F_INDIRECT, HIGH, LOW, Machine, Ring};
 use crate::samples::{TempFile, open, refusal};
 
-const IN: u32 = 0;
-const OUT: u32 = 1;
-const FLUSH: u32 = 4;
+pub(crate) const IN: u32 = 0;
+pub(crate) const OUT: u32 = 1;
+pub(crate) const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
-const DISCARD: u32 = 11;
-const WRITE_ZEROES: u32 = 13;
+pub(crate) const DISCARD: u32 = 11;
+pub(crate) const WRITE_ZEROES: u32 = 13;
 
-const OK: u8 = 0;
-const IOERR: u8 = 1;
+pub(crate) const OK: u8 = 0;
+pub(crate) const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
 /// What the status byte holds before the device writes it.
 const UNTOUCHED: u8 = 0xee;
@@ -28,19 +28,21 @@ const F_WRITE_ZEROES: u64 = 1 << 14;
 
 const HEADER: u64 = HIGH.0;
 const STATUS: u64 = HIGH.0 + 0x800;
-const DATA: u64 = HIGH.0 + 0x1000;
+pub(crate) const DATA: u64 = HIGH.0 + 0x1000;
 const SECTORS: u64 = 64;
 
 thread_local! {
     /// How the drives of a test read and write.
     static ENGINE: Cell<&'static str> = const { Cell::new("Sync") };
+    /// Whether there is a layer over them.
+    static HAS_OVERLAY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// A drive of 64 sectors, sector n filled with n, and its driver.
-struct Drive {
-    machine: Machine,
+pub(crate) struct Drive {
+    pub(crate) machine: Machine,
     ring: Ring,
-    file: TempFile,
+    pub(crate) file: TempFile,
     count: u16,
 }
 
@@ -50,7 +52,15 @@ impl Drive {
         let file = TempFile::new(&content);
         let mut config = config(&file, change);
         config["io_engine"] = ENGINE.get().into();
-        let machine = Machine::new(open("drives", &config));
+        if HAS_OVERLAY.get() {
+            config["overlay"] = "Temporary".into();
+        }
+        Self::of(file, &config)
+    }
+
+    /// Another drive with a driver.
+    pub(crate) fn of(file: TempFile, config: &Value) -> Self {
+        let machine = Machine::new(open("drives", config));
         let features = machine.features() & !F_EVENT_IDX;
         let ring = machine.start(features).remove(0);
         Self { machine, ring, file, count: 0 }
@@ -71,7 +81,7 @@ impl Drive {
     }
 
     /// An honest request with `len` bytes of data.
-    fn request(&mut self, request: u32, sector: u64, len: u32) -> (u8, u32) {
+    pub(crate) fn request(&mut self, request: u32, sector: u64, len: u32) -> (u8, u32) {
         let is_read = matches!(request, IN | GET_ID);
         let header = (HEADER, 16, false);
         let status = (STATUS, 1, true);
@@ -81,7 +91,17 @@ impl Drive {
         }
     }
 
-    fn data(&self, len: usize) -> Vec<u8> {
+    /// What the drive holds. With a layer over it, its file holds what it always did.
+    fn content(&mut self) -> Vec<u8> {
+        if !HAS_OVERLAY.get() {
+            return self.file.content();
+        }
+        assert!(self.file.content() == sectors(0..64));
+        assert_eq!(self.request(IN, 0, 64 * 512), (OK, 64 * 512 + 1));
+        self.data(64 * 512)
+    }
+
+    pub(crate) fn data(&self, len: usize) -> Vec<u8> {
         let mut data = vec![0; len];
         self.machine.mem.read_slice(&mut data, GuestAddress(DATA)).unwrap();
         data
@@ -92,7 +112,7 @@ impl Drive {
     }
 
     /// A discard or write-zeroes request of (sector, count, flags).
-    fn erase(&mut self, request: u32, ranges: &[(u64, u32, u32)]) -> (u8, u32) {
+    pub(crate) fn erase(&mut self, request: u32, ranges: &[(u64, u32, u32)]) -> (u8, u32) {
         for (at, range) in (DATA..).step_by(16).zip(ranges) {
             self.machine.mem.write_obj(range.0, GuestAddress(at)).unwrap();
             self.machine.mem.write_obj(range.1, GuestAddress(at + 8)).unwrap();
@@ -101,7 +121,7 @@ impl Drive {
         self.request(request, 0, u32::try_from(ranges.len() * 16).unwrap())
     }
 
-    fn update(&self, patch: &Value) -> Result<(), String> {
+    pub(crate) fn update(&self, patch: &Value) -> Result<(), String> {
         let row = model("drives").unwrap();
         let patch = (row.patch.unwrap().parse)(patch.to_string().as_bytes()).unwrap();
         self.machine.transport.lock().unwrap().update(None, &patch).map_err(|e| e.to_string())
@@ -112,7 +132,7 @@ impl Drive {
     }
 }
 
-fn config(file: &TempFile, change: &Value) -> Value {
+pub(crate) fn config(file: &TempFile, change: &Value) -> Value {
     let mut config = json!({
         "drive_id": "rootfs", "is_root_device": true, "path_on_host": file.path,
     });
@@ -136,13 +156,13 @@ fn reads_and_writes_whole_sectors_anywhere() {
     assert_eq!(drive.data(64 * 512), sectors(0..64));
     drive.fill(0xab, 1024);
     assert_eq!(drive.request(OUT, 10, 1024), (OK, 1));
-    let mut expected = sectors(0..64);
-    expected[10 * 512..12 * 512].fill(0xab);
-    assert_eq!(drive.file.content(), expected);
     let m = &drive.machine;
     assert_eq!((m.counter("read_count"), m.counter("write_count")), (3, 1));
     assert_eq!((m.counter("read_bytes"), m.counter("write_bytes")), (66 * 512 + 512, 1024));
     assert_eq!((m.counter("execute_fails"), m.counter("invalid_reqs_count")), (0, 0));
+    let mut expected = sectors(0..64);
+    expected[10 * 512..12 * 512].fill(0xab);
+    assert_eq!(drive.content(), expected);
 }
 
 #[test]
@@ -161,7 +181,7 @@ fn data_may_lie_in_any_pieces() {
     assert_eq!(drive.data(513), [sectors(9..10), vec![OK]].concat());
     drive.machine.mem.write_slice(&[0xcd; 512], GuestAddress(HEADER + 16)).unwrap();
     assert_eq!(drive.send(OUT, 0, &[(HEADER, 16 + 512, false), (STATUS, 1, true)]), (OK, 1));
-    assert_eq!(drive.file.content()[..512], [0xcd; 512]);
+    assert_eq!(drive.content()[..512], [0xcd; 512]);
 }
 
 #[test]
@@ -209,7 +229,7 @@ fn refuses_what_is_out_of_bounds() {
         let huge = [(HEADER, 16, false), (DATA, 0x7fff_fe00, request == IN), (STATUS, 1, true)];
         assert_eq!(drive.send(request, 0, &huge).0, IOERR);
     }
-    assert_eq!(drive.file.content(), sectors(0..64));
+    assert_eq!(drive.content(), sectors(0..64));
     assert_eq!(drive.machine.counter("invalid_reqs_count"), 24);
     assert_eq!(drive.request(IN, 0, 512), (OK, 513));
 }
@@ -243,7 +263,7 @@ fn malformed_requests_get_a_status_where_one_can_be_written() {
         assert_eq!(seen, expected, "{what}");
         assert!(used <= 1, "{what}: {used}");
     }
-    assert_eq!(drive.file.content(), sectors(0..64));
+    assert_eq!(drive.content(), sectors(0..64));
     // The status byte may be the last of a longer buffer.
     assert_eq!(drive.request(IN, 1, 512), (OK, 513));
     assert_eq!(drive.machine.status(), 15);
@@ -295,7 +315,7 @@ fn a_read_only_drive_cannot_be_changed() {
     assert_eq!(drive.erase(WRITE_ZEROES, &[(0, 8, 0)]).0, IOERR);
     assert_eq!(drive.request(IN, 7, 512), (OK, 513));
     assert_eq!(drive.data(512), sectors(7..8));
-    assert_eq!(drive.file.content(), sectors(0..64));
+    assert_eq!(drive.content(), sectors(0..64));
 }
 
 #[test]
@@ -305,11 +325,11 @@ fn discards_and_writes_zeroes() {
         assert_eq!(drive.erase(request, &[(8, 16, flags)]), (OK, 1), "{request} {flags}");
         let mut expected = sectors(0..64);
         expected[8 * 512..24 * 512].fill(0);
-        assert!(drive.file.content() == expected, "{request} {flags}");
+        assert!(drive.content() == expected, "{request} {flags}");
         // Single sectors, up to the last.
         assert_eq!(drive.erase(request, &[(SECTORS - 1, 1, flags)]), (OK, 1));
         expected[63 * 512..].fill(0);
-        assert!(drive.file.content() == expected, "{request} {flags}");
+        assert!(drive.content() == expected, "{request} {flags}");
     }
     let mut drive = Drive::new(&json!({}));
     let ranges: Vec<_> = (0..16).map(|i| (i * 4, 1, 0)).collect();
@@ -349,7 +369,7 @@ fn refuses_bad_ranges_before_the_first_has_effect() {
     assert_eq!(drive.erase(DISCARD, &[(0, 8, 0), (SECTORS, 1, 0)]).0, IOERR);
     assert_eq!(drive.erase(DISCARD, &[(0, 1, 0); 17]).0, IOERR);
     assert_eq!(drive.erase(WRITE_ZEROES, &[(0, 1, 0); 2]).0, IOERR);
-    assert!(drive.file.content() == sectors(0..64));
+    assert!(drive.content() == sectors(0..64));
 }
 
 #[test]
@@ -377,7 +397,11 @@ fn a_huge_sparse_file_has_its_last_sector() {
             opened.set_len(*len).is_ok()
         })
         .unwrap();
-    let machine = Machine::new(open("drives", &config(&file, &json!({}))));
+    let mut config = config(&file, &json!({}));
+    if HAS_OVERLAY.get() {
+        config["overlay"] = "Memory".into();
+    }
+    let machine = Machine::new(open("drives", &config));
     let ring = machine.start(machine.features() & !F_EVENT_IDX).remove(0);
     let mut drive = Drive { machine, ring, file, count: 0 };
     assert_eq!(drive.capacity(), len / 512);
@@ -538,6 +562,29 @@ fn a_patch_that_is_refused_changes_nothing() {
     assert_eq!((drive.capacity(), drive.machine.irq.counts().1), (SECTORS, 0));
     assert_eq!(drive.request(IN, 63, 512), (OK, 513));
     assert_eq!(drive.machine.counter("update_fails"), 2);
+}
+
+#[test]
+fn all_of_it_holds_with_a_layer_over_it() {
+    HAS_OVERLAY.set(true);
+    for engine in ["Sync", "Async"] {
+        ENGINE.set(engine);
+        for test in [
+            reads_and_writes_whole_sectors_anywhere,
+            data_may_lie_in_any_pieces,
+            serves_indirect_chains_of_the_longest_kind,
+            refuses_what_is_out_of_bounds,
+            malformed_requests_get_a_status_where_one_can_be_written,
+            unknown_requests_are_unsupported,
+            tells_its_id,
+            flushes_only_if_asked_to_offer_it,
+            discards_and_writes_zeroes,
+            refuses_bad_ranges_before_the_first_has_effect,
+            a_huge_sparse_file_has_its_last_sector,
+        ] {
+            test();
+        }
+    }
 }
 
 #[test]

@@ -9,6 +9,7 @@ mod limits;
 mod mem;
 mod mmds;
 mod net;
+mod overlay;
 mod pmem;
 mod rng;
 mod samples;

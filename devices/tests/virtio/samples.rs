@@ -27,11 +27,12 @@ pub(crate) struct Host {
 
 /// Every kind of device there is: each model, and what is quite different inside.
 pub(crate) fn kinds() -> impl Iterator<Item = &'static str> {
-    MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE, LIMITED_DRIVE, METADATA])
+    MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE, LIMITED_DRIVE, LAYERED_DRIVE, METADATA])
 }
 
 const ASYNC_DRIVE: &str = "drives, Async";
 const LIMITED_DRIVE: &str = "drives, Async, which wait for a rate limit and for a group's";
+const LAYERED_DRIVE: &str = "drives, Async, with a layer over the file";
 const METADATA: &str = "network-interfaces, limited, to the metadata service";
 
 /// What makes a device wait often, but not for long.
@@ -42,12 +43,15 @@ fn limit() -> serde_json::Value {
 /// A working device of the kind called `name`.
 pub(crate) fn sample(name: &str) -> Sample {
     match name {
-        "drives" | ASYNC_DRIVE => {
+        "drives" | ASYNC_DRIVE | LAYERED_DRIVE => {
             let file = TempFile::new(&[7; 1 << 16]);
-            let json = serde_json::json!({
+            let mut json = serde_json::json!({
                 "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
-                "io_engine": if name == ASYNC_DRIVE { "Async" } else { "Sync" },
+                "io_engine": if name == "drives" { "Sync" } else { "Async" },
             });
+            if name == LAYERED_DRIVE {
+                json["overlay"] = "Memory".into();
+            }
             let host = Host { _file: Some(file), ..Host::default() };
             Sample { device: open("drives", &json), host }
         }

@@ -22,8 +22,10 @@ use super::model::{
     Change, Claim, DeviceError, Env, Left, Model, VirtioDevice, check_id, null_is_default,
 };
 use super::queue::{Served, VirtQueue, split};
-use crate::backend::disk::{Disk, SECTOR_SIZE};
-use crate::backend::file::Access;
+use crate::backend::disk::{Disk, DiskError, SECTOR_SIZE};
+use crate::backend::file::{Access, is_shortage};
+pub use crate::backend::overlay::Place;
+use crate::backend::overlay::{Frozen, Keeping};
 use crate::counters;
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::{Limits, RateLimiter};
@@ -31,6 +33,7 @@ use crate::metrics::{CounterSet, Group};
 use crate::sys::uring::Uring;
 
 const QUEUE_SIZE: u16 = 256;
+const OVERLAY: &str = "overlay";
 const NO_URING: &str = "io_engine: Async needs io_uring";
 /// Data buffers in one request: the queue less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
@@ -112,6 +115,10 @@ pub struct Config {
     /// The group whose limits it shares. husk only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limit_group: Option<String>,
+    /// Where what the guest writes goes, if not to the file, which is then only read and may be shared.
+    /// husk only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub overlay: Option<Place>,
     /// Socket of a vhost-user back end, in place of a path: another process serves the drive.
     #[serde(default)]
     pub socket: Option<PathBuf>,
@@ -130,17 +137,34 @@ impl Config {
             io_engine: IoEngine::default(),
             rate_limiter: None,
             rate_limit_group: None,
+            overlay: None,
             socket: None,
         }
     }
 
+    /// Of the file.
     fn access(&self) -> Access {
-        if self.is_read_only { Access::Read } else { Access::ReadWrite }
+        match self.is_read_only || self.overlay.is_some() {
+            true => Access::Read,
+            false => Access::ReadWrite,
+        }
+    }
+
+    /// How soon a layer that is kept knows what it has: no later than the driver may expect.
+    fn keeping(&self) -> Keeping {
+        match self.cache_type {
+            CacheType::Unsafe => Keeping::AtOnce,
+            CacheType::Writeback => Keeping::AtFlush,
+        }
     }
 
     /// Refuses what is wrong whatever the host has; the path otherwise.
     fn check_words(&self) -> Result<&Path, DeviceError> {
         self.check_names()?;
+        if self.is_read_only && self.overlay.is_some() {
+            let why = "nothing is written to a drive that is read-only: leave one of the two out";
+            return Err(DeviceError::field(OVERLAY, why));
+        }
         let path = self.path_on_host.as_deref();
         path.ok_or_else(|| DeviceError::field("path_on_host", "is missing"))
     }
@@ -228,7 +252,7 @@ impl Model for Block {
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const OUTSIDE: &'static [&'static str] =
-        &["path_on_host", "io_engine", "rate_limiter", "rate_limit_group"];
+        &["path_on_host", "io_engine", "rate_limiter", "rate_limit_group", "overlay"];
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     const METRICS: Group = Counters::GROUP;
     const OTHER_METRICS: &'static [Group] = &[vhost_user::GROUP];
@@ -253,7 +277,12 @@ impl Model for Block {
 
     fn claims(config: &Config) -> Vec<Claim> {
         let path = config.path_on_host.as_deref();
-        path.and_then(|path| claim(path, config.access())).into_iter().collect()
+        let base = path.and_then(|path| claim(path, config.access()));
+        let layer = match &config.overlay {
+            Some(Place::File(path)) => claim(path, Access::ReadWrite),
+            Some(Place::Memory | Place::Temporary) | None => None,
+        };
+        base.into_iter().chain(layer).collect()
     }
 
     fn needs_shared_memory(config: &Config) -> bool {
@@ -274,7 +303,10 @@ impl Model for Block {
         if config.io_engine == IoEngine::Async {
             Uring::check().map_err(DeviceError::host(NO_URING))?;
         }
-        Disk::check(path, config.access()).map_err(refused)
+        match &config.overlay {
+            Some(place) => Disk::check_over(path, place).map_err(unfit),
+            None => Disk::check(path, config.access()).map_err(refused),
+        }
     }
 
     fn open_any(config: &Config, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
@@ -287,7 +319,10 @@ impl Model for Block {
         let path = config.check_words()?;
         let group = config.rate_limit_group.as_deref();
         let limits = env.limits(config.rate_limiter.as_ref(), "rate_limit_group", group)?;
-        let disk = Disk::open(path, config.access()).map_err(refused)?;
+        let disk = match &config.overlay {
+            Some(place) => Disk::open_over(path, place, config.keeping()).map_err(unfit)?,
+            None => Disk::open(path, config.access()).map_err(refused)?,
+        };
         let space = config_space(disk.size(), disk.is_writable());
         let (disk, config) = (Arc::new(disk), config.clone());
         Ok(Self { config, disk, limits, space, counters: Arc::default() })
@@ -310,9 +345,9 @@ impl VirtioDevice for Block {
 
     fn features(&self) -> u64 {
         let mut features = feature::SEG_MAX | feature::BLK_SIZE;
-        features |= match self.config.access() {
-            Access::Read => feature::RO,
-            Access::ReadWrite => feature::DISCARD | feature::WRITE_ZEROES,
+        features |= match self.disk.is_writable() {
+            false => feature::RO,
+            true => feature::DISCARD | feature::WRITE_ZEROES,
         };
         if self.config.cache_type == CacheType::Writeback {
             features |= feature::FLUSH;
@@ -362,6 +397,19 @@ impl VirtioDevice for Block {
     fn counters(&self) -> Arc<dyn CounterSet> {
         self.counters.clone()
     }
+
+    fn freeze_files(&mut self) -> Result<Option<Frozen>, DeviceError> {
+        match self.disk.overlay() {
+            Some(mut overlay) => overlay.freeze().map_err(|e| unfit(e.into())),
+            None => Ok(None),
+        }
+    }
+
+    fn adopt_files(&mut self, frozen: &Frozen) -> Result<(), DeviceError> {
+        let mut overlay =
+            self.disk.overlay().ok_or(DeviceError::Saved("its drive has no overlay here"))?;
+        overlay.adopt(frozen).map_err(|e| unfit(e.into()))
+    }
 }
 
 impl Block {
@@ -371,11 +419,26 @@ impl Block {
             self.limits.update(patch.rate_limiter.as_ref());
             return Ok(Change::Silent);
         };
+        if self.disk.overlay().is_some() {
+            let why = "what is under an overlay cannot change: the overlay belongs to it";
+            return Err(DeviceError::field("path_on_host", why));
+        }
         self.disk = Arc::new(self.disk.reopen(&path).map_err(refused)?);
         self.limits.update(patch.rate_limiter.as_ref());
         self.space = config_space(self.disk.size(), self.disk.is_writable());
         self.config.path_on_host = Some(path);
         Ok(Change::Config)
+    }
+}
+
+/// Names the field that is at fault: the overlay, or the path of what is under it.
+fn unfit(e: DiskError) -> DeviceError {
+    match e {
+        DiskError::Layer(e) if is_shortage(&e) => {
+            DeviceError::host(OVERLAY)(std::io::Error::other(e))
+        }
+        DiskError::Layer(e) => DeviceError::field(OVERLAY, e.to_string()),
+        e => refused(e),
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! A malformed request gets `IOERR` if its status byte can be reached, and comes back with nothing
 //! written if not. It never stops the queue.
+use std::fs::File;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -17,6 +18,7 @@ use crate::GuestRam;
 use crate::backend::disk::{Disk, SECTOR_SIZE, Unmap};
 use crate::limiter::Limiter;
 use crate::sys::rw::IoSlices;
+use crate::sys::uring::Direction;
 use crate::virtio::chain::{Chain, Fault, Readable, Writable};
 
 /// Request types (virtio 1.2, 5.2.6).
@@ -181,8 +183,8 @@ impl Executor {
     ) -> Result<Step, Failure> {
         want(input.is_empty())?;
         let offset = self.offset(sector, to.len())?;
-        if self.flight.is_some() {
-            return self.begin(chain, Kind::Read, offset, to.len());
+        if let Some(file) = self.file_for(Direction::Read, offset, to.len()) {
+            return self.begin(chain, Kind::Read, &file, offset, to.len());
         }
         let mut slices = IoSlices::default();
         let mut result = Ok(());
@@ -205,8 +207,8 @@ impl Executor {
     ) -> Result<Step, Failure> {
         want(output.is_empty() && self.disk.is_writable())?;
         let offset = self.offset(sector, from.len())?;
-        if self.flight.is_some() {
-            return self.begin(chain, Kind::Write, offset, from.len());
+        if let Some(file) = self.file_for(Direction::Write, offset, from.len()) {
+            return self.begin(chain, Kind::Write, &file, offset, from.len());
         }
         let mut slices = IoSlices::default();
         let mut result = Ok(());
@@ -228,8 +230,10 @@ impl Executor {
     ) -> Result<Step, Failure> {
         self.negotiated(feature::FLUSH)?;
         want(input.is_empty() && output.is_empty())?;
-        if self.flight.is_some() && !self.disk.has_lost_writes() {
-            return self.begin(chain, Kind::Flush, 0, 0);
+        if self.flight.is_some()
+            && let Some(file) = self.disk.file_to_flush().cloned()
+        {
+            return self.begin(chain, Kind::Flush, &file, 0, 0);
         }
         self.admit(0)?;
         self.disk.flush().map_err(|e| failed("flush", 0, &e))?;
@@ -237,17 +241,25 @@ impl Executor {
         Ok(Step::Done { filled: 0, cost: MAX_REQUEST_BYTES })
     }
 
+    /// The file for a request that can go on in the host while others begin. What a layer is to have
+    /// first, or what is in several layers, is waited for.
+    fn file_for(&self, what: Direction, offset: u64, len: u64) -> Option<Arc<File>> {
+        self.flight.as_ref()?;
+        self.disk.file_for(what, offset, len)
+    }
+
     /// Hands a request that is in order to the host. What it costs there is no other device's.
     fn begin(
         &mut self,
         chain: &Chain<'_>,
         kind: Kind,
+        file: &Arc<File>,
         offset: u64,
         bytes: u64,
     ) -> Result<Step, Failure> {
         self.admit(bytes)?;
         let flight = self.flight.as_mut().ok_or(Failure::Host)?;
-        flight.begin(chain, kind, self.disk.file(), offset, bytes)?;
+        flight.begin(chain, kind, file, offset, bytes)?;
         Ok(Step::Begun { cost: bytes })
     }
 

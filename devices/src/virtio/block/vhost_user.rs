@@ -194,6 +194,7 @@ pub(super) fn check(config: &Config, path: &Path) -> Result<(), DeviceError> {
         ("io_engine", config.io_engine != super::IoEngine::Sync),
         ("rate_limiter", config.rate_limiter.is_some()),
         ("rate_limit_group", config.rate_limit_group.is_some()),
+        ("overlay", config.overlay.is_some()),
     ];
     if let Some((field, _)) = given.into_iter().find(|(_, is_given)| *is_given) {
         return Err(DeviceError::field(field, theirs));

@@ -34,6 +34,7 @@ use super::model::{Change, DeviceError, Left, VirtioDevice};
 use super::notifier::{Notifier, status};
 use super::queue::{RingFeatures, VirtQueue};
 use crate::GuestRam;
+use crate::backend::overlay::Frozen;
 use crate::io::{IoError, IoThread, Retired, Ticket};
 use crate::metrics::CounterSet;
 use crate::observer::Happening;
@@ -82,10 +83,23 @@ pub struct Saved {
     /// What the memory that it brings along says.
     #[serde(default)]
     memory: Value,
+    /// What it has written on the host, which is not in the state file but beside it.
+    #[serde(skip)]
+    files: Option<Frozen>,
 }
 
 impl Saved {
     /// Whether its worker was at work when it was paused.
+    /// What the device has written on the host, if that is part of it.
+    pub fn files(&self) -> Option<&Frozen> {
+        self.files.as_ref()
+    }
+
+    /// Says what the device has written on the host.
+    pub fn set_files(&mut self, files: Frozen) {
+        self.files = Some(files);
+    }
+
     fn has_live_queues(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
@@ -231,7 +245,15 @@ impl MmioTransport {
             positions,
             device,
             memory: self.device.own_memory().map(|own| own.save()).unwrap_or_default(),
+            files: None,
         }
+    }
+
+    /// Adds to what was saved what the device has written on the host: [`VirtioDevice::freeze_files`].
+    /// The device must be paused.
+    pub fn save_files(&mut self, saved: &mut Saved) -> Result<(), DeviceError> {
+        saved.files = self.device.freeze_files()?;
+        Ok(())
     }
 
     /// Goes back to what was saved, in the machine that it is in. The device must be paused, and stays
@@ -243,7 +265,7 @@ impl MmioTransport {
         let left = self.device.rewind()?;
         self.notifier.reset();
         self.restore(saved)?;
-        Ok(left)
+        Ok(if saved.files.is_some() { Left::Nothing } else { left })
     }
 
     /// Tells the driver that the configuration space is another.
@@ -270,6 +292,9 @@ impl MmioTransport {
         self.check(saved)?;
         if let Some(own) = self.device.own_memory() {
             own.restore(&saved.memory)?;
+        }
+        if let Some(files) = &saved.files {
+            self.device.adopt_files(files)?;
         }
         self.registers = saved.registers.clone();
         self.notifier.restore(saved.status, saved.isr, saved.generation);
