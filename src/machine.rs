@@ -240,12 +240,18 @@ impl Machine {
             })
             .map_err(SnapshotError::State)?;
         let vm = VmState::read(&self.vm, self.has_pit).map_err(SnapshotError::State)?;
-        let devices = self.devices.iter().map(|device| DeviceState {
-            model: device.model.into(),
-            id: device.id.clone(),
-            place: device.index,
-            memory_at: self.ram.place_of(device.model, &device.id),
-            state: lock(&device.transport).save(),
+        let devices = self.devices.iter().map(|device| {
+            let mut transport = lock(&device.transport);
+            let mut state = transport.save();
+            let name = Name { model: device.model, id: &device.id };
+            transport.save_files(&mut state).map_err(|e| name.refused(e))?;
+            Ok(DeviceState {
+                model: device.model.into(),
+                id: device.id.clone(),
+                place: device.index,
+                memory_at: self.ram.place_of(device.model, &device.id),
+                state,
+            })
         });
         let Legacy { acpi, i8042, rtc } = &self.legacy;
         let legacy = LegacyState {
@@ -254,7 +260,8 @@ impl Machine {
             rtc: lock(rtc).state(),
             acpi: lock(acpi).state(),
         };
-        Ok(MachineState { vm, vcpus, legacy, devices: devices.collect() })
+        let devices = devices.collect::<Result<_, Refusal>>()?;
+        Ok(MachineState { vm, vcpus, legacy, devices })
     }
 
     /// Whether what it was booted from is here.

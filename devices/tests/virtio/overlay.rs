@@ -2,6 +2,7 @@
 use std::path::Path;
 
 use devices::backend::overlay::Frozen;
+use devices::virtio::mmio::Saved;
 use devices::virtio::model::Left;
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress};
@@ -339,6 +340,22 @@ fn what_was_frozen_fits_its_base_only() {
         drive(TempFile::new(&content), &json!({})).adopt(&frozen).unwrap_err().contains("overlay")
     );
     drive(TempFile::new(&content), &json!({"overlay": "Memory"})).adopt(&frozen).unwrap();
+}
+
+#[test]
+fn what_was_saved_without_its_files_is_not_gone_on_with() {
+    let (file, _) = base();
+    let mut drive = drive(file, &json!({"overlay": "Memory"}));
+    drive.freeze();
+    let mut transport = drive.machine.transport.lock().unwrap();
+    transport.pause().unwrap();
+    let mut saved = transport.save();
+    transport.save_files(&mut saved).unwrap();
+    let mut read: Saved = serde_json::from_value(json!(saved)).unwrap();
+    assert!(read.wants_files() && !saved.wants_files());
+    assert!(transport.rewind(&read).unwrap_err().to_string().contains("is missing"));
+    read.set_files(saved.files().unwrap().clone());
+    transport.rewind(&read).unwrap();
 }
 
 #[test]

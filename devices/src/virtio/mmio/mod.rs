@@ -83,21 +83,54 @@ pub struct Saved {
     /// What the memory that it brings along says.
     #[serde(default)]
     memory: Value,
-    /// What it has written on the host, which is not in the state file but beside it.
-    #[serde(skip)]
-    files: Option<Frozen>,
+    /// What it has written on the host.
+    #[serde(default)]
+    files: Files,
+}
+
+/// What a device has written on the host. It is not among what is saved, which tells only whether it
+/// has to be beside it.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(from = "bool", into = "bool")]
+enum Files {
+    /// Nothing, or nothing that is part of it.
+    #[default]
+    None,
+    /// It is elsewhere, and has to be [put back](Saved::set_files).
+    Elsewhere,
+    Here(Frozen),
+}
+
+impl From<bool> for Files {
+    fn from(are_there: bool) -> Self {
+        if are_there { Self::Elsewhere } else { Self::None }
+    }
+}
+
+impl From<Files> for bool {
+    fn from(files: Files) -> Self {
+        !matches!(files, Files::None)
+    }
 }
 
 impl Saved {
     /// Whether its worker was at work when it was paused.
     /// What the device has written on the host, if that is part of it.
     pub fn files(&self) -> Option<&Frozen> {
-        self.files.as_ref()
+        match &self.files {
+            Files::Here(files) => Some(files),
+            Files::None | Files::Elsewhere => None,
+        }
+    }
+
+    /// Whether [`Self::set_files`] has to be called.
+    pub fn wants_files(&self) -> bool {
+        matches!(self.files, Files::Elsewhere)
     }
 
     /// Says what the device has written on the host.
     pub fn set_files(&mut self, files: Frozen) {
-        self.files = Some(files);
+        self.files = Files::Here(files);
     }
 
     fn has_live_queues(&self) -> bool {
@@ -245,14 +278,14 @@ impl MmioTransport {
             positions,
             device,
             memory: self.device.own_memory().map(|own| own.save()).unwrap_or_default(),
-            files: None,
+            files: Files::None,
         }
     }
 
     /// Adds to what was saved what the device has written on the host: [`VirtioDevice::freeze_files`].
     /// The device must be paused.
     pub fn save_files(&mut self, saved: &mut Saved) -> Result<(), DeviceError> {
-        saved.files = self.device.freeze_files()?;
+        saved.files = self.device.freeze_files()?.map_or(Files::None, Files::Here);
         Ok(())
     }
 
@@ -265,7 +298,7 @@ impl MmioTransport {
         let left = self.device.rewind()?;
         self.notifier.reset();
         self.restore(saved)?;
-        Ok(if saved.files.is_some() { Left::Nothing } else { left })
+        Ok(if saved.files().is_some() { Left::Nothing } else { left })
     }
 
     /// Tells the driver that the configuration space is another.
@@ -293,8 +326,10 @@ impl MmioTransport {
         if let Some(own) = self.device.own_memory() {
             own.restore(&saved.memory)?;
         }
-        if let Some(files) = &saved.files {
-            self.device.adopt_files(files)?;
+        match &saved.files {
+            Files::None => {}
+            Files::Elsewhere => return Err(DeviceError::Saved("what it had written is missing")),
+            Files::Here(files) => self.device.adopt_files(files)?,
         }
         self.registers = saved.registers.clone();
         self.notifier.restore(saved.status, saved.isr, saved.generation);
