@@ -1,10 +1,10 @@
 //! The one place that knows which request is legal when.
 //!
 //! ```text
-//!                  Start                  the guest ends, Kill, a signal
+//!               Start, Load               the guest ends, Kill, a signal
 //!   Configuring ──────────► Live ────────────────────────────────────────► Ended
 //!                            │ ▲
-//!                            └─┘ Pause, Resume, a guest's reset
+//!                            └─┘ Pause, Resume, a guest's reset, Load
 //! ```
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
@@ -25,11 +25,12 @@ use crate::exit::Ending;
 use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, Name, ThreadNames};
 use crate::metrics::{self, Metrics, Source, micros_since};
-use crate::parts::Parts;
+use crate::parts::{self, Parts};
 use crate::request::{Reply, Request, Respond};
 use crate::snapshot::{
     LoadParams, Overrides, Restore, Saving, SnapshotError, SnapshotParams, Written,
 };
+use crate::takeover::Taken;
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -57,6 +58,14 @@ struct Live {
     is_paused: bool,
     /// How long the last start took.
     boot: BootPhases,
+}
+
+/// A machine that does not run yet.
+struct Made {
+    machine: Machine,
+    serial_path: Option<PathBuf>,
+    /// The devices that it takes over from another.
+    taken_over: Vec<(&'static str, String)>,
 }
 
 enum Phase {
@@ -279,20 +288,20 @@ impl Controller {
         let is_paused = restore.is_some_and(|restore| restore.is_paused);
         let metadata = restore.and_then(|restore| restore.overrides.mmds.as_ref());
         metadata.map_or(Ok(()), |data| self.mmds.check(data))?;
-        let Identity { names, quit, announce, .. } = self.identity.clone();
         // Opened by now, or wanted by the request to start, which may yet be refused.
         let metrics = match self.metrics.is_open() {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        let serial = restore.map(|restore| &restore.image.document.machine.legacy.serial);
-        let mut parts = Parts::open(&config, names.io, quit, &self.mmds, serial)?;
-        parts.observe(&mut self.hub)?;
-        watch.phases.opened_us = watch.lap();
-        let serial_path = parts.serial_path.clone();
-        let machine = Machine::assemble(&config, parts, names, &mut watch, restore)?;
-        if let Some(path) = &serial_path {
-            announce(path);
+        let devices_before = self.hub.watched();
+        let made = self.make(&config, &mut watch, restore);
+        let Made { machine, serial_path, .. } = made
+            .and_then(|made| self.replace_old(made, &config, restore))
+            .inspect_err(|_| self.hub.forget_after(devices_before))?;
+        let has_port = self.see_off_old(&machine);
+        self.hub.forget_before(devices_before, has_port.then_some(parts::SERIAL));
+        if let Some(path) = serial_path.as_ref().filter(|_| !has_port) {
+            (self.identity.announce)(path);
             self.hub.publish(What::SerialPath { path: path.clone() });
         }
         if let Some(restore) = restore {
@@ -317,6 +326,67 @@ impl Controller {
         };
         self.hub.tell(runs_since, what);
         Ok(())
+    }
+
+    /// Opens what is configured, and puts the machine together. A VM that is there goes on meanwhile.
+    fn make(
+        &mut self,
+        config: &VmConfig,
+        watch: &mut Stopwatch,
+        restore: Option<&Restore>,
+    ) -> Result<Made, Refusal> {
+        let Identity { names, quit, .. } = self.identity.clone();
+        let taken = match &self.phase {
+            Phase::Live(old) => Taken::of(&old.machine, &old.config, config),
+            Phase::Configuring(_) | Phase::Ended(_) => Taken::default(),
+        };
+        let taken_over: Vec<_> =
+            taken.devices.iter().map(|part| (part.model, part.id.clone())).collect();
+        let has_new_port = taken.port.is_none();
+        let serial = restore.map(|restore| &restore.image.document.machine.legacy.serial);
+        let mut parts = Parts::open(config, names.io, quit, &self.mmds, serial, taken)?;
+        parts.observe(&mut self.hub, has_new_port)?;
+        watch.phases.opened_us = watch.lap();
+        let serial_path = parts.serial_path.clone();
+        let machine = Machine::assemble(config, parts, names, watch, restore)?;
+        Ok(Made { machine, serial_path, taken_over })
+    }
+
+    /// Gives a machine what it takes over from the one that is there, if there is one: that stands still
+    /// then. If this is refused, it goes on as it was.
+    fn replace_old(
+        &mut self,
+        made: Made,
+        config: &VmConfig,
+        restore: Option<&Restore>,
+    ) -> Result<Made, Refusal> {
+        let (Phase::Live(old), Some(restore)) = (&self.phase, restore) else { return Ok(made) };
+        if !old.is_paused {
+            old.machine.pause()?;
+        }
+        let saved = &restore.image.document.machine.legacy.serial;
+        let limit = config.serial.rate_limiter.as_ref();
+        let taken = made.machine.take_over(&old.machine, &made.taken_over, saved, limit);
+        if taken.is_err() && !old.is_paused {
+            old.machine.run();
+        }
+        taken.map(|()| made)
+    }
+
+    /// Ends the machine that is there, if there is one, because `new` takes its place. Whether that has
+    /// its serial port.
+    fn see_off_old(&mut self, new: &Machine) -> bool {
+        let gone = Phase::Ended(Ending::Killed);
+        let Phase::Live(old) = std::mem::replace(&mut self.phase, gone) else { return false };
+        let kept = new.sources();
+        let is_gone = |source: &Source| !kept.iter().any(|kept| kept.is_same_set(source));
+        self.metrics.see_off(old.machine.sources().into_iter().filter(is_gone));
+        let has_port = new.shares_port_with(&old.machine);
+        match has_port {
+            true => drop(old),
+            false => old.machine.finish(),
+        }
+        has_port
     }
 
     /// Makes what is of the process as `overrides` say. They have been checked.
@@ -348,20 +418,21 @@ impl Controller {
         self.start_with(config, watch, None)
     }
 
-    /// Restores a VM. All or nothing: what was configured before stays if this is refused.
+    /// Restores a VM, in place of the one that is there, if there is one. All or nothing: if this is
+    /// refused, what was configured stays, and what ran goes on.
     fn load(&mut self, params: &LoadParams) -> Result<(), Refusal> {
         let watch = Stopwatch::start(self.identity.started);
-        self.configuring()?;
+        self.config()?;
         self.restore(&Restore::open(params)?, watch)
     }
 
     /// The same, of a snapshot that was opened.
     fn restore(&mut self, restore: &Restore, mut watch: Stopwatch) -> Result<(), Refusal> {
-        let before = self.configuring()?.clone();
+        let before = self.config()?;
         let mut config = restore.config()?;
         // These are of this process.
-        (config.defaults, config.logger, config.metrics) =
-            (before.defaults, before.logger, before.metrics);
+        config.defaults = before.defaults.clone();
+        (config.logger, config.metrics) = (before.logger.clone(), before.metrics.clone());
         watch.phases.image_us = watch.lap();
         self.start_with(config, watch, Some(restore))
     }

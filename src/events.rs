@@ -238,10 +238,26 @@ impl Hub {
         self.sinks.push(sink);
     }
 
-    /// Forgets the devices there were: others come.
-    pub(crate) fn forget_devices(&mut self) {
+    /// How many devices it is told of.
+    pub(crate) fn watched(&self) -> usize {
+        self.devices.as_ref().map_or(0, |devices| devices.watches.len())
+    }
+
+    /// Forgets the first `count` devices, because others have come; but not those called `kept`.
+    pub(crate) fn forget_before(&mut self, count: usize, kept: Option<&str>) {
         if let Some(devices) = &mut self.devices {
-            devices.watches.clear();
+            let mut index = 0;
+            devices.watches.retain(|watch| {
+                index += 1;
+                index > count || kept == Some(watch.device.model)
+            });
+        }
+    }
+
+    /// Forgets all devices but the first `count`, which stay after all.
+    pub(crate) fn forget_after(&mut self, count: usize) {
+        if let Some(devices) = &mut self.devices {
+            devices.watches.truncate(count);
         }
     }
 

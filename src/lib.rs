@@ -23,6 +23,7 @@ mod parts;
 mod request;
 mod signals;
 mod snapshot;
+mod takeover;
 mod vcpu;
 mod vm;
 mod vmm;

@@ -24,6 +24,7 @@ use crate::error::{Refusal, chain};
 use crate::events::{Hub, Watch};
 use crate::metrics::MachineCounters;
 use crate::snapshot::SnapshotError;
+use crate::takeover::{Port, Taken};
 
 /// The guest that needs no files: an ELF image made from resources/guest/demo.rs.
 const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
@@ -32,7 +33,7 @@ const DEMO_IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/demo.elf"));
 const KVM_API_VERSION: i32 = 12;
 
 /// What the serial port is called.
-const SERIAL: &str = "serial";
+pub(crate) const SERIAL: &str = "serial";
 
 /// A device with what names it.
 #[derive(Debug)]
@@ -69,13 +70,14 @@ pub(crate) struct Parts {
 impl Parts {
     /// Opens all that `config` names. `quit` is called when the user leaves the console. Of a VM that is
     /// restored, `saved` is the state of its serial port; its kernel is for its next reset, if it is
-    /// there.
+    /// there. What is `taken` over from another VM is not opened.
     pub(crate) fn open(
         config: &VmConfig,
         io_thread: &str,
         quit: Arc<dyn Fn() + Send + Sync>,
         mmds: &Arc<Mmds>,
         saved: Option<&SerialState>,
+        mut taken: Taken,
     ) -> Result<Self, Refusal> {
         let boot_timer = config.defaults.has_boot_timer.then(|| Mutex::new(BootTimer::start()));
         let (kernel, initrd) = match (open_boot(config), saved) {
@@ -88,13 +90,20 @@ impl Parts {
             }
         };
         let mut env = Env::default();
-        env.rate_limit_groups = config.limit_pools();
+        env.rate_limit_groups =
+            taken.rate_limit_groups.take().unwrap_or_else(|| config.limit_pools());
         env.pages = config.machine.huge_pages.into();
-        env.mmds = config.mmds.clone().map(|config| open_mmds(mmds, config)).transpose()?;
+        env.mmds = match (taken.mmds.take(), config.mmds.clone()) {
+            (Some(service), _) => Some(service),
+            (None, config) => config.map(|config| open_mmds(mmds, config)).transpose()?,
+        };
         let devices = config
             .devices()
             .map(|recipe| {
                 let (model, id) = (recipe.model(), recipe.id().to_owned());
+                if let Some(part) = taken.device(model, &id) {
+                    return Ok(part);
+                }
                 match recipe.open(&env) {
                     Ok(device) => {
                         Ok(Part { model, id, device, counters: Arc::default(), watch: None })
@@ -105,23 +114,11 @@ impl Parts {
             .collect::<Result<_, _>>()?;
         let kvm = open_kvm()?;
         let cpu = HostCpu::new(&kvm, config.cpu()).map_err(|e| setup(e, config.cpu()))?;
-        let mut console = open_console(&config.serial_to(), quit)?;
-        console.limit(config.serial.rate_limiter.as_ref());
-        let serial_path = console.path().map(Path::to_owned);
         let serial_irq = eventfd()?;
-        let line = serial_irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?;
-        let line = Box::new(line);
-        let serial = match saved {
-            None => Serial::new(line, console),
-            Some(saved) => Serial::from_state(saved.clone(), line, console),
+        let Port { serial, io, path: serial_path } = match taken.port.take() {
+            Some(port) => port,
+            None => open_port(config, io_thread, quit, &serial_irq, saved)?,
         };
-        let (serial, input) = serial.map_err(|e| match e {
-            SerialError::Fifo(_) => SnapshotError::Inconsistent(e.to_string()).into(),
-            SerialError::EventFd(e) => Refusal::host("serial port")(e),
-            SerialError::Console(e) => Refusal::Console(e),
-        })?;
-        let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
-        let io = Arc::new(io);
         let boot_timer = boot_timer.map(Arc::new);
         let counters = MachineCounters::new(config.machine.vcpu_count);
         Ok(Self {
@@ -140,17 +137,48 @@ impl Parts {
         })
     }
 
-    /// Tells `hub` from now on what happens to devices.
-    pub(crate) fn observe(&mut self, hub: &mut Hub) -> Result<(), Refusal> {
-        hub.forget_devices();
+    /// Tells `hub` from now on what happens to devices, and to the serial port, if that `is_new`.
+    pub(crate) fn observe(&mut self, hub: &mut Hub, has_new_port: bool) -> Result<(), Refusal> {
         let mut watch =
             |model, id: &str| hub.watch(model, id).map_err(Refusal::host("cannot make an eventfd"));
         for part in &mut self.devices {
             part.watch = Some(watch(part.model, &part.id)?);
         }
-        let serial = watch(SERIAL, SERIAL)?;
-        self.serial.lock().unwrap_or_else(PoisonError::into_inner).observe(serial);
+        if has_new_port {
+            let serial = watch(SERIAL, SERIAL)?;
+            self.serial.lock().unwrap_or_else(PoisonError::into_inner).observe(serial);
+        }
         Ok(())
+    }
+}
+
+/// Opens the serial port, and starts the thread that feeds it and runs devices.
+fn open_port(
+    config: &VmConfig,
+    io_thread: &str,
+    quit: Arc<dyn Fn() + Send + Sync>,
+    irq: &EventFd,
+    saved: Option<&SerialState>,
+) -> Result<Port, Refusal> {
+    let mut console = open_console(&config.serial_to(), quit)?;
+    console.limit(config.serial.rate_limiter.as_ref());
+    let path = console.path().map(Path::to_owned);
+    let line = Box::new(irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?);
+    let serial = match saved {
+        None => Serial::new(line, console),
+        Some(saved) => Serial::from_state(saved.clone(), line, console),
+    };
+    let (serial, input) = serial.map_err(serial_failed)?;
+    let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
+    Ok(Port { serial, io: Arc::new(io), path })
+}
+
+/// Makes a refusal of a serial port that cannot be.
+pub(crate) fn serial_failed(e: SerialError) -> Refusal {
+    match e {
+        SerialError::Fifo(_) => SnapshotError::Inconsistent(e.to_string()).into(),
+        SerialError::EventFd(e) => Refusal::host("serial port")(e),
+        SerialError::Console(e) => Refusal::Console(e),
     }
 }
 

@@ -369,3 +369,144 @@ fn line(reader: &mut impl BufRead) -> String {
     reader.read_line(&mut line).unwrap();
     line.trim_end().to_owned()
 }
+
+/// The outside of a VM that only one VM at a time can have.
+fn with_outside(scratch: &Scratch, husk: Husk, network: &Network) -> Husk {
+    husk.disk(scratch.path("disk"))
+        .network(network, ",mac=06:00:00:00:00:01")
+        .vsock(3, &scratch.path("vsock"))
+        .arg("--rng")
+}
+
+#[test]
+fn another_vm_takes_the_place_of_one_that_lives() {
+    let scratch = Scratch::new();
+    let network = Network::with_tap();
+    let mut disk = b"disk-one".to_vec();
+    disk.resize(4096, 0);
+    scratch.file("disk", &disk);
+    let metrics = scratch.file("metrics", "");
+    let vm = with_outside(&scratch, steps(), &network).option("--metrics-path", &metrics).start();
+    vm.expect("ready=1");
+    let (api, warm) = (vm.api(), scratch.path("warm"));
+    tell(&vm, "c", "count");
+    snapshot(&vm, &warm);
+    let mut events = api.follow("/events");
+    let go_on = json!({ "directory": warm, "resume_vm": true });
+    let (threads, descriptors) = (
+        files_in(&format!("/proc/{}/task", vm.pid())),
+        files_in(&format!("/proc/{}/fd", vm.pid())),
+    );
+    // Running or paused: the tap, the locked disk, the socket and the terminal are taken over each time.
+    for round in 0..4 {
+        assert_eq!(tell(&vm, "c", "count"), "2");
+        assert_eq!(tell(&vm, "c", "count"), "3");
+        assert_eq!(tell(&vm, "w", "wrote"), "3");
+        if round % 2 == 1 {
+            api.patch("/vm", json!({ "state": "Paused" })).done();
+        }
+        api.put("/snapshot/load", &go_on).done();
+        assert_eq!(api.state(), "Running");
+        assert_eq!(tell(&vm, "b", "disk"), "disk-one");
+        assert_eq!(tell(&vm, "n", "mac"), "06:00:00:00:00:01");
+        tell(&vm, "r", "random");
+    }
+    assert_eq!(files_in(&format!("/proc/{}/task", vm.pid())), threads);
+    let now = files_in(&format!("/proc/{}/fd", vm.pid()));
+    assert!(now <= descriptors + 1, "{descriptors} descriptors became {now}");
+    let restored = std::iter::from_fn(|| events.next()).filter(|e| e["event"] == "restored");
+    assert_eq!(restored.take(4).count(), 4);
+    // What cannot be leaves the VM that is there as it was, running or paused.
+    let state = warm.join("state");
+    let whole = fs::read(&state).unwrap();
+    let mut damaged = whole.clone();
+    damaged[100] ^= 1;
+    fs::write(&state, damaged).unwrap();
+    for is_paused in [false, true] {
+        if is_paused {
+            api.patch("/vm", json!({ "state": "Paused" })).done();
+        }
+        let before = api.state();
+        let fault = api.put("/snapshot/load", &go_on).fault();
+        assert!(fault.contains("the state file is damaged"), "{fault}");
+        assert_eq!(api.state(), before);
+    }
+    fs::write(&state, whole).unwrap();
+    let mut elsewhere = go_on.clone();
+    elsewhere["overrides"] =
+        json!({ "drives": [{ "drive_id": "disk0", "path_on_host": "/nonexistent" }] });
+    let fault = api.put("/snapshot/load", &elsewhere).fault();
+    assert!(fault.contains("drives disk0") && fault.contains("/nonexistent"), "{fault}");
+    elsewhere["overrides"] =
+        json!({ "network-interfaces": [{ "iface_id": "eth0", "host_dev_name": "tap9" }] });
+    let fault = api.put("/snapshot/load", &elsewhere).fault();
+    assert!(fault.contains("tap 'tap9' does not exist"), "{fault}");
+    assert_eq!(api.state(), "Paused");
+    api.patch("/vm", json!({ "state": "Resumed" })).done();
+    assert_eq!(tell(&vm, "c", "count"), "2");
+    assert_eq!(tell(&vm, "b", "disk"), "disk-one");
+    // Another outside, part of it taken over.
+    let mut other = b"disk-two".to_vec();
+    other.resize(4096, 0);
+    let other = scratch.file("other", other);
+    elsewhere["overrides"] =
+        json!({ "drives": [{ "drive_id": "disk0", "path_on_host": other }], "id": "other" });
+    api.put("/snapshot/load", &elsewhere).done();
+    assert_eq!(tell(&vm, "b", "disk"), "disk-two");
+    assert_eq!(tell(&vm, "c", "count"), "2");
+    assert_eq!(api.get("/").json()["id"], "other");
+    api.act("FlushMetrics").done();
+    vm.type_in("q");
+    vm.wait().ok();
+}
+
+#[test]
+fn a_tap_that_is_taken_over_carries_frames_on() {
+    let scratch = Scratch::new();
+    let network = Network::with_tap();
+    let vm = Husk::guest("net", "echoes=100")
+        .memory(16)
+        .network(&network, ",mac=06:00:00:00:00:01")
+        .listening()
+        .start();
+    vm.expect("ready=");
+    let ping = || network.run("ping", "-c 1 -W 10 172.16.0.2");
+    ping();
+    let warm = scratch.path("warm");
+    snapshot(&vm, &warm);
+    for _ in 0..3 {
+        ping();
+        vm.api().put("/snapshot/load", json!({ "directory": warm, "resume_vm": true })).done();
+        ping();
+    }
+    drop(vm);
+    let vm = restore(&warm).within(&network).listening().start();
+    // It is there when it answers: before that there is nobody at the tap.
+    assert_eq!(vm.api().state(), "Running");
+    ping();
+}
+
+#[test]
+fn a_vm_that_boots_leaves_room_for_one_that_is_restored() {
+    let scratch = Scratch::new();
+    let directory = made(&scratch, steps());
+    // Configured otherwise and not started, configured and running: the snapshot's VM takes its place.
+    let vm = Husk::api().typing().start();
+    let api = vm.api();
+    api.put("/machine-config", json!({ "vcpu_count": 2, "mem_size_mib": 32 })).done();
+    api.put("/entropy", json!({})).done();
+    let load = json!({ "directory": directory, "resume_vm": true });
+    api.put("/snapshot/load", &load).done();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    assert_eq!(api.get("/machine-config").json()["vcpu_count"], 1);
+    assert!(api.get("/vm/config").json()["entropy"].is_null());
+    vm.type_in("q");
+    vm.wait().ok();
+    let vm = Husk::guest("steps", "").cpus(2).memory(32).arg("--rng").listening().typing().start();
+    vm.expect("ready=1");
+    vm.api().put("/snapshot/load", &load).done();
+    assert_eq!(tell(&vm, "r", "missing"), "rng");
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("q");
+    vm.wait().ok();
+}

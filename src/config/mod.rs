@@ -134,6 +134,11 @@ impl VmConfig {
         }
     }
 
+    /// Whether an interface leads to the guest's metadata.
+    pub(crate) fn leads_to_mmds(&self, id: &str) -> bool {
+        self.mmds.as_ref().is_some_and(|mmds| mmds.network_interfaces.iter().any(|i| i == id))
+    }
+
     /// Stores one section, as `PUT` by the API. Checked against the host as far as is possible
     /// without keeping anything.
     pub fn put(&mut self, section: &str, id: Option<&str>, body: &[u8]) -> Result<(), Refusal> {

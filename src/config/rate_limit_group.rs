@@ -39,6 +39,11 @@ impl VmConfig {
         self.rate_limit_groups.iter().any(|group| group.id == id)
     }
 
+    /// Whether the groups are the same as another configuration's.
+    pub(crate) fn has_same_rate_limit_groups(&self, other: &Self) -> bool {
+        self.rate_limit_groups == other.rate_limit_groups
+    }
+
     /// The groups as devices share them, their buckets full.
     pub(crate) fn limit_pools(&self) -> Groups {
         let pool = |group: &RateLimitGroup| Arc::new(Pool::new(group.rate_limiter.as_ref()));

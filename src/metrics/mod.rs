@@ -169,6 +169,11 @@ pub(crate) enum One {
 }
 
 impl Source {
+    /// Whether the other is where the same things are counted.
+    pub(crate) fn is_same_set(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.set, &other.set)
+    }
+
     /// A source that is the only one of its kind.
     pub(crate) fn only(set: Arc<dyn CounterSet>) -> Self {
         Self { key: set.group().name, one: None, set }

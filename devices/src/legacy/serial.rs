@@ -23,6 +23,7 @@ use crate::backend::console::{self, Console, ConsoleError, Input, Readiness};
 use crate::bus::BusDeviceMut;
 use crate::counters;
 use crate::io::{Watch, Worker};
+use crate::limiter::TokenBucket;
 use crate::observer::{Happening, Observer};
 
 /// Ports in the block.
@@ -157,11 +158,26 @@ impl Serial {
 
     /// Goes on as saved. Output is with the console already, and input that waits there stays.
     pub fn set_state(&mut self, state: SerialState) -> Result<(), SerialError> {
+        let line = self.uart.interrupt_evt().0.clone();
+        self.go_on(state, line)
+    }
+
+    /// The same in another machine, interrupting through `line`. If it is refused, nothing has changed.
+    pub fn move_to(&mut self, state: SerialState, line: Box<dyn Line>) -> Result<(), SerialError> {
+        self.go_on(state, line.into())
+    }
+
+    /// Limits what the guest may write from now on.
+    pub fn limit(&mut self, bucket: Option<&TokenBucket>) {
+        self.uart.writer_mut().limit(bucket);
+    }
+
+    fn go_on(&mut self, state: SerialState, line: Arc<dyn Line>) -> Result<(), SerialError> {
         let state = vm_superio::SerialState::from(state);
         if state.in_buffer.len() > FIFO_LEN {
             return Err(SerialError::Fifo(state.in_buffer.len()));
         }
-        let edge = || Edge(self.uart.interrupt_evt().0.clone());
+        let edge = || Edge(line.clone());
         let tally = || Tally(self.counters.clone());
         // vm-superio takes a state only with the console, and gives a console only at its end.
         let idle = vm_superio::Serial::with_events(edge(), tally(), Console::none()?);

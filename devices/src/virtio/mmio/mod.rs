@@ -19,6 +19,7 @@
 mod reg;
 mod registers;
 mod removed;
+mod stand_in;
 mod window;
 
 use std::sync::Arc;
@@ -29,6 +30,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use self::registers::Registers;
 use self::removed::Placeholder;
+pub use self::stand_in::StandIn;
 pub use self::window::{Window, WindowDevice};
 use super::model::{Change, DeviceError, Left, VirtioDevice};
 use super::notifier::{Notifier, status};
@@ -210,6 +212,22 @@ impl MmioTransport {
         let device = std::mem::replace(&mut self.device, Box::new(Placeholder));
         self.registers = Registers { owner: self.registers.owner, ..self.fresh_registers() };
         Ok(device)
+    }
+
+    /// What stands for the device while another machine is put together that is to have it. `None` if it
+    /// brings memory along, which has its place in this machine.
+    pub fn stand_in(&mut self) -> Option<StandIn> {
+        match self.device.own_memory() {
+            Some(_) => None,
+            None => Some(StandIn::of(&*self.device)),
+        }
+    }
+
+    /// Takes the device from the transport in another machine, where a stand-in for it is left. Both are
+    /// paused. What it had begun there does not go on.
+    pub fn take_over(&mut self, from: &mut Self) {
+        std::mem::swap(&mut self.device, &mut from.device);
+        self.device.reset();
     }
 
     /// What `GET` shows of the device: [`VirtioDevice::show`].
