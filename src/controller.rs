@@ -6,6 +6,8 @@
 //!                            │ ▲
 //!                            └─┘ Pause, Resume, a guest's reset, Load
 //! ```
+mod rewind;
+
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -17,6 +19,7 @@ use devices::virtio;
 use devices::virtio::model::{DeviceError, Row, View};
 use serde_json::{Value, json};
 
+use self::rewind::Origin;
 use crate::boot::{BootPhases, Stopwatch};
 use crate::config::{OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
 use crate::error::Refusal;
@@ -56,6 +59,8 @@ struct Live {
     /// What leads to the serial port, if it is a pseudo-terminal or a socket.
     serial_path: Option<PathBuf>,
     is_paused: bool,
+    /// What it goes back to.
+    origin: Origin,
     /// How long the last start took.
     boot: BootPhases,
 }
@@ -146,6 +151,7 @@ impl Controller {
                 Ok(self.describe())
             }
             Request::Load(params) => done(self.load(&params)),
+            Request::Rewind(params) => done(self.rewind(&params)),
             Request::Restore(restore) => {
                 done(self.restore(&restore, Stopwatch::start(self.identity.started)))
             }
@@ -312,7 +318,8 @@ impl Controller {
             machine.run();
         }
         let boot = finish(watch);
-        let live = Live { config, machine, serial_path, is_paused, boot };
+        let origin = Origin::of(restore.map(|restore| &restore.image));
+        let live = Live { config, machine, serial_path, is_paused, origin, boot };
         self.metrics.adopt(metrics);
         self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
@@ -444,10 +451,14 @@ impl Controller {
             Ok(begun) => begun,
             Err(e) => return respond(Err(e)),
         };
+        let written = self.live().map(|live| live.origin.written());
         let (kind, latencies) = (params.snapshot_type, self.identity.counters.latencies.clone());
         let finish = move || {
-            let written = saving.finish().map_err(Refusal::Snapshot);
-            respond(done(written.map(|Written { id, bytes }| {
+            let done_with = saving.finish().map_err(Refusal::Snapshot);
+            respond(done(done_with.map(|Written { id, bytes }| {
+                if let Ok(written) = written {
+                    written.tell(params.load_params());
+                }
                 let took_us = micros_since(start);
                 latencies.wrote_snapshot(kind).set(took_us);
                 poster.post(What::SnapshotCreated { id, kind, took_us, paused_us, bytes });
@@ -554,7 +565,7 @@ impl Controller {
             return;
         };
         // Paused just as the guest reset itself: it then waits at its first instruction.
-        let Live { config, machine, serial_path, is_paused, .. } = *live;
+        let Live { config, machine, serial_path, is_paused, origin, .. } = *live;
         let Identity { names, started, .. } = self.identity;
         let mut watch = Stopwatch::start(started);
         let machine = machine.dismantle().and_then(|parts| {
@@ -568,7 +579,7 @@ impl Controller {
                     machine.run();
                 }
                 let boot = finish(watch);
-                let live = Live { config, machine, serial_path, is_paused, boot };
+                let live = Live { config, machine, serial_path, is_paused, origin, boot };
                 self.phase = Phase::Live(Box::new(live));
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),

@@ -62,6 +62,17 @@ pub enum What {
         /// Bytes written, of state and memory.
         bytes: u64,
     },
+    /// The VM is back at a snapshot of it.
+    Rewound {
+        /// The snapshot's id.
+        id: String,
+        /// Whether the vCPUs and devices stand still.
+        paused: bool,
+        /// Microseconds it took.
+        took_us: u64,
+        /// Bytes of memory that had been written since.
+        bytes: u64,
+    },
     /// What leads to the serial port, a pseudo-terminal or a socket. Before the start.
     SerialPath {
         /// The path.

@@ -47,7 +47,7 @@ pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use snapshot::{
     Image, LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, Overrides,
-    Restore, SnapshotError, SnapshotParams, SnapshotType, VsockOverride,
+    Restore, RewindParams, SnapshotError, SnapshotParams, SnapshotType, VsockOverride,
 };
 pub use vm::Vm;
 

@@ -3,6 +3,8 @@
 //!
 //! Order matters: memory slots come before the interrupt controllers, because KVM waits for a grace
 //! period of several milliseconds when a slot is set after them.
+mod rewind;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 

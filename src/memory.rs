@@ -4,6 +4,8 @@
 mod dump;
 mod image;
 mod own;
+mod pagemap;
+mod rewind;
 
 use std::fs::File;
 use std::sync::Arc;
@@ -18,7 +20,8 @@ use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 pub(crate) use self::dump::{Dump, Patch};
-pub(crate) use self::own::{Host, place};
+pub(crate) use self::own::{Host, place, spare_slot};
+pub(crate) use self::rewind::forget_page_tables;
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 use crate::snapshot::MemoryImage;

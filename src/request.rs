@@ -10,7 +10,7 @@ use serde_json::Value;
 use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
-use crate::snapshot::{LoadParams, Restore, SnapshotParams};
+use crate::snapshot::{LoadParams, Restore, RewindParams, SnapshotParams};
 
 /// Everything that can be asked. Devices and sections of the configuration are data, not variants.
 #[derive(Debug)]
@@ -62,6 +62,8 @@ pub enum Request {
     Load(Box<LoadParams>),
     /// Restore a VM from a snapshot that was opened.
     Restore(Box<Restore>),
+    /// Put the VM back to a snapshot of it.
+    Rewind(RewindParams),
     /// Press the power button.
     Shutdown,
     /// Press Ctrl-Alt-Del.

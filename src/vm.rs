@@ -42,7 +42,7 @@ use crate::events::{Event, Sink};
 use crate::exit::Ending;
 use crate::machine::ThreadNames;
 use crate::request::{Handle, Request, Requests};
-use crate::snapshot::{Image, Overrides, Restore, SnapshotParams};
+use crate::snapshot::{Image, Overrides, Restore, RewindParams, SnapshotParams};
 use crate::vmm;
 
 /// Events a subscriber may leave unread before it is taken to have gone.
@@ -125,6 +125,12 @@ impl Vm {
     /// Writes a snapshot. When this returns, it is there; the guest goes on meanwhile if it ran.
     pub fn snapshot(&self, params: SnapshotParams) -> Result<(), Refusal> {
         self.handle.call(Request::Snapshot(params)).map(drop)
+    }
+
+    /// Puts it back to a snapshot of it, in place: what it was restored from, or saved to later, unless
+    /// `params` name another. It goes on from there.
+    pub fn rewind(&self, params: RewindParams) -> Result<(), Refusal> {
+        self.handle.call(Request::Rewind(params)).map(drop)
     }
 
     /// Presses the power button. Whether and when the guest heeds it is its business.

@@ -31,6 +31,7 @@ mod memory;
 mod metrics;
 mod mmds;
 mod restore;
+mod rewind;
 mod signals;
 mod terminal;
 mod unheard;

@@ -15,7 +15,7 @@ use crate::events::Event;
 use crate::exit::Ending;
 use crate::instance::InstanceInfo;
 use crate::request::Request;
-use crate::snapshot::{LoadParams, SnapshotParams};
+use crate::snapshot::{LoadParams, RewindParams, SnapshotParams};
 
 /// A section of the configuration, as the API offers it. A method without a schema is not offered.
 #[derive(Clone, Copy, Debug)]
@@ -214,6 +214,13 @@ const ROUTES: &[Route] = &[
             load,
         ),
     )),
+    change(
+        Method::Put,
+        "/snapshot/rewind",
+        "Put the microVM back to a snapshot of it",
+        shape::<RewindParams>(),
+        |body| Ok(Request::Rewind(parse(body)?)),
+    ),
     get(
         "/mmds",
         "The guest's metadata",

@@ -4,11 +4,13 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsFd;
 
 use devices::memory::{Behind, GuestRegion};
 use devices::sys::map::Pages;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
+use vm_memory::GuestMemoryRegion;
 use vm_memory::mmap::MmapRegion;
 
 use crate::snapshot::{MemoryImage, Segment};
@@ -48,6 +50,33 @@ pub(super) fn fill(image: &MemoryImage, start: u64, region: &GuestRegion) -> io:
     Ok(())
 }
 
+/// Maps the image, which has `region` from `start` on, over a part of the region that nobody uses now.
+pub(super) fn map_again(
+    image: &MemoryImage,
+    start: u64,
+    region: &GuestRegion,
+    part: Range<u64>,
+) -> io::Result<()> {
+    let (at, host, len) = (start + part.start, region.host() + part.start, part.end - part.start);
+    // SAFETY: the range is guest memory, of which nobody has a reference.
+    unsafe {
+        map(&image.file, at, host, len)?;
+        over(image, at, host, len)
+    }
+}
+
+/// Copies again what of the image is copied rather than mapped over `region`.
+pub(super) fn copy_again(image: &MemoryImage, start: u64, region: &GuestRegion) -> io::Result<()> {
+    let shortest = shortest_mapped(&image.over);
+    let copied = |segment: &Segment| segment.len < shortest;
+    for segment in clipped(&image.over, start, region.len()).filter(copied) {
+        let to = region.host() + (segment.start - start);
+        // SAFETY: the segment is clipped to the region, which nobody uses now.
+        unsafe { put(&segment, to)? };
+    }
+    Ok(())
+}
+
 /// Lays over `len` bytes at `host`, which are mapped from `start` of the image's file.
 ///
 /// # Safety
@@ -60,9 +89,8 @@ unsafe fn over(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::Resu
         unsafe {
             match &segment.from {
                 Some(file) if segment.len >= shortest => map(file, segment.start, to, segment.len)?,
-                Some(file) => copy(file, segment.start, to, segment.len)?,
                 None if segment.len >= shortest => map_zeroes(to, segment.len)?,
-                None => std::ptr::write_bytes(to as *mut u8, 0, usize_of(segment.len)?),
+                _ => put(&segment, to)?,
             }
         }
     }
@@ -134,14 +162,26 @@ unsafe fn copy_all(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::
     for segment in clipped(&image.over, start, len) {
         let to = host + (segment.start - start);
         // SAFETY: the segment is clipped to the range.
-        unsafe {
-            match &segment.from {
-                Some(file) => copy(file, segment.start, to, segment.len)?,
-                None => std::ptr::write_bytes(to as *mut u8, 0, usize_of(segment.len)?),
+        unsafe { put(&segment, to)? };
+    }
+    Ok(())
+}
+
+/// Copies a segment to its place.
+///
+/// # Safety
+/// As of [`over`].
+unsafe fn put(segment: &Segment, to: u64) -> io::Result<()> {
+    // SAFETY: the caller says what the range is.
+    unsafe {
+        match &segment.from {
+            Some(file) => copy(file, segment.start, to, segment.len),
+            None => {
+                std::ptr::write_bytes(to as *mut u8, 0, usize_of(segment.len)?);
+                Ok(())
             }
         }
     }
-    Ok(())
 }
 
 /// # Safety

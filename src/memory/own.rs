@@ -65,7 +65,7 @@ pub(crate) fn place(
         ram.places.push((*model, id.clone(), addr));
         let first = slot;
         slot = slot.saturating_add(own.slots());
-        let slots_max = host.kvm.get_nr_memslots() as u64;
+        let slots_max = u64::from(spare_slot(host.kvm));
         if slot > slots_max {
             return Err(too_big("need more memory slots than KVM has, which are", slots_max));
         }
@@ -78,6 +78,11 @@ pub(crate) fn place(
     }
     ram.all = all.clone();
     Ok(all)
+}
+
+/// The slot that nobody has for long: the last.
+pub(crate) fn spare_slot(kvm: &Kvm) -> u32 {
+    u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX).saturating_sub(1)
 }
 
 /// A device's range of KVM's memory slots.

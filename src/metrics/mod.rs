@@ -49,6 +49,8 @@ devices::counters! {
         vmm_full_create_snapshot: Gauge,
         /// Microseconds it took to write a snapshot of what has changed.
         vmm_diff_create_snapshot: Gauge,
+        /// Microseconds it took to go back to a snapshot.
+        rewind: Gauge,
         /// Microseconds it took to restore a VM.
         vmm_load_snapshot: Gauge,
         /// Microseconds it took to stop vCPUs and devices.

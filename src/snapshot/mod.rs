@@ -14,6 +14,7 @@ mod image;
 mod overrides;
 mod params;
 mod restore;
+mod rewind;
 mod save;
 
 use std::env::consts::ARCH;
@@ -30,6 +31,8 @@ pub use self::params::{
     SnapshotType, VsockOverride,
 };
 pub use self::restore::Restore;
+pub use self::rewind::RewindParams;
+
 pub(crate) use self::save::{Saving, Written};
 
 use crate::exit::ExitCode;
@@ -102,6 +105,12 @@ pub enum SnapshotError {
     /// Memory could not be copied.
     #[error("cannot copy guest memory: {0}")]
     Copy(std::io::Error),
+    /// It is of another VM, or of this one as it is no more.
+    #[error("the snapshot is not of this microVM as it is now: {0}")]
+    NotOfThisVm(String),
+    /// There is none to go back to.
+    #[error("the microVM was neither restored nor saved: name the snapshot to go back to")]
+    NoOrigin,
     /// One is being written.
     #[error("a snapshot is being written: wait until it is there")]
     Busy,
@@ -114,7 +123,7 @@ impl SnapshotError {
     /// The exit code of a process that was to restore a VM.
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Field { .. } | Self::Busy | Self::Ended => ExitCode::Config,
+            Self::Field { .. } | Self::Busy | Self::Ended | Self::NoOrigin => ExitCode::Config,
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Open { .. } => ExitCode::Config,
             Self::File { .. } | Self::Copy(_) => ExitCode::Host,

@@ -61,6 +61,9 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// One more, for its identity map.
 pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 
+/// A page in the hole where nothing is.
+pub const SPARE_PAGE: u64 = KVM_IDENTITY_MAP - 0x1000;
+
 /// Serial port COM1.
 pub const SERIAL: u64 = 0x3f8;
 /// Keyboard controller: data port 0x60, command port 0x64.

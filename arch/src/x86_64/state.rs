@@ -112,9 +112,7 @@ impl VcpuState {
 
     /// Gives it to a vCPU that is not running.
     pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
-        let cpuid =
-            CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany("CPUID leaves"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))?;
+        self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
         vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
@@ -125,6 +123,13 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         write_msrs(vcpu, &self.msrs)?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Gives a vCPU what the guest sees of the processor. One that has run takes only what it has.
+    pub fn write_cpuid(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let cpuid =
+            CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany("CPUID leaves"))?;
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))
     }
 
     /// What the guest sees of the processor.

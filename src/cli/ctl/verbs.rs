@@ -76,6 +76,7 @@ pub(super) const VERBS: &[Verb] = &[
             "/snapshot/load",
         )
     },
+    put("rewind", "Go back to the snapshot that was restored or written last", "/snapshot/rewind"),
     Verb {
         reply: Reply::Awaited,
         ..get("wait", "Wait until the VM has ended, and say why", "/wait")

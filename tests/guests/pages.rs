@@ -1,0 +1,103 @@
+//! Does what it is told by bytes on the serial port, after `ready=1`. `w` writes the number of the round to `count=100`
+//! pages, from the second round on to every second of them, and says `round=N`; `c` looks at them all and says
+//! `pages=N..M`, the least and the largest number; `s` maps another page at an address whose page it has looked at, `v`
+//! says what is there: `window=A` or `window=B`; `q` ends it.
+#![no_std]
+#![no_main]
+
+use core::arch::naked_asm;
+
+use rt::{BootInfo, Outcome, clock, fail, memory, options, println, ring0};
+
+rt::entry!(run);
+
+const DATA: u16 = 0x3f8;
+const LINE_STATUS: u16 = DATA + 5;
+const PAGE: usize = 4096;
+/// An address that nothing else is mapped at: 256 GiB.
+const WINDOW: u64 = 1 << 38;
+/// Present, writable, for ring 3.
+const MAPPED: u64 = 7;
+const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+
+fn run(boot: &'static BootInfo) -> Outcome {
+    clock::start();
+    let count = options::number(boot.cmdline, "count", 100) as usize;
+    let pages = memory::allocate(count * PAGE);
+    let shown = memory::allocate(2 * PAGE);
+    (shown[0], shown[PAGE]) = (b'A', b'B');
+    let mut window = Window::new(shown.as_ptr() as u64);
+    let mut round = 0;
+    println!("ready=1");
+    loop {
+        match next() {
+            b'w' => {
+                round += 1;
+                let step = if round == 1 { 1 } else { 2 };
+                pages.chunks_exact_mut(PAGE).step_by(step).for_each(|page| page[7] = round);
+                println!("round={round}");
+            }
+            b'c' => {
+                let numbers = || pages.chunks_exact(PAGE).map(|page| page[7]);
+                let (least, most) = (numbers().min().unwrap_or(0), numbers().max().unwrap_or(0));
+                println!("pages={least}..{most}");
+            }
+            b's' => {
+                window.swap();
+                println!("window={}", window.look());
+            }
+            b'v' => println!("window={}", window.look()),
+            b'q' => return Ok(()),
+            other => fail!("no command is {other:#x}"),
+        }
+    }
+}
+
+fn next() -> u8 {
+    while ring0::in8(LINE_STATUS) & 1 == 0 {}
+    ring0::in8(DATA)
+}
+
+/// A page table of one page.
+struct Window {
+    table: &'static mut [u8],
+    pages: u64,
+    shows_second: bool,
+}
+
+impl Window {
+    fn new(pages: u64) -> Self {
+        let table = memory::allocate(PAGE);
+        let directory = memory::allocate(PAGE);
+        let pml4 = ring0::control_register(3) & ADDRESS;
+        // SAFETY: the page tables are identity mapped, and nothing is at this address: the entry turns from absent to
+        // present.
+        unsafe {
+            let pdpt = (pml4 as *const u64).read_volatile() & ADDRESS;
+            let entry = (pdpt as *mut u64).add((WINDOW >> 30) as usize);
+            (directory.as_mut_ptr() as *mut u64).write_volatile(table.as_ptr() as u64 | MAPPED);
+            entry.write_volatile(directory.as_ptr() as u64 | MAPPED);
+        }
+        let mut window = Self { table, pages, shows_second: true };
+        window.swap();
+        window
+    }
+
+    fn swap(&mut self) {
+        #[unsafe(naked)]
+        unsafe extern "C" fn flush() {
+            naked_asm!("mov rax, cr3", "mov cr3, rax", "ret")
+        }
+        self.shows_second ^= true;
+        let page = self.pages + u64::from(self.shows_second) * PAGE as u64;
+        // SAFETY: the table is ours, and the address has no object of Rust's.
+        unsafe { (self.table.as_mut_ptr() as *mut u64).write_volatile(page | MAPPED) };
+        // SAFETY: changes no mapping but that of the window.
+        let _ = unsafe { ring0::call(flush, 0, 0, 0) };
+    }
+
+    fn look(&self) -> char {
+        // SAFETY: mapped by `swap`.
+        char::from(unsafe { (WINDOW as *const u8).read_volatile() })
+    }
+}
