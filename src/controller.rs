@@ -11,8 +11,7 @@ mod rewind;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use devices::mmds::Mmds;
 use devices::virtio;
@@ -31,9 +30,13 @@ use crate::metrics::{self, Metrics, Source, micros_since};
 use crate::parts::{self, Parts};
 use crate::request::{Reply, Request, Respond};
 use crate::snapshot::{
-    LoadParams, Overrides, Restore, Saving, SnapshotError, SnapshotParams, Written,
+    Draft, LoadParams, Overrides, Restore, Saving, SnapshotError, SnapshotParams, Writer, Writing,
+    Written,
 };
 use crate::takeover::Taken;
+
+/// How long a snapshot that is called off may take to clean up behind itself.
+const CLEANUP: Duration = Duration::from_millis(50);
 
 /// What does not change during a VM's life.
 #[derive(Clone)]
@@ -73,6 +76,16 @@ struct Made {
     taken_over: Vec<(&'static str, String)>,
 }
 
+/// A snapshot that has begun.
+struct Begun {
+    saving: Saving,
+    writer: Writer,
+    /// For how long the guest stood still.
+    paused_us: u64,
+    /// Tells of it.
+    poster: Poster,
+}
+
 enum Phase {
     Configuring(Box<VmConfig>),
     Live(Box<Live>),
@@ -88,8 +101,8 @@ pub(crate) struct Controller {
     /// The guest's metadata, whether it can reach them or not.
     mmds: Arc<Mmds>,
     waiting: Vec<Respond>,
-    /// The thread that writes a snapshot.
-    saving: Option<JoinHandle<()>>,
+    /// The snapshot that is being written.
+    saving: Option<Writing>,
 }
 
 impl std::fmt::Debug for Controller {
@@ -113,7 +126,7 @@ impl Controller {
         match (request, self.ending()) {
             (Request::Wait, None) => self.waiting.push(respond),
             (Request::Wait, Some(ending)) => respond(Ok(json!(ending))),
-            (Request::Snapshot(params), None) => self.snapshot(params, respond),
+            (Request::Snapshot(params), None) => self.snapshot(&params, respond),
             (request, _) => respond(self.handle(request)),
         }
     }
@@ -445,56 +458,63 @@ impl Controller {
     }
 
     /// Begins a snapshot; a thread of its own sees it through and answers, while the guest goes on.
-    fn snapshot(&mut self, params: SnapshotParams, respond: Respond) {
+    fn snapshot(&mut self, params: &SnapshotParams, respond: Respond) {
         let start = Instant::now();
-        let (saving, paused_us, poster) = match self.begin_snapshot(&params) {
+        let Begun { saving, writer, paused_us, poster } = match self.begin_snapshot(params) {
             Ok(begun) => begun,
             Err(e) => return respond(Err(e)),
         };
         let written = self.live().map(|live| live.origin.written());
         let (kind, latencies) = (params.snapshot_type, self.identity.counters.latencies.clone());
-        let finish = move || {
-            let done_with = saving.finish().map_err(Refusal::Snapshot);
-            respond(done(done_with.map(|Written { id, bytes }| {
+        let load_params = params.load_params();
+        let answer = move |saved: Result<Written, _>| {
+            respond(done(saved.map_err(Refusal::Snapshot).map(|Written { id, bytes }| {
                 if let Ok(written) = written {
-                    written.tell(params.load_params());
+                    written.tell(load_params);
                 }
                 let took_us = micros_since(start);
                 latencies.wrote_snapshot(kind).set(took_us);
                 poster.post(What::SnapshotCreated { id, kind, took_us, paused_us, bytes });
             })));
         };
-        let thread = std::thread::Builder::new().name("husk_snapshot".into()).spawn(finish);
-        match thread {
-            Ok(thread) => self.saving = Some(thread),
-            // The closure is gone, and with it whoever was to be answered: they are told so.
-            Err(e) => log::error!("cannot start a thread to write a snapshot: {e}"),
-        }
+        self.saving = Some(writer.write(saving, Box::new(answer)));
     }
 
-    /// What is to be finished, for how many microseconds the guest stood still, and who tells of it.
-    fn begin_snapshot(
-        &mut self,
-        params: &SnapshotParams,
-    ) -> Result<(Saving, u64, Poster), Refusal> {
-        if self.saving.as_ref().is_some_and(|thread| !thread.is_finished()) {
+    /// What can be refused is, before the guest stands still; whatever fails, it then does what it did before.
+    fn begin_snapshot(&mut self, params: &SnapshotParams) -> Result<Begun, Refusal> {
+        if self.saving.as_ref().is_some_and(|writing| !writing.is_done()) {
             return Err(SnapshotError::Busy.into());
         }
         let poster = self.hub.poster().map_err(Refusal::host("cannot make an eventfd"))?;
         let Live { config, machine, is_paused, .. } = self.live()?;
+        let draft = Draft::new(params, machine.ram().len())?;
+        let writer = Writer::spawn();
+        let writer = writer.map_err(Refusal::host("cannot start a thread to write a snapshot"))?;
         let start = Instant::now();
         if !*is_paused {
             machine.pause()?;
         }
         let state = machine.save();
-        let saving = state
-            .and_then(|state| Ok(Saving::begin(params, config.to_json(), state, machine.ram())?));
+        let saving =
+            state.and_then(|state| Ok(draft.begin(config.to_json(), state, machine.ram())?));
         let mut paused_us = 0;
         if !*is_paused {
             machine.run();
             paused_us = micros_since(start);
         }
-        Ok((saving?, paused_us, poster))
+        Ok(Begun { saving: saving?, writer, paused_us, poster })
+    }
+
+    /// Waits so long for the snapshot that is being written, if there is one, and then calls it off. The process may end
+    /// after this: nothing that is half done is left.
+    pub(crate) fn settle(&mut self, patience: Duration) {
+        if let Some(writing) = self.saving.take()
+            && !writing.wait(patience)
+        {
+            log::warn!("a snapshot was not written in time: nothing of it is kept");
+            writing.call_off();
+            writing.wait(CLEANUP);
+        }
     }
 
     fn pause(&mut self) -> Result<(), Refusal> {

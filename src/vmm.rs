@@ -11,8 +11,9 @@ use crate::controller::Controller;
 use crate::exit::Ending;
 use crate::request::Requests;
 
-/// How long a guest has to power off after a signal asked for it. What comes after it (stopping
-/// vCPUs, the last output, the socket) stays within the 2 s that are promised.
+/// How long a guest has to power off after a signal asked for it, and a snapshot to be finished after
+/// the guest's end. What comes after it (stopping vCPUs, the last output, the socket) stays within the
+/// 2 s that are promised.
 const GRACE: Duration = Duration::from_millis(1500);
 
 /// Most requests answered before signals and the guest's end are looked at again: whoever asks and
@@ -81,10 +82,13 @@ pub(crate) fn serve(
         if let Some(ending) = controller.ending() {
             // A guest that powers off because a signal asked for it ends as the signal says, so
             // that the exit code does not depend on how quick it is.
-            return match stopping {
+            let ending = match stopping {
                 Some(Stopping { signal, .. }) => Ending::Signalled { signal },
                 None => ending.clone(),
             };
+            let left = stopping.map(|s| s.deadline.saturating_duration_since(Instant::now()));
+            controller.settle(left.unwrap_or(GRACE));
+            return ending;
         }
         // There may be more, and their bell may have been hushed.
         if answered == TURN {

@@ -14,13 +14,13 @@
 
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crc64fast::Digest;
 use rustix::pipe::PipeFlags;
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 
 use crate::snapshot::{EXTENT_LEN, Extent, Kind};
 
@@ -106,6 +106,12 @@ impl Dump {
         extents.iter().map(extent).collect::<Option<_>>().ok_or_else(ended)
     }
 
+    /// The process that copies. `None` where the kernel has no descriptors of processes.
+    pub(crate) fn process(&self) -> Option<OwnedFd> {
+        let pidfd = self.child.map(|pid| pidfd_open(pid, PidfdFlags::empty()))?;
+        pidfd.inspect_err(|e| log::debug!("cannot open the process that copies memory: {e}")).ok()
+    }
+
     fn reap(&mut self) {
         if let Some(pid) = self.child.take()
             && let Err(e) = waitpid(Some(pid), WaitOptions::empty())
@@ -159,6 +165,7 @@ impl Copier<'_> {
         if tied.is_err() || rustix::process::getppid() != Some(parent) {
             return 1;
         }
+        close_others(&[target.as_raw_fd(), pipe.as_raw_fd()]);
         // This process's own: what the parent does with its memory meanwhile does not matter.
         let page_map = match File::open("/proc/self/pagemap") {
             Ok(page_map) => page_map,
@@ -278,6 +285,22 @@ impl Copier<'_> {
         }
         self.records.clear();
         Ok(())
+    }
+}
+
+/// Closes all descriptors but these and the standard ones: a tap, a socket or a lock must not stay with this process
+/// when its parent lets go of it.
+fn close_others(kept: &[RawFd; 2]) {
+    let [one, other] = *kept;
+    let (low, high) = (one.min(other), one.max(other));
+    let after_standard = libc::STDERR_FILENO + 1;
+    for (first, last) in [(after_standard, low - 1), (low + 1, high - 1), (high + 1, RawFd::MAX)] {
+        let (first, last) = (first.max(after_standard).cast_unsigned(), last.cast_unsigned());
+        if first <= last {
+            // SAFETY: nothing in this process uses the others, nor runs anything that would close them. Kernels before
+            // 5.9 do not know the call: then they stay until this process ends, as it does when its parent does.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
     }
 }
 

@@ -1,118 +1,317 @@
-//! The files of a snapshot while they come to be: under a temporary name until they are complete.
-use std::fs::{DirBuilder, File, OpenOptions};
+//! Where the files of a snapshot go, and how they get there: whatever ends this process or the host, and whenever,
+//! the old snapshot can be loaded, or the new one.
+//!
+//! ```text
+//!              in a directory                  as two files
+//!   written    without a name                  without a name
+//!   named      DIR/memory-ID                   MEMORY.ID
+//!   committed  DIR/state replaces the old one  STATE replaces the old one
+//!   after it   older memory is removed         MEMORY.ID replaces MEMORY
+//! ```
+//!
+//! One rename commits both files, because a state is looked for a memory with its own id, under either name. Only
+//! what is a snapshot of husk's is ever replaced, or removed.
+use std::fs::{DirBuilder, File};
 use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
+use devices::backend::file::name_of;
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
+
 use super::SnapshotError;
+use super::image::{Summary, has_id};
 use super::params::Place;
+use super::temporary::{Temporary, parent};
 
 /// The state file's name in a directory.
 pub(super) const STATE: &str = "state";
+/// What the names of memory files begin with in a directory.
+const MEMORY: &str = "memory";
 
-/// Where the files go, and the memory file that is being written.
+/// The files of a snapshot that is being written.
 #[derive(Debug)]
 pub(super) struct Files {
-    state: PathBuf,
+    place: Place,
+    id: String,
+    is_synced: bool,
+    state: Temporary,
     memory: Temporary,
-    /// The memory file's name, if it goes where the state file goes.
-    pub(super) memory_name: Option<PathBuf>,
+    /// Removed again, if nothing comes to be in it.
+    _directory: Option<MadeDirectory>,
 }
 
 impl Files {
-    /// Makes the memory file, of `len` bytes, for the snapshot `id`.
-    pub(super) fn create(place: &Place, id: &str, len: u64) -> Result<Self, SnapshotError> {
-        let (state, memory, memory_name) = match place {
-            Place::Directory(directory) => {
-                make_directory(directory)?;
-                let name = PathBuf::from(format!("memory-{id}"));
-                (directory.join(STATE), directory.join(&name), Some(name))
-            }
-            Place::Files { state, memory } => (state.clone(), memory.clone(), None),
+    /// Makes the files, the memory of `len` bytes, for the snapshot `id`. Refuses whatever must not be replaced.
+    pub(super) fn create(
+        place: Place,
+        id: &str,
+        len: u64,
+        is_synced: bool,
+    ) -> Result<Self, SnapshotError> {
+        let made = match &place {
+            Place::Directory(path) => MadeDirectory::make(path)?,
+            Place::Files { .. } => None,
         };
-        check_target("snapshot_path", &state)?;
-        check_target("mem_file_path", &memory)?;
-        let memory = Temporary::create(&memory, id)?;
-        memory
-            .file
-            .set_len(len)
-            .map_err(SnapshotError::file("cannot make the memory file", &memory.target))?;
-        Ok(Self { state, memory, memory_name })
+        place.check()?;
+        place.prune();
+        let state = Temporary::create(&place.state(), &place.temporary_state(id))?;
+        let memory = Temporary::create(&place.memory(id), &place.temporary_memory(id))?;
+        let sized = memory.file().set_len(len);
+        sized.map_err(SnapshotError::file("cannot make", place.memory(id)))?;
+        Ok(Self { place, id: id.into(), is_synced, state, memory, _directory: made })
     }
 
     /// The memory file, to be written.
     pub(super) fn memory(&self) -> &File {
-        &self.memory.file
+        self.memory.file()
     }
 
-    /// Writes the state file, and gives both their names.
-    pub(super) fn commit(self, id: &str, state: &[u8]) -> Result<(), SnapshotError> {
-        let mut file = Temporary::create(&self.state, id)?;
-        let wrote = file.file.write_all(state);
-        wrote.map_err(SnapshotError::file("cannot write the state file", &self.state))?;
-        for temporary in [&self.memory, &file] {
-            let synced = temporary.file.sync_all();
-            synced.map_err(SnapshotError::file("cannot write", &temporary.target))?;
+    /// The memory file's name, if it goes where the state file goes.
+    pub(super) fn memory_name(&self) -> Option<PathBuf> {
+        match &self.place {
+            Place::Directory(_) => Some(memory_name(&self.id).into()),
+            Place::Files { .. } => None,
         }
-        self.memory.rename()?;
-        file.rename()
     }
-}
 
-fn make_directory(path: &Path) -> Result<(), SnapshotError> {
-    match DirBuilder::new().mode(0o700).create(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(SnapshotError::file("cannot make the directory", path)(e))
+    /// Writes the state file, and puts both in their places.
+    pub(super) fn commit(self, bytes: &[u8]) -> Result<(), SnapshotError> {
+        let Self { place, id, is_synced, state, mut memory, _directory: directory } = self;
+        let state_path = place.state();
+        let (memory_path, side) = (place.memory(&id), place.side(&id));
+        let sync = |directory| if is_synced { sync_directory(directory) } else { Ok(()) };
+        let wrote = state.file().write_all(bytes);
+        wrote.map_err(SnapshotError::file("cannot write", &state_path))?;
+        if is_synced {
+            memory.sync(&memory_path)?;
+            state.sync(&state_path)?;
         }
-        _ => Ok(()),
-    }
-}
-
-/// What is there already may only be a file.
-fn check_target(field: &'static str, path: &Path) -> Result<(), SnapshotError> {
-    match std::fs::symlink_metadata(path) {
-        Ok(found) if !found.is_file() => {
-            let why = format!("{} is there, and is not a file", path.display());
-            Err(SnapshotError::Field { field, why })
+        memory.name(&side)?;
+        sync(parent(&side))?;
+        state.replace(&state_path, &place.temporary_state(&id))?;
+        // It is there. What fails from here on takes nothing away.
+        memory.keep();
+        std::mem::forget(directory);
+        sync(parent(&state_path))?;
+        if side != memory_path {
+            std::fs::rename(&side, &memory_path)
+                .map_err(SnapshotError::file("cannot rename to", &memory_path))?;
+            sync(parent(&memory_path))?;
         }
-        _ => Ok(()),
-    }
-}
-
-/// A file that is not there under its name yet. Dropped without a name, it is gone.
-#[derive(Debug)]
-struct Temporary {
-    file: File,
-    path: PathBuf,
-    target: PathBuf,
-    is_done: bool,
-}
-
-impl Temporary {
-    fn create(target: &Path, id: &str) -> Result<Self, SnapshotError> {
-        let mut name = target.file_name().unwrap_or_default().to_owned();
-        name.push(format!(".{id}.tmp"));
-        let path = target.with_file_name(name);
-        let file =
-            OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&path);
-        let file = file.map_err(SnapshotError::file("cannot make", target))?;
-        Ok(Self { file, path, target: target.into(), is_done: false })
-    }
-
-    fn rename(mut self) -> Result<(), SnapshotError> {
-        let renamed = std::fs::rename(&self.path, &self.target);
-        renamed.map_err(SnapshotError::file("cannot rename to", &self.target))?;
-        self.is_done = true;
+        place.prune();
         Ok(())
     }
 }
 
-impl Drop for Temporary {
-    fn drop(&mut self) {
-        if !self.is_done
-            && let Err(e) = std::fs::remove_file(&self.path)
-        {
-            log::warn!("cannot remove {}: {e}", self.path.display());
+/// A directory that was made for a snapshot. Dropped, it is gone unless something is in it.
+#[derive(Debug)]
+struct MadeDirectory(PathBuf);
+
+impl MadeDirectory {
+    /// `None` if it is there.
+    fn make(path: &Path) -> Result<Option<Self>, SnapshotError> {
+        match DirBuilder::new().mode(0o700).create(path) {
+            Ok(()) => {
+                sync_directory(parent(path))?;
+                Ok(Some(Self(path.into())))
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
+                let found = std::fs::metadata(path);
+                let found = found.map_err(SnapshotError::file("cannot look at", path))?;
+                if found.is_dir() {
+                    return Ok(None);
+                }
+                let what = name_of(FileType::from_raw_mode(found.mode()));
+                let why = format!("{} is {what}, want a directory", path.display());
+                Err(SnapshotError::Field { field: "directory", why })
+            }
+            Err(e) => Err(SnapshotError::file("cannot make the directory", path)(e)),
         }
     }
+}
+
+impl Drop for MadeDirectory {
+    fn drop(&mut self) {
+        // Something else is in it now, then it stays.
+        let _ = std::fs::remove_dir(&self.0);
+    }
+}
+
+fn sync_directory(path: &Path) -> Result<(), SnapshotError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let synced = rustix::fs::open(path, flags, Mode::empty()).and_then(rustix::fs::fsync);
+    synced.map_err(|e| SnapshotError::file("cannot sync the directory", path)(e.into()))
+}
+
+/// The name of a memory file in a directory.
+fn memory_name(id: &str) -> String {
+    format!("{MEMORY}-{id}")
+}
+
+impl Place {
+    /// The state file.
+    pub(super) fn state(&self) -> PathBuf {
+        match self {
+            Self::Directory(directory) => directory.join(STATE),
+            Self::Files { state, .. } => state.clone(),
+        }
+    }
+
+    /// The memory file of a snapshot.
+    fn memory(&self, id: &str) -> PathBuf {
+        match self {
+            Self::Directory(directory) => directory.join(memory_name(id)),
+            Self::Files { memory, .. } => memory.clone(),
+        }
+    }
+
+    /// What the memory file is called when its state file comes to be.
+    fn side(&self, id: &str) -> PathBuf {
+        match self {
+            Self::Directory(directory) => directory.join(memory_name(id)),
+            Self::Files { memory, .. } => side(memory, id),
+        }
+    }
+
+    fn temporary_state(&self, id: &str) -> PathBuf {
+        with_suffix(&self.state(), &format!(".{id}.tmp"))
+    }
+
+    fn temporary_memory(&self, id: &str) -> PathBuf {
+        with_suffix(&self.side(id), ".tmp")
+    }
+
+    /// Refuses to replace anything but a snapshot of husk's. What is empty may be replaced too: some make the files
+    /// before they ask for a snapshot.
+    fn check(&self) -> Result<(), SnapshotError> {
+        let state_field = match self {
+            Self::Directory(_) => "directory",
+            Self::Files { .. } => "snapshot_path",
+        };
+        let state = self.state();
+        let mut id_of_old = None;
+        if is_taken(state_field, &state)? {
+            match Summary::read(&state) {
+                Ok(summary) => id_of_old = Some(summary),
+                Err(e) if e.is_of_state_file() => {}
+                Err(_) => return Err(foreign(state_field, &state, "a snapshot's state file")),
+            }
+        }
+        let Self::Files { memory, .. } = self else { return Ok(()) };
+        let field = "mem_file_path";
+        if are_same(&state, memory) {
+            let why = "it is the file of snapshot_path: they must be two".into();
+            return Err(SnapshotError::Field { field, why });
+        }
+        if is_taken(field, memory)? {
+            // It was to be replaced by that one, which its state has found.
+            let is_old = id_of_old.is_some_and(|summary| {
+                has_id(memory, &summary) || has_id(&side(memory, &summary.id), &summary)
+            });
+            if !is_old {
+                return Err(foreign(field, memory, "the memory of the snapshot in snapshot_path"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what snapshots have left behind here that were not finished, or that have been replaced.
+    fn prune(&self) {
+        let state = self.state();
+        let memory = match self {
+            Self::Directory(directory) => directory.join(MEMORY),
+            Self::Files { memory, .. } => memory.clone(),
+        };
+        let mut directories = vec![parent(&state)];
+        if parent(&memory) != parent(&state) {
+            directories.push(parent(&memory));
+        }
+        for directory in directories {
+            let Ok(entries) = std::fs::read_dir(directory) else { continue };
+            for entry in entries.flatten() {
+                let (path, name) = (entry.path(), entry.file_name());
+                let is_ours =
+                    |of: &Path| directory == parent(of) && is_of_snapshot(&name, of.file_name());
+                if (is_ours(&state) || is_ours(&memory)) && !is_wanted(&path, &state) {
+                    log::info!("removing {}, which no snapshot needs", path.display());
+                    if let Err(e) = std::fs::remove_file(&path) {
+                        log::warn!("cannot remove {}: {e}", path.display());
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Whether `name` is that of a file with an id: BASE-ID, BASE.ID or either with ".tmp" behind it.
+fn is_of_snapshot(name: &std::ffi::OsStr, base: Option<&std::ffi::OsStr>) -> bool {
+    let (Some(name), Some(base)) = (name.to_str(), base.and_then(|base| base.to_str())) else {
+        return false;
+    };
+    let rest = name.strip_prefix(base).and_then(|rest| rest.strip_prefix(['-', '.']));
+    let id = rest.map(|rest| rest.strip_suffix(".tmp").unwrap_or(rest));
+    id.is_some_and(|id| {
+        id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+/// Whether somebody is writing it, or the state file names it.
+fn is_wanted(path: &Path, state: &Path) -> bool {
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()).map(File::from) else {
+        return true;
+    };
+    let is_file = file.metadata().is_ok_and(|found| found.is_file());
+    if !is_file || flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+        return true;
+    }
+    // Read when its writer, if there was one, is through with both.
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    match Summary::read(state) {
+        Ok(summary) => summary.needs(&name),
+        Err(_) => state.exists(),
+    }
+}
+
+/// What the memory file of two is called before it has its place.
+pub(super) fn side(memory: &Path, id: &str) -> PathBuf {
+    with_suffix(memory, &format!(".{id}"))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(suffix);
+    path.with_file_name(name)
+}
+
+/// Whether there is something in a file; what is not a file is refused.
+fn is_taken(field: &'static str, path: &Path) -> Result<bool, SnapshotError> {
+    let wrong = |why| Err(SnapshotError::Field { field, why });
+    if path.file_name().is_none() {
+        return wrong(format!("'{}' is not the name of a file", path.display()));
+    }
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.is_file() => Ok(found.len() > 0),
+        Ok(found) => {
+            let what = name_of(FileType::from_raw_mode(found.mode()));
+            wrong(format!("{} is {what}: name a file, or none", path.display()))
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(SnapshotError::file("cannot look at", path)(e)),
+    }
+}
+
+fn foreign(field: &'static str, path: &Path, wanted: &str) -> SnapshotError {
+    let path = path.display();
+    let why = format!("{path} is there, and is not {wanted}: name another file, or remove it");
+    SnapshotError::Field { field, why }
+}
+
+/// Whether two paths lead to one file, or would.
+fn are_same(one: &Path, other: &Path) -> bool {
+    let node = |path: &Path| std::fs::metadata(path).ok().map(|found| (found.dev(), found.ino()));
+    let are_linked = node(one).is_some_and(|found| node(other) == Some(found));
+    let are_together = node(parent(one)) == node(parent(other));
+    are_linked || (are_together && one.file_name() == other.file_name())
 }

@@ -55,7 +55,7 @@ impl StateFile {
             return Err(SnapshotError::Firecracker);
         }
         if !bytes.starts_with(&MAGIC) {
-            return failed("magic: the file does not begin like a state file");
+            return Err(SnapshotError::Foreign);
         }
         let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else {
             return failed("length: the file ends within its header");

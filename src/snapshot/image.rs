@@ -130,27 +130,28 @@ impl Image {
     /// and by the snapshot's id in it.
     pub(crate) fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
         let place = params.place()?;
-        let state_path = match &place {
-            Place::Directory(directory) => directory.join(super::files::STATE),
-            Place::Files { state, .. } => state.clone(),
-        };
-        let file = StateFile::decode(&read_state(&state_path)?)?;
-        let document: Document =
-            serde_json::from_slice(&file.json).map_err(SnapshotError::Document)?;
-        if document.arch != std::env::consts::ARCH {
-            return Err(SnapshotError::Arch(document.arch));
+        let mut file = StateFile::decode(&read_state(&place.state())?)?;
+        loop {
+            let document = Document::read(&file)?;
+            match open_memory(&place, &document) {
+                Ok(memory) => {
+                    let memory = MemoryImage {
+                        file: Arc::new(memory),
+                        extents: file.extents.into(),
+                        over: Arc::default(),
+                    };
+                    return Ok(Self { document: Arc::new(document), memory });
+                }
+                Err(e) => {
+                    // Replaced by another snapshot meanwhile: then that is what is there.
+                    let again = StateFile::decode(&read_state(&place.state())?)?;
+                    if again == file {
+                        return Err(e);
+                    }
+                    file = again;
+                }
+            }
         }
-        let memory_path = match place {
-            Place::Directory(directory) => directory.join(memory_name(&document)?),
-            Place::Files { memory, .. } => memory,
-        };
-        let memory = open_memory(&memory_path, &document)?;
-        let memory = MemoryImage {
-            file: Arc::new(memory),
-            extents: file.extents.into(),
-            over: Arc::default(),
-        };
-        Ok(Self { document: Arc::new(document), memory })
     }
 
     /// Refuses memory of another shape than it is of.
@@ -178,15 +179,55 @@ impl Image {
     }
 }
 
-/// The name of the memory file in a directory, which must not lead out of it.
-fn memory_name(document: &Document) -> Result<&Path, SnapshotError> {
-    let name = document
-        .memory
-        .file
-        .as_deref()
-        .filter(|name| name.file_name().is_some_and(|file| file == name.as_os_str()));
-    let why = "its memory file is elsewhere: name both files";
-    name.ok_or_else(|| SnapshotError::Field { field: "directory", why: why.into() })
+impl Document {
+    fn read(file: &StateFile) -> Result<Self, SnapshotError> {
+        let document: Self = serde_json::from_slice(&file.json).map_err(SnapshotError::Document)?;
+        match document.arch == std::env::consts::ARCH {
+            true => Ok(document),
+            false => Err(SnapshotError::Arch(document.arch)),
+        }
+    }
+
+    /// The name of the memory file in a directory, which must not lead out of it.
+    fn memory_name(&self) -> Result<&Path, SnapshotError> {
+        let name = self.memory.file.as_deref();
+        let name =
+            name.filter(|name| name.file_name().is_some_and(|file| file == name.as_os_str()));
+        let why = "its memory file is elsewhere: name both files";
+        name.ok_or_else(|| SnapshotError::Field { field: "directory", why: why.into() })
+    }
+}
+
+/// What a state file says of its files.
+#[derive(Debug, Deserialize)]
+pub(super) struct Summary {
+    pub(super) id: String,
+    memory: MemoryDocument,
+}
+
+impl Summary {
+    /// Reads and checks a state file.
+    pub(super) fn read(state: &Path) -> Result<Self, SnapshotError> {
+        let file = StateFile::decode(&read_state(state)?)?;
+        serde_json::from_slice(&file.json).map_err(SnapshotError::Document)
+    }
+
+    /// Whether the file of this name is needed to load it.
+    pub(super) fn needs(&self, name: &str) -> bool {
+        name.ends_with(&self.id)
+    }
+}
+
+/// Whether a file is the memory that belongs to a state.
+pub(super) fn has_id(path: &Path, summary: &Summary) -> bool {
+    let file = file::open(path, Access::Read, file::Kind::Regular);
+    file.is_ok_and(|file| read_id(&file, &summary.memory).is_ok_and(|id| id == summary.id))
+}
+
+fn read_id(file: &File, memory: &MemoryDocument) -> std::io::Result<String> {
+    let mut id = [0; 16];
+    file.read_exact_at(&mut id, memory.id_at)?;
+    Ok(hex(&id))
 }
 
 fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
@@ -198,7 +239,21 @@ fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
     Ok(bytes)
 }
 
-fn open_memory(path: &Path, document: &Document) -> Result<File, SnapshotError> {
+/// Opens the memory file, under the name that it had when it was written if it did not get to the one that it was
+/// to have.
+fn open_memory(place: &Place, document: &Document) -> Result<File, SnapshotError> {
+    match place {
+        Place::Directory(directory) => {
+            check_memory(&directory.join(document.memory_name()?), document)
+        }
+        Place::Files { memory, .. } => check_memory(memory, document).or_else(|e| {
+            let side = super::files::side(memory, &document.id);
+            if side.exists() { check_memory(&side, document) } else { Err(e) }
+        }),
+    }
+}
+
+fn check_memory(path: &Path, document: &Document) -> Result<File, SnapshotError> {
     let wrong = |why| Err(SnapshotError::Memory { path: path.into(), why });
     let failed = |source| SnapshotError::File { what: "cannot read", path: path.into(), source };
     let file = file::open(path, Access::Read, file::Kind::Regular)
@@ -207,9 +262,12 @@ fn open_memory(path: &Path, document: &Document) -> Result<File, SnapshotError> 
     if is != want {
         return wrong(format!("length: it has {is} bytes, the state file wants {want}"));
     }
-    let mut id = [0; 16];
-    file.read_exact_at(&mut id, document.memory.id_at).map_err(failed)?;
-    let id = hex(&id);
+    let id = match read_id(&file, &document.memory) {
+        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+            return wrong(format!("id: it ends before {:#x}", document.memory.id_at));
+        }
+        id => id.map_err(failed)?,
+    };
     if id != document.id {
         return wrong(format!(
             "id: it belongs to snapshot {id}, the state file to {}",

@@ -16,6 +16,7 @@ mod params;
 mod restore;
 mod rewind;
 mod save;
+mod temporary;
 
 use std::env::consts::ARCH;
 use std::path::PathBuf;
@@ -32,8 +33,7 @@ pub use self::params::{
 };
 pub use self::restore::Restore;
 pub use self::rewind::RewindParams;
-
-pub(crate) use self::save::{Saving, Written};
+pub(crate) use self::save::{Draft, Saving, Writer, Writing, Written};
 
 use crate::exit::ExitCode;
 
@@ -66,6 +66,9 @@ pub enum SnapshotError {
         /// What the host said.
         source: std::io::Error,
     },
+    /// It is no state file at all.
+    #[error("the state file is damaged: magic: it does not begin like a state file")]
+    Foreign,
     /// A check of the state file has failed.
     #[error("the state file is damaged: {0}")]
     Damaged(&'static str),
@@ -129,6 +132,11 @@ impl SnapshotError {
             Self::File { .. } | Self::Copy(_) => ExitCode::Host,
             _ => ExitCode::Snapshot,
         }
+    }
+
+    /// Whether it is about a file that is a state file, if not one that can be loaded.
+    fn is_of_state_file(&self) -> bool {
+        matches!(self, Self::Damaged(_) | Self::Document(_) | Self::Version { .. } | Self::Arch(_))
     }
 
     /// A [`SnapshotError::File`].

@@ -22,7 +22,7 @@ pub enum SnapshotType {
 }
 
 /// Where a snapshot goes, and how: `PUT /snapshot/create`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "SnapshotCreateParams")]
 pub struct SnapshotParams {
@@ -38,6 +38,21 @@ pub struct SnapshotParams {
     /// How much of the memory it holds.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
+    /// Whether it is to be on the disk before the answer comes, so that it outlives a crash of the host.
+    #[serde(default = "yes", alias = "sync_snapshot_files")]
+    pub sync: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl Default for SnapshotParams {
+    fn default() -> Self {
+        let (snapshot_path, mem_file_path, directory) = (None, None, None);
+        let snapshot_type = SnapshotType::default();
+        Self { snapshot_path, mem_file_path, directory, snapshot_type, sync: true }
+    }
 }
 
 impl SnapshotParams {
