@@ -30,6 +30,7 @@ mod logger;
 mod memory;
 mod metrics;
 mod mmds;
+mod never_torn;
 mod restore;
 mod rewind;
 mod signals;

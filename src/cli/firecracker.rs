@@ -14,6 +14,7 @@ use crate::exit::ExitCode;
 use crate::instance::FIRECRACKER_VERSION;
 use crate::logger::{self, Stream};
 use crate::request::Request;
+use crate::snapshot;
 
 /// Where Firecracker listens unless told otherwise.
 const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
@@ -66,6 +67,12 @@ struct FirecrackerArgs {
     /// Accepted: husk installs no seccomp filter yet
     #[arg(long)]
     no_seccomp: bool,
+    /// Print the version of snapshots that are made
+    #[arg(long)]
+    snapshot_version: bool,
+    /// Print the version of a snapshot's state file
+    #[arg(long, value_name = "FILE")]
+    describe_snapshot: Option<PathBuf>,
     /// Print the version
     #[arg(long)]
     version: bool,
@@ -80,12 +87,6 @@ struct Unsupported {
     /// Not supported yet
     #[arg(long)]
     enable_pci: bool,
-    /// Not supported yet
-    #[arg(long)]
-    snapshot_version: bool,
-    /// Not supported yet
-    #[arg(long, value_name = "FILE")]
-    describe_snapshot: Option<PathBuf>,
 }
 
 impl Unsupported {
@@ -98,8 +99,6 @@ impl Unsupported {
                 ": husk installs no filter of its own",
             ),
             ("--enable-pci", self.enable_pci, ": there is no PCI bus, all devices are virtio-mmio"),
-            ("--snapshot-version", self.snapshot_version, ": there are no snapshots"),
-            ("--describe-snapshot", self.describe_snapshot.is_some(), ": there are no snapshots"),
         ]
         .into_iter()
         .find(|(_, is_given, _)| *is_given)
@@ -119,6 +118,11 @@ pub(super) fn main(args: Vec<OsString>, started: Instant) -> ExitCode {
         Ok(args) if args.version => {
             super::print(format!("Firecracker v{FIRECRACKER_VERSION}\n").as_bytes())
         }
+        Ok(args) if args.snapshot_version => print_format(snapshot::VERSION),
+        Ok(FirecrackerArgs { describe_snapshot: Some(path), .. }) => {
+            let format = snapshot::format_of(&path);
+            format.map_or_else(|e| fail(e.exit_code(), &e), print_format)
+        }
         Ok(args) => match args.unsupported.first() {
             Some(why) => {
                 logger::complain(&why);
@@ -128,6 +132,11 @@ pub(super) fn main(args: Vec<OsString>, started: Instant) -> ExitCode {
         },
         Err(e) => refuse_arguments(&e),
     }
+}
+
+/// Prints the version of a format as Firecracker does: with three parts.
+fn print_format(version: u32) -> ExitCode {
+    super::print(format!("v{version}.0.0\n").as_bytes())
 }
 
 impl FirecrackerArgs {

@@ -9,6 +9,7 @@ mod launch;
 mod limits;
 mod restore;
 mod run;
+mod snapshot;
 
 use std::ffi::OsString;
 use std::path::Path;
@@ -35,8 +36,8 @@ Examples:
   husk restore snapshots/warm                 go on from a snapshot
 
 Exit codes: 0 the guest powered off, 2 wrong arguments, 3 wrong configuration, 4 the host lacks
-something, 5 the guest crashed, 6 KVM failed, 7 a snapshot is damaged or not for this
-host, 130 and 143 stopped by a signal.";
+something, 5 the guest crashed, 6 KVM failed, 7 a snapshot is damaged or not for this host, 130 and
+143 stopped by a signal.";
 
 #[derive(Debug, Subcommand)]
 #[command(defer = true)]
@@ -51,6 +52,8 @@ enum Command {
     Ctl(ctl::CtlArgs),
     /// Judge a configuration, touch nothing.
     Check(run::CheckArgs),
+    /// Look into a snapshot: what is in it, whether it is sound.
+    Snapshot(snapshot::SnapshotArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -89,6 +92,7 @@ impl Command {
             Self::Restore(args) => args.carry_out(started),
             Self::Ctl(args) => args.carry_out(),
             Self::Check(args) => args.carry_out(),
+            Self::Snapshot(args) => args.carry_out(),
             Self::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);

@@ -27,6 +27,9 @@ pub(super) struct RestoreArgs {
     /// The snapshot: its directory, or its state file (then --memory says where the memory is)
     #[arg(value_name = "SNAPSHOT")]
     snapshot: PathBuf,
+    /// Read all of the memory first, and compare it with the sums in the state file
+    #[arg(long)]
+    verify: bool,
     /// The memory file, of a snapshot that is two files
     #[arg(long, value_name = "FILE")]
     memory: Option<PathBuf>,
@@ -122,6 +125,7 @@ impl RestoreArgs {
         self.vsock.iter().for_each(|vsock| vsock.add_to(&mut overrides));
         let mut params = LoadParams {
             resume_vm: !self.paused,
+            verify: self.verify,
             track_dirty_pages: self.track_dirty,
             clock_realtime: self.clock_realtime,
             huge_pages: self.huge_pages.map_or(LoadPages::Snapshot, Into::into),

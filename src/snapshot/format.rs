@@ -48,6 +48,11 @@ impl StateFile {
         bytes
     }
 
+    /// Bytes of it.
+    pub(crate) fn len(&self) -> u64 {
+        (HEADER_LEN + self.json.len() + self.extents.len() * EXTENT_LEN) as u64
+    }
+
     /// Reads a file's bytes, and says which check they fail.
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
         let failed = |check| Err(SnapshotError::Damaged(check));

@@ -1,12 +1,12 @@
 //! A snapshot that was opened: judged, and ready to be made a VM of, as often as one likes.
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use arch::{VcpuState, VmState};
-use devices::backend::file::{self, Access};
+use devices::backend::file::{self, Access, OpenError};
 use devices::legacy::acpi::AcpiState;
 use devices::legacy::i8042::I8042State;
 use devices::legacy::rtc::RtcState;
@@ -24,6 +24,9 @@ use crate::memory::Ram;
 
 /// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
 const STATE_MAX: u64 = 4 << 30;
+
+/// Memory is kept in pages of this size.
+const PAGE: u64 = 4096;
 
 /// The state of a machine, without its memory.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -118,6 +121,7 @@ impl Segment {
 pub struct Image {
     pub(crate) document: Arc<Document>,
     pub(crate) memory: MemoryImage,
+    pub(super) memory_path: PathBuf,
 }
 
 impl Image {
@@ -129,26 +133,35 @@ impl Image {
     /// Opens what a request names. The state is checked to its last bit, the memory file by its size
     /// and by the snapshot's id in it.
     pub(crate) fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
-        let place = params.place()?;
-        let mut file = StateFile::decode(&read_state(&place.state())?)?;
+        let image = Self::at(&params.place()?)?;
+        if params.verify {
+            image.verify()?;
+        }
+        Ok(image)
+    }
+
+    /// The same, given where the files are.
+    pub(super) fn at(place: &Place) -> Result<Self, SnapshotError> {
+        let (mut file, mut document) = read_state_file(&place.state())?;
         loop {
-            let document = Document::read(&file)?;
-            match open_memory(&place, &document) {
-                Ok(memory) => {
+            match open_memory(place, &document) {
+                Ok((memory, memory_path)) => {
+                    document.check(&file.extents)?;
+                    let document = Arc::new(document);
                     let memory = MemoryImage {
                         file: Arc::new(memory),
                         extents: file.extents.into(),
                         over: Arc::default(),
                     };
-                    return Ok(Self { document: Arc::new(document), memory });
+                    return Ok(Self { document, memory, memory_path });
                 }
                 Err(e) => {
                     // Replaced by another snapshot meanwhile: then that is what is there.
-                    let again = StateFile::decode(&read_state(&place.state())?)?;
-                    if again == file {
+                    let again = read_state_file(&place.state())?;
+                    if again.0 == file {
                         return Err(e);
                     }
-                    file = again;
+                    (file, document) = again;
                 }
             }
         }
@@ -175,8 +188,21 @@ impl Image {
         overrides.apply(&mut config)?;
         let devices: Vec<_> =
             machine.devices.iter().map(|d| (d.model.as_str(), d.id.as_str())).collect();
-        VmConfig::restored(&config, &devices)
+        let config = VmConfig::restored(&config, &devices)?;
+        let count = config.devices().count();
+        if count != devices.len() {
+            let why = format!("it has states of {} devices, and configures {count}", devices.len());
+            return Err(SnapshotError::Inconsistent(why).into());
+        }
+        Ok(config)
     }
+}
+
+/// Reads and checks a state file.
+pub(super) fn read_state_file(path: &Path) -> Result<(StateFile, Document), SnapshotError> {
+    let file = StateFile::decode(&read_state(path)?)?;
+    let document = Document::read(&file)?;
+    Ok((file, document))
 }
 
 impl Document {
@@ -186,6 +212,38 @@ impl Document {
             true => Ok(document),
             false => Err(SnapshotError::Arch(document.arch)),
         }
+    }
+
+    /// Refuses numbers that could lead out of the memory file, or one device into the place of another.
+    fn check(&self, extents: &[Extent]) -> Result<(), SnapshotError> {
+        let wrong = |why: String| Err(SnapshotError::Inconsistent(why));
+        let MemoryDocument { len, id_at, .. } = self.memory;
+        if len % PAGE != 0 || id_at.checked_add(16).is_none_or(|end| end > len) {
+            return wrong(format!("its id is at {id_at:#x} of {len:#x} bytes of memory"));
+        }
+        let is_wrong = |extent: &&Extent| {
+            let Extent { start, len: size, at, stored, .. } = **extent;
+            start % PAGE != 0
+                || u64::from(size) % PAGE != 0
+                || extent.end() > len
+                || at != start
+                || stored != size
+        };
+        if let Some(Extent { start, len: size, .. }) = extents.iter().find(is_wrong) {
+            return wrong(format!("it has {size:#x} bytes of memory at {start:#x}, of {len:#x}"));
+        }
+        let devices = &self.machine.devices;
+        for (n, device) in devices.iter().enumerate() {
+            let DeviceState { model, id, place, .. } = device;
+            let before = devices.iter().take(n);
+            if before.clone().any(|other| other.place == *place) {
+                return wrong(format!("{model} {id} is in a place that is taken: {place}"));
+            }
+            if before.clone().any(|other| (&other.model, &other.id) == (model, id)) {
+                return wrong(format!("it has two states of {model} {id}"));
+            }
+        }
+        Ok(())
     }
 
     /// The name of the memory file in a directory, which must not lead out of it.
@@ -241,14 +299,24 @@ fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
 
 /// Opens the memory file, under the name that it had when it was written if it did not get to the one that it was
 /// to have.
-fn open_memory(place: &Place, document: &Document) -> Result<File, SnapshotError> {
+fn open_memory(place: &Place, document: &Document) -> Result<(File, PathBuf), SnapshotError> {
+    let check = |path: PathBuf| Ok((check_memory(&path, document)?, path));
     match place {
         Place::Directory(directory) => {
-            check_memory(&directory.join(document.memory_name()?), document)
+            let path = directory.join(document.memory_name()?);
+            check(path).map_err(|e| match e {
+                SnapshotError::Open { source: OpenError::Open { path, source, .. }, .. }
+                    if source.kind() == ErrorKind::NotFound =>
+                {
+                    let why = "it is not there: the snapshot is incomplete".into();
+                    SnapshotError::Memory { path, why }
+                }
+                e => e,
+            })
         }
-        Place::Files { memory, .. } => check_memory(memory, document).or_else(|e| {
+        Place::Files { memory, .. } => check(memory.clone()).or_else(|e| {
             let side = super::files::side(memory, &document.id);
-            if side.exists() { check_memory(&side, document) } else { Err(e) }
+            if side.exists() { check(side) } else { Err(e) }
         }),
     }
 }
@@ -263,7 +331,7 @@ fn check_memory(path: &Path, document: &Document) -> Result<File, SnapshotError>
         return wrong(format!("length: it has {is} bytes, the state file wants {want}"));
     }
     let id = match read_id(&file, &document.memory) {
-        Err(e) if e.kind() == std::io::ErrorKind::UnexpectedEof => {
+        Err(e) if e.kind() == ErrorKind::UnexpectedEof => {
             return wrong(format!("id: it ends before {:#x}", document.memory.id_at));
         }
         id => id.map_err(failed)?,

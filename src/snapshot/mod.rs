@@ -11,12 +11,14 @@ mod extent;
 mod files;
 mod format;
 mod image;
+mod inspect;
 mod overrides;
 mod params;
 mod restore;
 mod rewind;
 mod save;
 mod temporary;
+mod verify;
 
 use std::env::consts::ARCH;
 use std::path::PathBuf;
@@ -24,8 +26,10 @@ use std::path::PathBuf;
 use devices::backend::file::is_shortage;
 
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
+pub(crate) use self::format::VERSION;
 pub use self::image::Image;
 pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage, Segment};
+pub(crate) use self::inspect::{Inspection, Named, format_of};
 pub use self::overrides::Overrides;
 pub use self::params::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,

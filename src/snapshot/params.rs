@@ -125,6 +125,9 @@ pub struct LoadParams {
     /// Whether the guest goes on at once.
     #[serde(default)]
     pub resume_vm: bool,
+    /// Whether all of the memory is read first, and compared with the sums in the state file. husk only.
+    #[serde(default)]
+    pub verify: bool,
     /// Whether KVM remembers the pages that the guest writes.
     #[serde(default)]
     pub track_dirty_pages: bool,

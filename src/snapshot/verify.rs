@@ -1,0 +1,69 @@
+//! All of a memory file against what its state file says of it: what no load reads by itself.
+use std::fs::File;
+use std::io::ErrorKind;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::SeekFrom;
+use rustix::io::Errno;
+
+use super::extent::checksum;
+use super::{Extent, Image, SnapshotError};
+
+/// Bytes read at once of what should be zero.
+const PIECE: usize = Extent::LEN_MAX as usize;
+
+impl Image {
+    /// Reads all of the memory: what the state file has a sum of must have it, the rest must be zero.
+    pub fn verify(&self) -> Result<(), SnapshotError> {
+        let wrong = |why: String| SnapshotError::Memory { path: self.memory_path.clone(), why };
+        let failed = SnapshotError::file("cannot read", &self.memory_path);
+        self.find_damage().map_err(failed)?.map_or(Ok(()), |why| Err(wrong(why)))
+    }
+
+    /// What is wrong, and where, if something is.
+    fn find_damage(&self) -> std::io::Result<Option<String>> {
+        let file = &*self.memory.file;
+        let mut end = 0;
+        let mut bytes = Vec::new();
+        for extent in self.memory.extents.iter() {
+            if let Some(at) = find_data(file, end, extent.start)? {
+                return Ok(Some(stray(at)));
+            }
+            bytes.resize(usize::try_from(extent.len).unwrap_or(0), 0);
+            file.read_exact_at(&mut bytes, extent.start)?;
+            if checksum(&bytes) != extent.sum {
+                let Extent { start, len, .. } = extent;
+                let why = format!("checksum: the {len} bytes at {start:#x} are not what was saved");
+                return Ok(Some(why));
+            }
+            end = extent.end();
+        }
+        Ok(find_data(file, end, self.document.memory.len)?.map(stray))
+    }
+}
+
+fn stray(at: u64) -> String {
+    format!("zeros: at {at:#x} there is something, where nothing was saved")
+}
+
+/// Where between two places of a file there is something other than zeros.
+fn find_data(file: &File, mut at: u64, end: u64) -> std::io::Result<Option<u64>> {
+    let mut piece = Vec::new();
+    while at < end {
+        at = match rustix::fs::seek(file, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // A hole up to its end; or a file system that does not know holes.
+            Err(Errno::NXIO) => return Ok(None),
+            Err(Errno::INVAL) => at,
+            Err(e) => return Err(e.into()),
+        };
+        let len = end.saturating_sub(at).min(PIECE as u64);
+        piece.resize(usize::try_from(len).map_err(|_| ErrorKind::InvalidInput)?, 0);
+        file.read_exact_at(&mut piece, at)?;
+        if let Some(offset) = piece.iter().position(|byte| *byte != 0) {
+            return Ok(Some(at + offset as u64));
+        }
+        at += len;
+    }
+    Ok(None)
+}
