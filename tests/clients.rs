@@ -43,13 +43,19 @@ fn firecracker_python_makes_uses_and_deletes_a_microvm() {
     let mut command = contained(&network, &python("python"));
     command.arg(clients().join("python/microvm.py")).arg(firecracker(&scratch)).arg(&data);
     let said = output(command.arg(guest("net")).arg(disk).env("PYTHONUNBUFFERED", "1"));
-    expect_steps(&said, &["configured", "paused and resumed", "changed", "deleted"]);
+    expect_steps(
+        &said,
+        &["configured", "paused and resumed", "changed", "saved and restored", "deleted"],
+    );
 }
 
 #[test]
 fn firecracker_rs_sdk_makes_uses_and_ends_a_microvm() {
     let said = run_rust("firecracker_rs_sdk");
-    expect_steps(&said, &["configured", "paused and resumed", "changed", "ended"]);
+    expect_steps(
+        &said,
+        &["configured", "paused and resumed", "changed", "saved and ended", "restored"],
+    );
 }
 
 #[test]

@@ -70,6 +70,14 @@ except firecracker.exceptions.APIError as e:
     assert "API fault: " in str(e), e
 print("changed")
 
+vm.snapshot(action="create")
+ping("172.16.0.2")
+# It loads into a process that it has: husk lets the restored microVM take the place of the one that is there.
+vm.snapshot(action="load")
+assert api.describe.get().json()["state"] == "Running"
+ping("172.16.0.2")
+print("saved and restored")
+
 deleted = vm.delete()
 assert deleted.endswith(" is deleted"), deleted
 assert MicroVM.list() == []

@@ -110,17 +110,58 @@ fn main() -> Result<(), Box<dyn Error>> {
     assert!(std::fs::read_to_string(directory.join("metrics"))?.starts_with('{'));
     println!("changed");
 
+    let (state_file, memory_file) = (directory.join("vm.state"), directory.join("vm.mem"));
+    instance.pause()?;
+    instance.create_snapshot(&SnapshotCreateParams {
+        mem_file_path: memory_file.clone(),
+        snapshot_path: state_file.clone(),
+        snapshot_type: Some(SnapshotType::Full),
+        version: None,
+    })?;
+    instance.resume()?;
+    ping();
+    end(instance)?;
+    println!("saved and ended");
+
+    let backend =
+        MemoryBackend { backend_type: BackendType::File, backend_path: memory_file.clone() };
+    let ways = [(Some(memory_file), None), (None, Some(backend))];
+    for (i, (mem_file_path, mem_backend)) in ways.into_iter().enumerate() {
+        let mut clone = FirecrackerOption::new(firecracker)
+            .api_sock(directory.join(format!("clone{i}.sock")))
+            .id(format!("clone-{i}"))
+            .stdout(directory.join("stdout"))
+            .stderr(directory.join("stderr"))
+            .build()?;
+        clone.start_vmm()?;
+        clone.load_snapshot(&SnapshotLoadParams {
+            enable_diff_snapshots: Some(false),
+            mem_file_path,
+            mem_backend,
+            resume_vm: Some(false),
+            snapshot_path: state_file.clone(),
+        })?;
+        assert_eq!(state(&mut clone)?, "Paused");
+        clone.resume()?;
+        assert_eq!(state(&mut clone)?, "Running");
+        ping();
+        end(clone)?;
+    }
+    println!("restored");
+    Ok(())
+}
+
+/// Asks the process to end, which the client does not wait for, and waits.
+fn end(mut instance: Instance) -> Result<(), Box<dyn Error>> {
     instance.stop()?;
     let process = format!("/proc/{}", instance.firecracker_pid().expect("a process"));
     assert!(Path::new(&process).exists());
-    // It asks the process to end, and does not wait for that.
     drop(instance);
     let patience = Instant::now() + Duration::from_secs(30);
     while is_alive(&process) {
         assert!(Instant::now() < patience, "it goes on");
         std::thread::sleep(Duration::from_millis(10));
     }
-    println!("ended");
     Ok(())
 }
 
