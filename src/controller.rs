@@ -64,6 +64,8 @@ struct Live {
     is_paused: bool,
     /// What it goes back to.
     origin: Origin,
+    /// When it is noted which pages it has touched.
+    record_at: Option<Instant>,
     /// How long the last start took.
     boot: BootPhases,
 }
@@ -164,6 +166,7 @@ impl Controller {
                 Ok(self.describe())
             }
             Request::Load(params) => done(self.load(&params)),
+            Request::Record => done(self.record()),
             Request::Rewind(params) => done(self.rewind(&params)),
             Request::Restore(restore) => {
                 done(self.restore(&restore, Stopwatch::start(self.identity.started)))
@@ -257,7 +260,7 @@ impl Controller {
 
     /// When [`Self::tick`] has something to do.
     pub(crate) fn due(&self) -> Option<Instant> {
-        self.metrics.due().into_iter().chain(self.hub.due()).min()
+        self.metrics.due().into_iter().chain(self.hub.due()).chain(self.record_due()).min()
     }
 
     /// Readable when devices have something to tell, and [`Self::tick`] something to do.
@@ -273,6 +276,7 @@ impl Controller {
             let sources = self.sources();
             self.metrics.tick(now, &sources);
         }
+        self.record_if_due(now);
     }
 
     /// How long the last start took, if there was one.
@@ -314,7 +318,7 @@ impl Controller {
         };
         let devices_before = self.hub.watched();
         let made = self.make(&config, &mut watch, restore);
-        let Made { machine, serial_path, .. } = made
+        let Made { mut machine, serial_path, .. } = made
             .and_then(|made| self.replace_old(made, &config, restore))
             .inspect_err(|_| self.hub.forget_after(devices_before))?;
         let has_port = self.see_off_old(&machine);
@@ -331,8 +335,13 @@ impl Controller {
             machine.run();
         }
         let boot = finish(watch);
+        if let Some(restore) = restore.filter(|restore| restore.prefaults()) {
+            machine.prefault(&restore.image);
+        }
         let origin = Origin::of(restore.map(|restore| &restore.image));
-        let live = Live { config, machine, serial_path, is_paused, origin, boot };
+        let wait = restore.and_then(|restore| restore.record_ms).map(Duration::from_millis);
+        let record_at = wait.and_then(|wait| runs_since.checked_add(wait));
+        let live = Live { config, machine, serial_path, is_paused, origin, record_at, boot };
         self.metrics.adopt(metrics);
         self.metrics.start(Instant::now(), &live.machine.sources());
         self.phase = Phase::Live(Box::new(live));
@@ -599,7 +608,8 @@ impl Controller {
                     machine.run();
                 }
                 let boot = finish(watch);
-                let live = Live { config, machine, serial_path, is_paused, origin, boot };
+                let live =
+                    Live { config, machine, serial_path, is_paused, origin, record_at: None, boot };
                 self.phase = Phase::Live(Box::new(live));
             }
             Err(e) => self.end(Ending::HostError { detail: format!("cannot reboot: {e}") }),

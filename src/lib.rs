@@ -47,7 +47,8 @@ pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use snapshot::{
     Image, LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, Overrides,
-    Restore, RewindParams, SnapshotError, SnapshotParams, SnapshotType, VsockOverride,
+    RecordParams, Restore, RewindParams, SnapshotError, SnapshotParams, SnapshotType,
+    VsockOverride,
 };
 pub use vm::Vm;
 

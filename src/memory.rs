@@ -5,6 +5,7 @@ mod dump;
 mod image;
 mod own;
 mod pagemap;
+mod prefault;
 mod rewind;
 
 use std::fs::File;
@@ -29,6 +30,8 @@ use crate::snapshot::MemoryImage;
 /// Guest RAM, mapped, and what devices have brought along.
 #[derive(Debug)]
 pub(crate) struct Ram {
+    /// What takes pages of it. First, so that it ends before the memory goes.
+    prefault: Option<prefault::Prefault>,
     pub(crate) guest: GuestRam,
     /// What is behind each region of RAM now. Whoever maps something else there says so.
     pub(crate) backings: Vec<Arc<Backing>>,
@@ -170,7 +173,7 @@ pub(crate) fn map(
     let failed = |e| Refusal::Host { what: what(), source: std::io::Error::other(e) };
     let guest = GuestRam::from_regions(regions).map_err(failed)?;
     let all = devices::GuestRam::backed(&guest, backings.iter().cloned()).map_err(failed)?;
-    Ok(Ram { guest, backings, all, places: Vec::new(), image: image.cloned() })
+    Ok(Ram { prefault: None, guest, backings, all, places: Vec::new(), image: image.cloned() })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.

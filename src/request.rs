@@ -64,6 +64,8 @@ pub enum Request {
     Restore(Box<Restore>),
     /// Put the VM back to a snapshot of it.
     Rewind(RewindParams),
+    /// Note beside its snapshot which pages a restored VM has touched.
+    Record,
     /// Press the power button.
     Shutdown,
     /// Press Ctrl-Alt-Del.

@@ -133,6 +133,12 @@ impl Vm {
         self.handle.call(Request::Rewind(params)).map(drop)
     }
 
+    /// Notes beside the snapshot that it was restored from which pages it has touched: later restores have
+    /// them there before the guest asks.
+    pub fn record_working_set(&self) -> Result<(), Refusal> {
+        self.handle.call(Request::Record).map(drop)
+    }
+
     /// Presses the power button. Whether and when the guest heeds it is its business.
     pub fn shutdown(&self) -> Result<(), Refusal> {
         self.handle.call(Request::Shutdown).map(drop)

@@ -1,5 +1,6 @@
 //! Going back to a snapshot in place.
-use std::path::Path;
+use std::fs;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -78,4 +79,68 @@ fn a_restored_vm_goes_back_to_what_it_was_restored_from() {
     }
     vm.type_in("q");
     vm.wait().ok();
+}
+
+/// A snapshot of the guest `pages` after its first round, in a directory of its own.
+fn saved(scratch: &Scratch) -> PathBuf {
+    let directory = scratch.path("snapshot");
+    let vm = pages("count=300").start();
+    vm.expect("ready=1");
+    tell(&vm, "w", "round=1");
+    let refused = vm.api().put("/snapshot/working-set", json!({})).fault();
+    assert!(refused.contains("was not restored"), "{refused}");
+    snapshot(&vm, &directory);
+    vm.api().act("Kill").done();
+    directory
+}
+
+#[test]
+fn what_a_restored_guest_touches_first_is_there_the_next_time() {
+    let scratch = Scratch::new();
+    let directory = saved(&scratch);
+    let set = directory.join("working-set");
+    let restore = |more: &[&str]| {
+        let mut husk = Husk::new(["restore"]).arg(&directory).listening().typing();
+        for word in more {
+            husk = husk.arg(word);
+        }
+        husk.start()
+    };
+    // At a request.
+    let vm = restore(&[]);
+    tell(&vm, "w", "round=2");
+    vm.api().put("/snapshot/working-set", json!({})).done();
+    let noted = fs::read(&set).unwrap();
+    vm.api().act("Kill").done();
+
+    // 150 pages at least were written, which are taken before the guest does; it sees no difference.
+    let vm = restore(&[]);
+    let line = vm.expect_error("husk: took ");
+    let kib: u64 = line.split_whitespace().filter_map(|word| word.parse().ok()).next().unwrap();
+    assert!(kib >= 600, "{line}");
+    tell(&vm, "c", "pages=1..1");
+    tell(&vm, "w", "round=2");
+    vm.api().act("Kill").done();
+
+    // One that is damaged, or cut off, is not used.
+    for bad in [&noted[..noted.len() / 2], &[&noted[..20], &[0xff], &noted[21..]].concat()] {
+        fs::write(&set, bad).unwrap();
+        let vm = restore(&[]);
+        vm.expect_error("the working set is not used: it is damaged");
+        tell(&vm, "c", "pages=1..1");
+        vm.api().act("Kill").done();
+    }
+
+    // After a time.
+    fs::remove_file(&set).unwrap();
+    let vm = restore(&["--record", "1"]);
+    vm.expect_error("husk: noted ");
+    assert!(fs::read(&set).unwrap().starts_with(b"husk-ws\0"));
+    assert_eq!(fs::read_dir(&directory).unwrap().count(), 3, "state, memory, working set");
+    vm.api().act("Kill").done();
+    let vm = restore(&["--no-prefault"]);
+    tell(&vm, "c", "pages=1..1");
+    vm.type_in("q");
+    let end = vm.wait().ok();
+    assert!(!end.errors.contains("touches first"), "{}", end.errors);
 }

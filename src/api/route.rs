@@ -15,7 +15,7 @@ use crate::events::Event;
 use crate::exit::Ending;
 use crate::instance::InstanceInfo;
 use crate::request::Request;
-use crate::snapshot::{LoadParams, RewindParams, SnapshotParams};
+use crate::snapshot::{LoadParams, RecordParams, RewindParams, SnapshotParams};
 
 /// A section of the configuration, as the API offers it. A method without a schema is not offered.
 #[derive(Clone, Copy, Debug)]
@@ -220,6 +220,13 @@ const ROUTES: &[Route] = &[
         "Put the microVM back to a snapshot of it",
         shape::<RewindParams>(),
         |body| Ok(Request::Rewind(parse(body)?)),
+    ),
+    change(
+        Method::Put,
+        "/snapshot/working-set",
+        "Note which pages a restored microVM has touched, for restores to come",
+        shape::<RecordParams>(),
+        |body| parse::<RecordParams>(body).map(|_| Request::Record),
     ),
     get(
         "/mmds",

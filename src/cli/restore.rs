@@ -59,6 +59,13 @@ pub(super) struct RestoreArgs {
     /// The guest's clock shows the time that has passed since the snapshot; else it goes on where it was
     #[arg(long)]
     clock_realtime: bool,
+    /// After so many milliseconds, note beside the snapshot which pages the guest has touched: later restores have
+    /// them there before the guest asks
+    #[arg(long, value_name = "MS")]
+    record: Option<u64>,
+    /// Let the guest take every page itself, though it was noted which it needs first
+    #[arg(long)]
+    no_prefault: bool,
     /// Pages for guest RAM, if not those of the snapshot: none, transparent or 2M
     #[arg(long, value_name = "PAGES", value_parser = huge_pages)]
     huge_pages: Option<HugePages>,
@@ -128,6 +135,8 @@ impl RestoreArgs {
             verify: self.verify,
             track_dirty_pages: self.track_dirty,
             clock_realtime: self.clock_realtime,
+            record_ms: self.record,
+            ignore_working_set: self.no_prefault,
             huge_pages: self.huge_pages.map_or(LoadPages::Snapshot, Into::into),
             overrides,
             ..LoadParams::default()

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use arch::Clock;
 
-use super::{Controller, Live};
+use super::{Controller, Live, Phase};
 use crate::error::{Refusal, chain};
 use crate::events::What;
 use crate::exit::Ending;
@@ -43,6 +43,11 @@ impl Origin {
     /// Who is to hear of snapshots that are there.
     pub(super) fn written(&self) -> Written {
         self.written.clone()
+    }
+
+    /// What it was restored from.
+    pub(super) fn restored(&self) -> Option<&Image> {
+        self.image.as_ref()
     }
 
     fn image(&mut self) -> Result<Image, SnapshotError> {
@@ -91,6 +96,37 @@ impl Controller {
                 self.end(Ending::HostError { detail: format!("cannot rewind: {}", chain(&e)) });
                 Err(e)
             }
+        }
+    }
+}
+
+impl Controller {
+    /// Notes which pages a restored VM has touched.
+    pub(super) fn record(&mut self) -> Result<(), Refusal> {
+        let live = self.live()?;
+        live.record_at = None;
+        let image = live.origin.restored().ok_or(SnapshotError::NoWorkingSet)?;
+        let set = live.machine.ram().touched().map_err(Refusal::host("the kernel's page map"))?;
+        let set = set.ok_or(SnapshotError::NoWorkingSet)?;
+        set.write(image)?;
+        log::info!("noted {} KiB that the guest touches first", set.bytes() >> 10);
+        Ok(())
+    }
+
+    /// Does the same when its time has come.
+    pub(super) fn record_if_due(&mut self, now: Instant) {
+        if self.record_due().is_some_and(|due| due <= now)
+            && let Err(e) = self.record()
+        {
+            log::warn!("cannot note which pages the guest touches: {}", chain(&e));
+        }
+    }
+
+    /// When that is.
+    pub(super) fn record_due(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Live(live) => live.record_at,
+            Phase::Configuring(_) | Phase::Ended(_) => None,
         }
     }
 }

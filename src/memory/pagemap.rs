@@ -80,7 +80,6 @@ impl PageMap {
     }
 
     /// The pages of `range` that were touched.
-    #[cfg(test)]
     pub(crate) fn touched(&self, range: Range<u64>) -> io::Result<Vec<Run>> {
         self.find(range, None)
     }

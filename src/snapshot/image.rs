@@ -121,7 +121,7 @@ impl Segment {
 pub struct Image {
     pub(crate) document: Arc<Document>,
     pub(crate) memory: MemoryImage,
-    pub(super) memory_path: PathBuf,
+    pub(crate) memory_path: PathBuf,
 }
 
 impl Image {

@@ -19,6 +19,7 @@ mod rewind;
 mod save;
 mod temporary;
 mod verify;
+pub(crate) mod working_set;
 
 use std::env::consts::ARCH;
 use std::path::PathBuf;
@@ -36,8 +37,9 @@ pub use self::params::{
     SnapshotType, VsockOverride,
 };
 pub use self::restore::Restore;
-pub use self::rewind::RewindParams;
+pub use self::rewind::{RecordParams, RewindParams};
 pub(crate) use self::save::{Draft, Saving, Writer, Writing, Written};
+pub(crate) use self::working_set::{TouchedRun, WorkingSet};
 
 use crate::exit::ExitCode;
 
@@ -118,6 +120,11 @@ pub enum SnapshotError {
     /// There is none to go back to.
     #[error("the microVM was neither restored nor saved: name the snapshot to go back to")]
     NoOrigin,
+    /// It has no memory of which could be told what was touched.
+    #[error(
+        "the microVM was not restored, or its memory is no image's: no page can be told from another"
+    )]
+    NoWorkingSet,
     /// One is being written.
     #[error("a snapshot is being written: wait until it is there")]
     Busy,
@@ -130,7 +137,9 @@ impl SnapshotError {
     /// The exit code of a process that was to restore a VM.
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Field { .. } | Self::Busy | Self::Ended | Self::NoOrigin => ExitCode::Config,
+            Self::Field { .. } | Self::Busy | Self::Ended | Self::NoOrigin | Self::NoWorkingSet => {
+                ExitCode::Config
+            }
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Open { .. } => ExitCode::Config,
             Self::File { .. } | Self::Copy(_) => ExitCode::Host,

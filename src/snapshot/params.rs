@@ -138,6 +138,13 @@ pub struct LoadParams {
     /// where it was.
     #[serde(default)]
     pub clock_realtime: bool,
+    /// After how many milliseconds the pages that the guest has touched are noted beside the snapshot: later
+    /// restores have them there before the guest asks. husk only.
+    #[serde(default)]
+    pub record_ms: Option<u64>,
+    /// Whether the guest takes every page itself, though it was noted which it needs first. husk only.
+    #[serde(default)]
+    pub ignore_working_set: bool,
     /// Which pages back guest RAM.
     #[serde(default)]
     pub huge_pages: LoadPages,

@@ -18,6 +18,11 @@ pub struct Restore {
     pub track_dirty_pages: bool,
     /// Whether the guest's clock shows the time that has passed since the snapshot; else it goes on.
     pub clock_realtime: bool,
+    /// After how many milliseconds the pages that the guest has touched are noted beside the snapshot, for
+    /// restores to come.
+    pub record_ms: Option<u64>,
+    /// Whether the guest takes every page itself, though it is known which it needs first.
+    pub ignores_working_set: bool,
     /// Which pages back guest RAM, if not those that the snapshot says.
     pub huge_pages: Option<HugePages>,
 }
@@ -31,6 +36,8 @@ impl Restore {
             is_paused: false,
             track_dirty_pages: false,
             clock_realtime: false,
+            record_ms: None,
+            ignores_working_set: false,
             huge_pages: None,
         }
     }
@@ -43,6 +50,8 @@ impl Restore {
             is_paused: !params.resume_vm,
             track_dirty_pages: params.track_dirty_pages || params.enable_diff_snapshots,
             clock_realtime: params.clock_realtime,
+            record_ms: params.record_ms,
+            ignores_working_set: params.ignore_working_set,
             huge_pages: params.huge_pages.into(),
         })
     }
@@ -53,6 +62,11 @@ impl Restore {
         config.machine.track_dirty_pages = self.track_dirty_pages;
         config.machine.huge_pages = self.huge_pages.unwrap_or(config.machine.huge_pages);
         Ok(config)
+    }
+
+    /// Whether pages are to be there before the guest asks. Not while it is noted which it asks for.
+    pub(crate) fn prefaults(&self) -> bool {
+        !self.ignores_working_set && self.record_ms.is_none()
     }
 
     /// What the guest's clock does.

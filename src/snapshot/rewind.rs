@@ -1,4 +1,5 @@
-//! What is asked of a VM that is to go back: the body of `PUT /snapshot/rewind`.
+//! What is asked of a VM that knows a snapshot of it: to go back, or to tell what it has touched since. The bodies of
+//! `PUT /snapshot/rewind` and `PUT /snapshot/working-set`.
 use std::path::PathBuf;
 
 use schemars::JsonSchema;
@@ -29,6 +30,12 @@ pub struct RewindParams {
     #[serde(default)]
     pub clock_realtime: bool,
 }
+
+/// That the pages which a restored VM has touched are to be noted: `PUT /snapshot/working-set`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+#[schemars(rename = "SnapshotWorkingSetParams")]
+pub struct RecordParams {}
 
 impl RewindParams {
     /// What is to be opened, if it is named.

@@ -76,6 +76,10 @@ pub(super) const VERBS: &[Verb] = &[
             "/snapshot/load",
         )
     },
+    Verb {
+        body: Body::Fixed("{}"),
+        ..put("record", "Note which pages a restored VM has touched", "/snapshot/working-set")
+    },
     put("rewind", "Go back to the snapshot that was restored or written last", "/snapshot/rewind"),
     Verb {
         reply: Reply::Awaited,
