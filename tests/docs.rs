@@ -55,6 +55,11 @@ fn the_api_session_in_the_docs_runs() {
 }
 
 #[test]
+fn the_sessions_about_snapshots_run() {
+    run(&shell("docs/snapshot.md", |_| true));
+}
+
+#[test]
 fn every_endpoint_has_an_example() {
     let examples = examples(&shell("docs/api.md", |_| true));
     let vm = Husk::api().start();

@@ -538,15 +538,6 @@ fn config_files_say_where_they_are_wrong() {
 }
 
 #[test]
-fn firecrackers_features_to_come_are_named() {
-    let vm = Husk::api().start();
-    let api = vm.api();
-    for path in ["/snapshot/create", "/snapshot/load"] {
-        assert_eq!(api.put(path, "{}").fault(), "snapshot is not supported yet");
-    }
-}
-
-#[test]
 fn one_call_replaces_what_was_configured() {
     let vm = Husk::api().start();
     let api = vm.api();
