@@ -6,6 +6,7 @@
 //!                            │ ▲
 //!                            └─┘ Pause, Resume, a guest's reset, Load
 //! ```
+mod fork;
 mod rewind;
 
 use std::os::fd::BorrowedFd;
@@ -20,10 +21,11 @@ use serde_json::{Value, json};
 
 use self::rewind::Origin;
 use crate::boot::{BootPhases, Stopwatch};
-use crate::config::{OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
+use crate::config::{Defaults, OnReboot, RATE_LIMIT_GROUPS, RateLimitGroup, VmConfig};
 use crate::error::Refusal;
 use crate::events::{Hub, Poster, What};
 use crate::exit::Ending;
+use crate::fork::Nursery;
 use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, Name, ThreadNames};
 use crate::metrics::{self, Metrics, Source, micros_since};
@@ -103,6 +105,10 @@ pub(crate) struct Controller {
     /// The guest's metadata, whether it can reach them or not.
     mmds: Arc<Mmds>,
     waiting: Vec<Respond>,
+    /// Where children come from: not in a library.
+    nursery: Option<Nursery>,
+    /// How many have been asked for.
+    children: u64,
     /// The snapshot that is being written.
     saving: Option<Writing>,
 }
@@ -120,7 +126,17 @@ impl Controller {
         let mmds = Arc::new(Mmds::new(config.defaults.mmds_size_limit));
         let metrics = Metrics::new(id, started, counters, mmds.counters());
         let phase = Phase::Configuring(Box::new(config));
-        Self { identity, phase, hub, metrics, mmds, waiting: Vec::new(), saving: None }
+        Self {
+            identity,
+            phase,
+            hub,
+            metrics,
+            mmds,
+            waiting: Vec::new(),
+            nursery: None,
+            children: 0,
+            saving: None,
+        }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
@@ -129,6 +145,8 @@ impl Controller {
             (Request::Wait, None) => self.waiting.push(respond),
             (Request::Wait, Some(ending)) => respond(Ok(json!(ending))),
             (Request::Snapshot(params), None) => self.snapshot(&params, respond),
+            (Request::Freeze(sink), None) => self.freeze(sink, respond),
+            (Request::Fork(params), None) => self.fork(&params, respond),
             (request, _) => respond(self.handle(request)),
         }
     }
@@ -172,7 +190,7 @@ impl Controller {
                 done(self.restore(&restore, Stopwatch::start(self.identity.started)))
             }
             // Answered elsewhere, as they may take a while; only the VM's end brings them here.
-            Request::Wait | Request::Snapshot(_) => {
+            Request::Wait | Request::Snapshot(_) | Request::Freeze(_) | Request::Fork(_) => {
                 Err(self.ending().map_or(Refusal::Gone, |ending| Refusal::Ended(ending.clone())))
             }
         }
@@ -316,6 +334,7 @@ impl Controller {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
+        self.prepare_for_children(config.machine.forkable && restore.is_none())?;
         let devices_before = self.hub.watched();
         let made = self.make(&config, &mut watch, restore);
         let Made { mut machine, serial_path, .. } = made
@@ -503,7 +522,7 @@ impl Controller {
         if !*is_paused {
             machine.pause()?;
         }
-        let state = machine.save();
+        let state = machine.settle(config).and_then(|()| machine.save());
         let saving =
             state.and_then(|state| Ok(draft.begin(config.to_json(), state, machine.ram())?));
         let mut paused_us = 0;
@@ -638,6 +657,11 @@ impl Controller {
             Phase::Ended(ending) => Some(ending),
             Phase::Configuring(_) | Phase::Live(_) => None,
         }
+    }
+
+    /// What holds where the configuration says nothing.
+    fn defaults(&self) -> Defaults {
+        self.config().map(|config| config.defaults.clone()).unwrap_or_default()
     }
 
     fn state(&self) -> State {

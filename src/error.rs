@@ -6,6 +6,7 @@ use devices::backend::file::is_shortage;
 use devices::virtio::model::DeviceError;
 
 use crate::exit::ExitCode;
+use crate::fork::ForkError;
 use crate::snapshot::SnapshotError;
 
 /// The API answers each with status 400 and its text; the command line prints its chain.
@@ -144,6 +145,9 @@ pub enum Refusal {
     /// A snapshot cannot be made, or is not restored.
     #[error(transparent)]
     Snapshot(#[from] SnapshotError),
+    /// The VM is not forked.
+    #[error("fork: {0}")]
+    Fork(#[from] ForkError),
     /// The VMM is gone: the process is on its way out.
     #[error("the microVM is being torn down")]
     Gone,
@@ -174,6 +178,7 @@ impl Refusal {
             Self::Console(e) if is_shortage(e) => ExitCode::Host,
             Self::ConfigFile { why, .. } => why.exit_code(),
             Self::Snapshot(e) => e.exit_code(),
+            Self::Fork(e) => e.exit_code(),
             Self::Gone => ExitCode::Internal,
             _ => ExitCode::Config,
         }

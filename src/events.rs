@@ -100,6 +100,15 @@ pub enum What {
     Paused,
     /// They go on.
     Resumed,
+    /// Children of the VM run, in processes of their own.
+    Forked {
+        /// How many.
+        children: usize,
+        /// How long the VM stood still for it, in microseconds; 0 if it did so anyway.
+        paused_us: u64,
+        /// How long it took, in microseconds.
+        took_us: u64,
+    },
     /// The power button was pressed.
     ShutdownRequested,
     /// The guest reset itself and boots again.

@@ -13,6 +13,7 @@ mod controller;
 mod error;
 mod events;
 mod exit;
+mod fork;
 mod instance;
 mod logger;
 mod machine;
@@ -43,6 +44,7 @@ pub use devices::virtio::{balloon, block, mem, net, pmem, rng, vsock};
 pub use error::Refusal;
 pub use events::{Event, Sink, What};
 pub use exit::{Ending, ExitCode};
+pub use fork::{CHILDREN_MAX, Child, ChildOverrides, ForkError, ForkParams, Forked, ImageSink};
 pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use snapshot::{

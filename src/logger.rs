@@ -6,7 +6,7 @@
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::backend::stream::{self, Direction};
@@ -55,6 +55,8 @@ pub(crate) enum Stream {
 #[derive(Debug)]
 struct State {
     sink: Sink,
+    /// Where the file is, if it is one.
+    path: Option<PathBuf>,
     shows_level: bool,
     shows_origin: bool,
     module: Option<String>,
@@ -105,6 +107,7 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
     drop(stream.outlet());
     let state = State {
         sink: Sink::Stream(stream),
+        path: None,
         shows_level: false,
         shows_origin: false,
         module: None,
@@ -139,12 +142,37 @@ pub(crate) fn configure(config: &LoggerConfig) -> Result<(), Refusal> {
     }
     let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(sink) = sink {
+        state.path.clone_from(&config.log_path);
         state.sink = Sink::File(Outlet::new(Some(stream::Stream::owned(sink))));
     }
     state.shows_level = config.show_level.unwrap_or(state.shows_level);
     state.shows_origin = config.show_log_origin.unwrap_or(state.shows_origin);
     state.module = config.module.clone().or(state.module.take());
     Ok(())
+}
+
+/// How it logs now, for a process that is to log in the same way. Nothing is said in a library.
+pub(crate) fn current() -> LoggerConfig {
+    let Some(Logger(state)) = LOGGER.get() else { return LoggerConfig::default() };
+    let state = state.lock().unwrap_or_else(PoisonError::into_inner);
+    LoggerConfig {
+        log_path: state.path.clone(),
+        level: Some(level(log::max_level())),
+        show_level: Some(state.shows_level),
+        show_log_origin: Some(state.shows_origin),
+        module: state.module.clone(),
+    }
+}
+
+fn level(filter: LevelFilter) -> LogLevel {
+    match filter {
+        LevelFilter::Off => LogLevel::Off,
+        LevelFilter::Error => LogLevel::Error,
+        LevelFilter::Warn => LogLevel::Warning,
+        LevelFilter::Info => LogLevel::Info,
+        LevelFilter::Debug => LogLevel::Debug,
+        LevelFilter::Trace => LogLevel::Trace,
+    }
 }
 
 fn filter(level: LogLevel) -> LevelFilter {
@@ -363,6 +391,7 @@ mod tests {
     fn state(sink: Sink, instance: Option<&str>) -> State {
         State {
             sink,
+            path: None,
             shows_level: true,
             shows_origin: false,
             module: None,

@@ -30,6 +30,7 @@ use crate::attach::{Attached, Slots, insert, places, register_irq};
 use crate::boot::Stopwatch;
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
+use crate::fork::Freezing;
 use crate::memory::{self, Ram};
 use crate::metrics::Source;
 use crate::outcome::Outcome;
@@ -268,6 +269,7 @@ impl Machine {
 
     /// Lets the guest run. A device whose host side is lost stays behind, and its driver is told.
     pub(crate) fn run(&self) {
+        self.ram.touch();
         for Attached { model, id, transport, .. } in &self.devices {
             if let Err(e) = lock(transport).resume() {
                 log::error!("{model} {id}: cannot go on: {}", chain(&e));
@@ -326,6 +328,19 @@ impl Machine {
     /// Whether what it was booted from is here.
     pub(crate) fn can_reboot(&self) -> bool {
         self.rest.0.kernel.is_some()
+    }
+
+    /// Makes RAM what a process that copies it has a copy of. The machine is paused.
+    pub(crate) fn settle(&mut self, config: &VmConfig) -> Result<(), Refusal> {
+        let frozen = self.ram.freeze(config.machine.huge_pages).map_err(SnapshotError::Copy);
+        Ok(frozen?)
+    }
+
+    /// The beginning of an image in memory of a machine that is paused.
+    pub(crate) fn freeze(&mut self, config: &VmConfig) -> Result<Freezing, Refusal> {
+        let state = self.save()?;
+        let pages = config.machine.huge_pages;
+        Ok(Freezing::begin(config.to_json(), state, &mut self.ram, pages)?)
     }
 
     /// Its RAM.

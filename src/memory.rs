@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "gives KVM addresses of ours to map into the guest")]
 
 mod dump;
+mod freeze;
 mod image;
 mod own;
 mod pagemap;
@@ -10,6 +11,7 @@ mod rewind;
 
 use std::fs::File;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arch::{GuestRam, layout};
 use devices::memory::{Backing, Behind, GuestRegion};
@@ -42,6 +44,10 @@ pub(crate) struct Ram {
     pub(crate) places: Vec<(&'static str, String, u64)>,
     /// What is behind pages that nobody has written since, if it is not zeros.
     image: Option<MemoryImage>,
+    /// The file in memory that is RAM, until it is frozen.
+    live: Option<Arc<File>>,
+    /// Whether nobody can have written since it was frozen.
+    is_untouched: AtomicBool,
 }
 
 impl Ram {
@@ -69,8 +75,23 @@ impl Ram {
         place.map(|(_, _, addr)| *addr)
     }
 
+    /// The image that it is, exactly: it was frozen, and nobody has run since.
+    pub(crate) fn frozen(&self) -> Option<MemoryImage> {
+        let is_all = self.guest.num_regions() == self.all.num_regions();
+        self.image.clone().filter(|_| is_all && self.is_untouched.load(Ordering::Relaxed))
+    }
+
+    /// The guest, or a device, may write to it from now on.
+    pub(crate) fn touch(&self) {
+        self.is_untouched.store(false, Ordering::Relaxed);
+    }
+
     /// Begins to copy all of it to `target`, as it is now.
     pub(crate) fn dump(&self, patch: Patch, target: &File) -> std::io::Result<Dump> {
+        // The copier would see what is written from now on.
+        if self.backings.iter().any(|backing| backing.behind() == Behind::Shared) {
+            return Err(std::io::Error::other("others map guest memory, too"));
+        }
         dump::begin(&self.pieces(), patch, target)
     }
 
@@ -126,7 +147,14 @@ pub(crate) fn map(
     let size = machine.mem_size_bytes();
     let what = || cannot_map(machine);
     check(machine)?;
+    let live = match (sharing, image) {
+        (Sharing::Private, None) if machine.forkable => {
+            Some(Arc::new(file(machine, size).map_err(Refusal::host(what()))?))
+        }
+        _ => None,
+    };
     let mut flags = match (sharing, image) {
+        (Sharing::Private, None) if live.is_some() => libc::MAP_SHARED,
         (Sharing::Private, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         (Sharing::Private, Some(_)) => libc::MAP_PRIVATE,
         (Sharing::Shared, _) => libc::MAP_SHARED,
@@ -140,7 +168,9 @@ pub(crate) fn map(
     let mut offset = 0;
     for (start, len) in layout::ram_ranges(size) {
         let file = match (sharing, image) {
-            (Sharing::Private, None) => None,
+            (Sharing::Private, None) => {
+                live.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset))
+            }
             (Sharing::Private, Some(image)) => {
                 Some(FileOffset::from_arc(image.file.clone(), offset))
             }
@@ -156,13 +186,8 @@ pub(crate) fn map(
         if let (Sharing::Private, Some(image)) = (sharing, image) {
             image::lay_over(image, offset - len as u64, &region).map_err(Refusal::host(what()))?;
         }
-        if machine.huge_pages == HugePages::Transparent {
-            advise(&region, Advice::LinuxHugepage)
-                .map_err(Refusal::host("cannot ask for transparent huge pages"))?;
-        }
-        // A core dump of husk is for husk's developers: the guest's memory is its owner's.
-        advise(&region, Advice::LinuxDontDump)
-            .map_err(Refusal::host("cannot keep guest memory out of core dumps"))?;
+        advise_as_ram(&region, machine.huge_pages)
+            .map_err(Refusal::host("cannot advise the host on guest memory"))?;
         let backing = Backing::of(&region);
         backings.push(Arc::new(match machine.track_dirty_pages {
             true => backing.recording(),
@@ -173,7 +198,8 @@ pub(crate) fn map(
     let failed = |e| Refusal::Host { what: what(), source: std::io::Error::other(e) };
     let guest = GuestRam::from_regions(regions).map_err(failed)?;
     let all = devices::GuestRam::backed(&guest, backings.iter().cloned()).map_err(failed)?;
-    Ok(Ram { prefault: None, guest, backings, all, places: Vec::new(), image: image.cloned() })
+    let (places, image, is_untouched) = (Vec::new(), image.cloned(), AtomicBool::new(false));
+    Ok(Ram { prefault: None, guest, backings, all, places, image, live, is_untouched })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.
@@ -182,7 +208,8 @@ fn file(machine: &MachineConfig, len: u64) -> std::io::Result<File> {
         HugePages::Hugetlb2M => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
         HugePages::None | HugePages::Transparent => MemfdFlags::empty(),
     };
-    let fd = rustix::fs::memfd_create("husk-guest-ram", MemfdFlags::CLOEXEC | pages)?;
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
+    let fd = rustix::fs::memfd_create("husk-guest-ram", flags)?;
     rustix::fs::ftruncate(&fd, len)?;
     Ok(File::from(fd))
 }
@@ -219,6 +246,15 @@ fn check_host_has(size: u64) -> std::io::Result<()> {
 
 fn too_big(what: String) -> Refusal {
     Refusal::Host { what, source: std::io::ErrorKind::OutOfMemory.into() }
+}
+
+/// Asks for what RAM needs of the host besides being mapped.
+fn advise_as_ram(region: &MmapRegion, pages: HugePages) -> std::io::Result<()> {
+    if pages == HugePages::Transparent {
+        advise(region, Advice::LinuxHugepage)?;
+    }
+    // A core dump of husk is for husk's developers: the guest's memory is its owner's.
+    advise(region, Advice::LinuxDontDump)
 }
 
 fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {

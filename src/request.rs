@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
+use crate::fork::{ForkParams, ImageSink};
 use crate::snapshot::{LoadParams, Restore, RewindParams, SnapshotParams};
 
 /// Everything that can be asked. Devices and sections of the configuration are data, not variants.
@@ -66,6 +67,11 @@ pub enum Request {
     Rewind(RewindParams),
     /// Note beside its snapshot which pages a restored VM has touched.
     Record,
+    /// Make children of the VM, each in a process of its own. Answered when they run, with a
+    /// [`crate::Forked`].
+    Fork(ForkParams),
+    /// Give an image of the VM, in memory, to the sink. Answered when it has it.
+    Freeze(ImageSink),
     /// Press the power button.
     Shutdown,
     /// Press Ctrl-Alt-Del.
@@ -117,6 +123,12 @@ pub(crate) struct Call {
 pub struct Handle {
     calls: Sender<Call>,
     wake: Arc<Bell>,
+}
+
+impl std::fmt::Debug for Requests {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Requests").finish_non_exhaustive()
+    }
 }
 
 impl std::fmt::Debug for Handle {

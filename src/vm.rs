@@ -28,6 +28,7 @@
 //! # }
 //! ```
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
@@ -37,9 +38,10 @@ use serde_json::Value;
 use crate::bell::Bell;
 use crate::config::{SerialTo, VmConfig};
 use crate::controller::{Controller, Identity};
-use crate::error::Refusal;
+use crate::error::{Refusal, chain};
 use crate::events::{Event, Sink};
 use crate::exit::Ending;
+use crate::fork::{ChildOverrides, ForkError, ForkParams, ImageSink, Parent, plan};
 use crate::machine::ThreadNames;
 use crate::request::{Handle, Request, Requests};
 use crate::snapshot::{Image, Overrides, Restore, RewindParams, SnapshotParams};
@@ -53,6 +55,8 @@ const EVENTS_KEPT: usize = 256;
 pub struct Vm {
     handle: Handle,
     thread: Option<JoinHandle<Ending>>,
+    /// How many VMs it has been forked to.
+    children: AtomicU64,
 }
 
 impl Vm {
@@ -96,7 +100,7 @@ impl Vm {
                 vmm::serve(&mut controller, &requests, &quit, &mut signals)
             })
             .map_err(Refusal::host("cannot start the VMM thread"))?;
-        Ok(Self { handle, thread: Some(thread) })
+        Ok(Self { handle, thread: Some(thread), children: AtomicU64::new(0) })
     }
 
     /// For every request there is, and for other threads.
@@ -137,6 +141,44 @@ impl Vm {
     /// them there before the guest asks.
     pub fn record_working_set(&self) -> Result<(), Refusal> {
         self.handle.call(Request::Record).map(drop)
+    }
+
+    /// An image of the VM as it is now, in memory. The guest goes on if it ran; what it does from now on is
+    /// not in the image. At once if RAM is [`forkable`](crate::MachineConfig::forkable) and nobody has
+    /// written to it since the VM was last frozen; else memory is copied, while the guest goes on.
+    pub fn freeze(&self) -> Result<Image, Refusal> {
+        let (sender, receiver) = sync_channel(1);
+        // Whoever asked waits below.
+        let sink = ImageSink::new(move |image| drop(sender.send(image)));
+        self.handle.call(Request::Freeze(sink))?;
+        receiver.recv().map_err(|_| Refusal::Gone)
+    }
+
+    /// `count` VMs in this process that go on from where this one is, which goes on as well: all of them, or
+    /// none. `overrides` are one for each, one for all, or none; what a VM has that another cannot have too
+    /// (a tap, a disk that is written to) needs one.
+    pub fn fork(&self, count: u32, overrides: Vec<Overrides>) -> Result<Vec<Self>, Refusal> {
+        let overrides = overrides.into_iter();
+        let overrides =
+            overrides.map(|overrides| ChildOverrides { api_sock: None, overrides }).collect();
+        let params = ForkParams { n: Some(count), overrides, paused: false };
+        let image = self.freeze()?;
+        let config = image.config(&Overrides::default())?;
+        let children = self.children.fetch_add(count.into(), Ordering::Relaxed);
+        let id = "anonymous-instance";
+        let specs = plan(Parent { config: &config, id, api_sock: None, children }, &params)?;
+        let vms = specs.into_iter().enumerate().map(|(number, spec)| {
+            let (image, mut overrides) = (image.with_config(spec.config), Overrides::default());
+            (overrides.id, overrides.mmds) = (Some(spec.id), spec.mmds);
+            let failed = |e: Refusal| ForkError::Child { number, why: chain(&e) };
+            let vm = Self::prepare(VmConfig::default())?;
+            let restore = Restore { overrides, is_paused: true, ..Restore::new(&image) };
+            vm.handle.call(Request::Restore(Box::new(restore))).map_err(failed)?;
+            Ok(vm)
+        });
+        let vms = vms.collect::<Result<Vec<_>, Refusal>>()?;
+        vms.iter().try_for_each(Self::resume)?;
+        Ok(vms)
     }
 
     /// Presses the power button. Whether and when the guest heeds it is its business.

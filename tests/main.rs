@@ -20,6 +20,7 @@ mod devices;
 mod docs;
 mod events;
 mod firecracker;
+mod fork;
 mod increments;
 mod input;
 mod library;

@@ -272,7 +272,7 @@ fn about_section(method: Method, name: &str, id: Option<String>, body: &[u8]) ->
     match method {
         Method::Get => Request::Get { section },
         Method::Put => Request::Put { section, id, body: body.to_vec() },
-        Method::Patch => Request::Patch { section, id, body: body.to_vec() },
+        Method::Patch | Method::Post => Request::Patch { section, id, body: body.to_vec() },
         Method::Delete => Request::Delete { section, id },
     }
 }

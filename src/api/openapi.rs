@@ -156,6 +156,7 @@ fn operation_id(route: &Route) -> String {
         Method::Get => "get",
         Method::Put => "put",
         Method::Patch => "patch",
+        Method::Post => "post",
         Method::Delete => "delete",
     };
     let path = if route.path == "/" { "root" } else { &route.path };

@@ -13,6 +13,7 @@ use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
 use crate::error::Refusal;
 use crate::events::Event;
 use crate::exit::Ending;
+use crate::fork::{ForkParams, Forked};
 use crate::instance::InstanceInfo;
 use crate::request::Request;
 use crate::snapshot::{LoadParams, RecordParams, RewindParams, SnapshotParams};
@@ -92,6 +93,8 @@ pub(crate) enum Method {
     Put,
     /// Change.
     Patch,
+    /// Make.
+    Post,
     /// Take away.
     Delete,
 }
@@ -103,6 +106,7 @@ impl Method {
             Self::Get => "GET",
             Self::Put => "PUT",
             Self::Patch => "PATCH",
+            Self::Post => "POST",
             Self::Delete => "DELETE",
         }
     }
@@ -228,6 +232,13 @@ const ROUTES: &[Route] = &[
         shape::<RecordParams>(),
         |body| parse::<RecordParams>(body).map(|_| Request::Record),
     ),
+    private(make(
+        "/fork",
+        "Make children of the microVM, in processes of their own; answered when they run",
+        shape::<ForkParams>(),
+        Content::Json(shape::<Forked>()),
+        |body| Ok(Request::Fork(parse(body)?)),
+    )),
     get(
         "/mmds",
         "The guest's metadata",
@@ -432,6 +443,19 @@ const fn change(
 /// Has something in its body that clients should no longer send.
 const fn deprecating(deprecated: Deprecated, mut route: Route) -> Route {
     route.deprecated = deprecated;
+    route
+}
+
+/// Makes something, and says what it has made. What is to be made has defaults.
+const fn make(
+    path: &'static str,
+    summary: &'static str,
+    body: Shape,
+    reply: Content,
+    ask: fn(&[u8]) -> Result<Request, Refusal>,
+) -> Route {
+    let mut route = change(Method::Post, path, summary, body, ask);
+    (route.reply, route.is_body_optional) = (reply, true);
     route
 }
 

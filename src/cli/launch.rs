@@ -16,9 +16,10 @@ use crate::config::{self, VmConfig};
 use crate::controller::{Controller, Identity};
 use crate::error::{Refusal, chain};
 use crate::exit::{Ending, ExitCode};
+use crate::fork::{Household, Nursery};
 use crate::machine::ThreadNames;
 use crate::metrics::{self, micros_since};
-use crate::request::{Request, Requests};
+use crate::request::{Reply, Request, Requests};
 use crate::signals::ProcessSignals;
 use crate::vmm;
 
@@ -103,9 +104,14 @@ pub(super) fn id(s: &str) -> Result<String, String> {
 impl Launch {
     /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
     pub(super) fn carry_out(self, started: Instant) -> Result<ExitCode, Refusal> {
+        Ok(self.begin(started)?.run())
+    }
+
+    /// Brings the process up, and does what is to be done first.
+    pub(super) fn begin(self, started: Instant) -> Result<Process, Refusal> {
         self.config.start_log()?;
         allow_descriptors();
-        let mut signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
+        let signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();
         let identity = Identity {
@@ -129,16 +135,46 @@ impl Launch {
                 .map_err(|why| Refusal::ConfigFile { path: path.clone(), why: Box::new(why) })?;
             log::info!("Successfully added metadata to mmds from file");
         }
+        if let Some(api) = &self.api {
+            controller.set_nursery(Nursery::new(Household {
+                is_firecracker: self.style == Style::Firecracker,
+                api_sock: api.path.clone(),
+                body_limit: api.body_limit,
+            }));
+        }
         let (handle, requests) = Requests::channel()?;
         let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
         let server = server.transpose()?;
         if let Some(request) = self.first {
-            let started = controller.answer_now(request);
+            let started = controller.answer_now(request).map(drop);
             if self.style == Style::Firecracker {
                 tell_of_start(&started);
             }
             started?;
         }
+        Ok(Process { controller, requests, quit, signals, server })
+    }
+}
+
+/// A process that is up.
+#[derive(Debug)]
+pub(super) struct Process {
+    controller: Controller,
+    requests: Requests,
+    quit: Arc<Bell>,
+    signals: ProcessSignals,
+    server: Option<Server>,
+}
+
+impl Process {
+    /// Asks what can be answered at once.
+    pub(super) fn ask(&mut self, request: Request) -> Reply {
+        self.controller.answer_now(request)
+    }
+
+    /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
+    pub(super) fn run(self) -> ExitCode {
+        let Self { mut controller, requests, quit, mut signals, server } = self;
         let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
         // What was asked too late is told so, before the socket goes.
         for call in std::iter::from_fn(|| requests.next()).take(LATE) {
@@ -150,7 +186,7 @@ impl Launch {
         if let Some(server) = server {
             server.shutdown(LAST_WORDS);
         }
-        Ok(report(&ending))
+        report(&ending)
     }
 }
 
@@ -223,9 +259,9 @@ impl Style {
 
 impl Controller {
     /// Does what can be done at once.
-    fn answer_now(&mut self, request: Request) -> Result<(), Refusal> {
+    fn answer_now(&mut self, request: Request) -> Reply {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
         self.answer(request, Box::new(move |reply| drop(sender.send(reply))));
-        receiver.recv().unwrap_or(Err(Refusal::Gone)).map(drop)
+        receiver.recv().unwrap_or(Err(Refusal::Gone))
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The name decides the language: called `firecracker`, husk takes that program's flags and speaks
 //! as it does.
+mod child;
 mod ctl;
 mod device_args;
 mod firecracker;
@@ -77,6 +78,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     crate::logger::start_as(if is_firecracker { "firecracker" } else { "husk" });
     if is_firecracker {
         return firecracker::main(args, started);
+    }
+    if args.get(1).is_some_and(|word| word == crate::fork::SUBCOMMAND) {
+        return child::serve();
     }
     match Cli::try_parse_from(args) {
         Ok(cli) => cli.command.carry_out(started),

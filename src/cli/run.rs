@@ -88,6 +88,9 @@ struct GuestArgs {
     /// Give the guest a PIT (i8254), for kernels that do not know kvm-clock
     #[arg(long)]
     pit: bool,
+    /// Keep RAM where children can be made of it at once (husk ctl fork)
+    #[arg(long)]
+    forkable: bool,
     /// Give the guest Firecracker's boot timer, a page at 0xc0000000: when it writes 123 to the first byte,
     /// the log says how long it took to boot (at level info)
     #[arg(long)]
@@ -98,7 +101,7 @@ struct GuestArgs {
     /// Take all of this from a file in Firecracker's format instead
     #[arg(long, value_name = "FILE", conflicts_with_all = [
         "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock", "balloon",
-        "smt", "cpu_config", "huge_pages", "hotplug_memory", "pit", "rate_limit_group",
+        "smt", "cpu_config", "huge_pages", "hotplug_memory", "pit", "forkable", "rate_limit_group",
     ])]
     config_file: Option<PathBuf>,
 }
@@ -313,6 +316,7 @@ impl GuestArgs {
         config.machine.smt = self.smt;
         config.machine.huge_pages = self.huge_pages;
         config.machine.pit = self.pit;
+        config.machine.forkable = self.forkable;
         if let Some(path) = &self.cpu_config {
             config.read_cpu_config(path)?;
         }

@@ -68,6 +68,10 @@ pub struct MachineConfig {
     /// Whether there is a PIT (i8254), for kernels that do not know kvm-clock. husk only.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub pit: bool,
+    /// Whether children of the VM can be made at once: RAM is in a file in memory, which the first fork
+    /// freezes. husk only.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub forkable: bool,
     /// What a guest's own reset does, if not what [`crate::Defaults`] say. husk only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub on_reboot: Option<OnReboot>,
@@ -83,6 +87,7 @@ impl Default for MachineConfig {
             huge_pages: HugePages::None,
             cpu_template: None,
             pit: false,
+            forkable: false,
             on_reboot: None,
         }
     }
@@ -99,6 +104,7 @@ pub(super) struct MachinePatch {
     huge_pages: Option<HugePages>,
     pub(super) cpu_template: Option<CpuTemplate>,
     pit: Option<bool>,
+    forkable: Option<bool>,
     on_reboot: Option<OnReboot>,
 }
 
@@ -125,6 +131,10 @@ impl MachineConfig {
         if self.huge_pages == HugePages::Hugetlb2M && self.mem_size_mib % 2 == 1 {
             let why = format!("{} is odd, with huge_pages 2M it must be even", self.mem_size_mib);
             return refuse("mem_size_mib", why);
+        }
+        if self.huge_pages == HugePages::Hugetlb2M && self.forkable {
+            let why = "a VM whose RAM is huge pages of the host's pool cannot be forked";
+            return refuse("forkable", why.into());
         }
         if self.cpu_template == Some(CpuTemplate::V1N1) {
             return refuse("cpu_template", "V1N1 is for ARM processors".into());
@@ -153,6 +163,7 @@ impl MachineConfig {
         set(&mut self.track_dirty_pages, patch.track_dirty_pages);
         set(&mut self.huge_pages, patch.huge_pages);
         set(&mut self.pit, patch.pit);
+        set(&mut self.forkable, patch.forkable);
         self.on_reboot = patch.on_reboot.or(self.on_reboot);
         self.set_cpu_template(patch.cpu_template);
     }

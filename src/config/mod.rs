@@ -20,6 +20,7 @@ use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
 use devices::mmds;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
 use devices::virtio::{self, mem, net};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
@@ -38,7 +39,7 @@ use crate::parts;
 
 /// What holds where the user says nothing: the choice of whoever starts the VM, not of its
 /// configuration, so that a `PUT` that leaves a field out does not undo it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Defaults {
     /// Where the serial port leads.
     pub serial: SerialTo,
@@ -269,6 +270,11 @@ impl VmConfig {
     /// Another process maps RAM once. It would not see what is plugged later.
     fn check_sharing(&self) -> Result<(), Refusal> {
         let model = mem::Mem::NAME;
+        if self.machine.forkable && self.sharing() == Sharing::Shared {
+            let why = "there is a drive that another process serves, which would serve every child";
+            let (section, field) = ("machine-config", "forkable");
+            return Err(Refusal::Field { section, field, why: why.into() });
+        }
         let plugs = self.devices.iter().any(|recipe| recipe.model() == model);
         if !plugs || self.sharing() == Sharing::Private {
             return Ok(());

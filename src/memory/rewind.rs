@@ -61,6 +61,9 @@ impl Ram {
             start += len;
         }
         self.image = Some(image.clone());
+        // Whatever was frozen is not what is there now.
+        self.live = None;
+        self.touch();
         Ok(bytes)
     }
 }

@@ -181,6 +181,22 @@ impl Image {
         Err(SnapshotError::Inconsistent(why))
     }
 
+    /// One that is not in files.
+    pub(crate) fn in_memory(document: Document, memory: MemoryImage) -> Self {
+        Self { document: Arc::new(document), memory, memory_path: PathBuf::new() }
+    }
+
+    /// Whether it is not in files.
+    pub(super) fn is_in_memory(&self) -> bool {
+        self.memory_path.as_os_str().is_empty()
+    }
+
+    /// The same, of a VM that is configured in another way: as in `GET /vm/config`.
+    pub(crate) fn with_config(&self, config: Value) -> Self {
+        let document = Document { config, ..(*self.document).clone() };
+        Self { document: Arc::new(document), ..self.clone() }
+    }
+
     /// The configuration of the VM it is of, and what is to be different.
     pub(crate) fn config(&self, overrides: &Overrides) -> Result<VmConfig, crate::Refusal> {
         let Document { config, machine, .. } = &*self.document;
@@ -346,6 +362,6 @@ fn check_memory(path: &Path, document: &Document) -> Result<File, SnapshotError>
 }
 
 /// An id as it is shown.
-pub(super) fn hex(id: &[u8; 16]) -> String {
+pub(crate) fn hex(id: &[u8; 16]) -> String {
     format!("{:032x}", u128::from_be_bytes(*id))
 }

@@ -29,7 +29,9 @@ use devices::backend::file::is_shortage;
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub(crate) use self::format::VERSION;
 pub use self::image::Image;
-pub(crate) use self::image::{DeviceState, LegacyState, MachineState, MemoryImage, Segment};
+pub(crate) use self::image::{
+    DeviceState, Document, LegacyState, MachineState, MemoryDocument, MemoryImage, Segment, hex,
+};
 pub(crate) use self::inspect::{Inspection, Named, format_of};
 pub use self::overrides::Overrides;
 pub use self::params::{

@@ -15,6 +15,7 @@ pub(super) fn claim(path: &Path, access: Access) -> Option<Claim> {
     Some(Claim {
         key: format!("file {identity:?}"),
         is_shared: access == Access::Read,
+        is_of_host: true,
         refusal: refused(DiskError::InUse(path.into())),
     })
 }

@@ -277,6 +277,8 @@ pub struct Claim {
     pub key: String,
     /// Whether others may have it who say so too.
     pub is_shared: bool,
+    /// Whether it is the host's, so that no other VM can have it either.
+    pub is_of_host: bool,
     /// What to answer if another device has it.
     pub refusal: DeviceError,
 }

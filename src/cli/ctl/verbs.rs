@@ -60,6 +60,11 @@ pub(super) const VERBS: &[Verb] = &[
     act("start", "Start what is configured", r#"{"action_type": "InstanceStart"}"#),
     state("pause", "Stop the guest where it is", r#"{"state": "Paused"}"#),
     state("resume", "Let it go on", r#"{"state": "Resumed"}"#),
+    Verb {
+        method: "POST",
+        reply: Reply::Awaited,
+        ..put("fork", "Make children of the VM (n=3, overrides=[...], paused=true)", "/fork")
+    },
     act("shutdown", "Press the power button", r#"{"action_type": "Shutdown"}"#),
     act("ctrl-alt-del", "Press Ctrl-Alt-Del", r#"{"action_type": "SendCtrlAltDel"}"#),
     act("kill", "End the VM at once", r#"{"action_type": "Kill"}"#),

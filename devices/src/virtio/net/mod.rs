@@ -251,11 +251,13 @@ impl Model for Net {
         let mut claims = vec![Claim {
             key: format!("tap {tap}"),
             is_shared: false,
+            is_of_host: true,
             refusal: refused(TapError::InUse(tap.clone())),
         }];
         claims.extend(config.guest_mac.as_ref().map(|mac| Claim {
             key: format!("mac {}", mac.to_ascii_lowercase()),
             is_shared: false,
+            is_of_host: false,
             refusal: DeviceError::MacInUse(mac.clone()),
         }));
         claims

@@ -1,0 +1,113 @@
+//! Freezing and forking: the guest stands still for as long as its state is read; a thread of its own
+//! sees the rest through and answers.
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use super::Controller;
+use crate::error::Refusal;
+use crate::events::What;
+use crate::fork::{
+    Batch, Birth, ForkError, ForkParams, Forked, Freezing, ImageSink, Nursery, Parent, Spec, plan,
+};
+use crate::metrics::micros_since;
+use crate::request::{Reply, Respond};
+
+impl Controller {
+    /// Says where children come from.
+    pub(crate) fn set_nursery(&mut self, nursery: Nursery) {
+        self.nursery = Some(nursery);
+    }
+
+    /// Starts what makes children now, if the VM that is about to start is to have some.
+    pub(super) fn prepare_for_children(&self, is_forkable: bool) -> Result<(), Refusal> {
+        let nursery = self.nursery.as_ref().filter(|_| is_forkable);
+        nursery.map_or(Ok(()), Nursery::prepare).map_err(|e| ForkError::Process(e).into())
+    }
+
+    /// Gives an image of the VM to `sink`, and then answers.
+    pub(super) fn freeze(&mut self, sink: ImageSink, respond: Respond) {
+        match self.begin_freeze() {
+            Ok((freezing, _)) => see_through(move || {
+                respond(freezing.finish().map_err(Refusal::from).map(|image| {
+                    sink.take(image);
+                    Value::Null
+                }));
+            }),
+            Err(e) => respond(Err(e)),
+        }
+    }
+
+    /// Makes children of the VM, and answers when they run.
+    pub(super) fn fork(&mut self, params: &ForkParams, respond: Respond) {
+        let start = Instant::now();
+        let (specs, nursery) = match self.plan_fork(params) {
+            Ok(planned) => planned,
+            Err(e) => return respond(Err(e)),
+        };
+        let poster = self.hub.poster().map_err(Refusal::host("cannot make an eventfd"));
+        let begun = poster.and_then(|poster| Ok((poster, self.begin_freeze()?)));
+        let (poster, (freezing, paused_us)) = match begun {
+            Ok(begun) => begun,
+            Err(e) => return respond(Err(e)),
+        };
+        self.children += specs.len() as u64;
+        let defaults = self.defaults();
+        see_through(move || {
+            let count = specs.len();
+            let deliver = || -> Reply {
+                let image = freezing.finish()?;
+                let batch = Batch {
+                    household: nursery.household.clone(),
+                    defaults,
+                    logger: crate::logger::current(),
+                    document: (*image.document).clone(),
+                    children: specs,
+                };
+                let children = Birth { batch, image }.deliver(&nursery)?;
+                Ok(json!(Forked { paused_us, children }))
+            };
+            let reply = deliver();
+            if reply.is_ok() {
+                let took_us = micros_since(start);
+                poster.post(What::Forked { children: count, paused_us, took_us });
+            }
+            respond(reply);
+        });
+    }
+
+    /// What children are to be, and where they come from.
+    fn plan_fork(&mut self, params: &ForkParams) -> Result<(Vec<Spec>, Nursery), Refusal> {
+        self.live()?;
+        let nursery = self.nursery.clone().ok_or(ForkError::Library)?;
+        let parent = Parent {
+            config: self.config()?,
+            id: &self.identity.id,
+            api_sock: Some(&nursery.household.api_sock),
+            children: self.children,
+        };
+        Ok((plan(parent, params)?, nursery))
+    }
+
+    /// What is to be finished, and for how many microseconds the guest stood still for it.
+    fn begin_freeze(&mut self) -> Result<(Freezing, u64), Refusal> {
+        let live = self.live()?;
+        let start = Instant::now();
+        if live.is_paused {
+            return Ok((live.machine.freeze(&live.config)?, 0));
+        }
+        live.machine.pause()?;
+        let freezing = live.machine.freeze(&live.config);
+        live.machine.run();
+        let paused_us = micros_since(start);
+        Ok((freezing?, paused_us))
+    }
+}
+
+/// Runs `work` on a thread of its own.
+fn see_through(work: impl FnOnce() + Send + 'static) {
+    // The closure is gone if this fails, and with it whoever was to be answered: they are told so.
+    if let Err(e) = std::thread::Builder::new().name("husk_fork".into()).spawn(work) {
+        log::error!("cannot start a thread to fork the VM: {e}");
+    }
+}

@@ -1,0 +1,159 @@
+//! What the zygote is sent, and what children say: JSON in a file in memory, and in messages.
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use rustix::fs::MemfdFlags;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::{Defaults, LoggerConfig};
+use crate::snapshot::{Document, EXTENT_LEN, Extent, Image, MemoryImage};
+
+/// What children have of the process that their parent runs in.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Household {
+    /// Whether it has the manners of `firecracker`.
+    pub(crate) is_firecracker: bool,
+    /// Where the parent listens.
+    pub(crate) api_sock: PathBuf,
+    /// Largest body of a request.
+    pub(crate) body_limit: usize,
+}
+
+/// What a child is to be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Spec {
+    pub(crate) id: String,
+    /// `None` in a library.
+    pub(crate) api_sock: Option<PathBuf>,
+    /// As in `GET /vm/config`.
+    pub(crate) config: Value,
+    /// The guest's metadata.
+    pub(crate) mmds: Option<Value>,
+    pub(crate) is_paused: bool,
+}
+
+/// Children of one image.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Batch {
+    pub(crate) household: Household,
+    pub(crate) defaults: Defaults,
+    /// How the parent logs.
+    pub(crate) logger: LoggerConfig,
+    pub(crate) document: Document,
+    pub(crate) children: Vec<Spec>,
+}
+
+/// What children are told, a byte each. Nothing, if nobody is left to tell them: that is [`DIE`] too.
+pub(super) const LIVE: u8 = 1;
+/// The other.
+pub(super) const DIE: u8 = 0;
+
+/// What a child says when it is there, or why it is not.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Report {
+    /// Which child, from 0.
+    pub(super) index: usize,
+    pub(super) result: Result<Arrival, String>,
+}
+
+/// A child that is there.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Arrival {
+    pub(super) pid: u32,
+    pub(super) serial_path: Option<PathBuf>,
+}
+
+/// A child in its own process: what it is to be, and how it tells.
+#[derive(Debug)]
+pub(crate) struct Newborn {
+    pub(crate) household: Household,
+    pub(crate) defaults: Defaults,
+    pub(crate) logger: LoggerConfig,
+    pub(crate) spec: Spec,
+    /// What it is restored from.
+    pub(crate) image: Image,
+    index: usize,
+    reports: OwnedFd,
+    go: OwnedFd,
+}
+
+impl Batch {
+    /// Writes it, and the extents of an image, to a file in memory.
+    pub(super) fn to_file(&self, extents: &[Extent]) -> io::Result<File> {
+        let flags = MemfdFlags::CLOEXEC;
+        let mut file = File::from(rustix::fs::memfd_create("husk-fork", flags)?);
+        let json = serde_json::to_vec(self)?;
+        let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(json);
+        bytes.extend(extents.iter().flat_map(|extent| extent.to_bytes()));
+        file.write_all(&bytes)?;
+        Ok(file)
+    }
+
+    /// The same, read.
+    pub(super) fn from_file(file: &File) -> io::Result<(Self, Vec<Extent>)> {
+        let wrong = || io::Error::from(io::ErrorKind::InvalidData);
+        let mut bytes = vec![0; usize::try_from(file.metadata()?.len()).map_err(|_| wrong())?];
+        file.read_exact_at(&mut bytes, 0)?;
+        let (len, rest) = bytes.split_first_chunk().ok_or_else(wrong)?;
+        let len = usize::try_from(u64::from_le_bytes(*len)).map_err(|_| wrong())?;
+        let (json, table) = rest.split_at_checked(len).ok_or_else(wrong)?;
+        let (records, _) = table.as_chunks::<EXTENT_LEN>();
+        let extents: Option<Vec<_>> = records.iter().map(Extent::from_bytes).collect();
+        Ok((serde_json::from_slice(json)?, extents.ok_or_else(wrong)?))
+    }
+}
+
+impl Newborn {
+    /// Child `index` of a batch. `None` if there is no such child.
+    pub(super) fn new(
+        batch: Batch,
+        memory: MemoryImage,
+        index: usize,
+        reports: OwnedFd,
+        go: OwnedFd,
+    ) -> Option<Self> {
+        // Moved, not copied: what is not touched stays shared with its siblings.
+        let Batch { household, defaults, logger, mut document, mut children } = batch;
+        let mut spec = (index < children.len()).then(|| children.swap_remove(index))?;
+        document.config = spec.config.take();
+        let image = Image::in_memory(document, memory);
+        Some(Self { household, defaults, logger, spec, image, index, reports, go })
+    }
+
+    /// Tells that it is there, or why it is not.
+    pub(crate) fn report(&self, result: Result<Option<PathBuf>, String>) -> io::Result<()> {
+        let arrival = |serial_path| Arrival { pid: std::process::id(), serial_path };
+        Report { index: self.index, result: result.map(arrival) }.send(&self.reports)
+    }
+
+    /// Waits until all its siblings are there. False if it is not to live: then whoever waits sees its
+    /// end when this is dropped.
+    pub(crate) fn may_live(&self) -> bool {
+        let mut word = [DIE];
+        let read = rustix::io::retry_on_intr(|| rustix::io::read(&self.go, &mut word));
+        read == Ok(1) && word == [LIVE]
+    }
+}
+
+/// Longest text of a report: a message has to be sent whole.
+const TEXT_MAX: usize = 4096;
+
+impl Report {
+    pub(super) fn send(mut self, socket: &OwnedFd) -> io::Result<()> {
+        if let Err(why) = &mut self.result
+            && let Some((at, _)) = why.char_indices().find(|(at, _)| *at >= TEXT_MAX)
+        {
+            why.truncate(at);
+        }
+        let message = serde_json::to_vec(&self)?;
+        rustix::io::retry_on_intr(|| {
+            rustix::net::send(socket, &message, rustix::net::SendFlags::NOSIGNAL)
+        })?;
+        Ok(())
+    }
+}

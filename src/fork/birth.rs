@@ -1,0 +1,174 @@
+//! From an image to children that run: all of them or none, whoever dies on the way.
+//!
+//! ```text
+//!   VMM                     zygote         child
+//!    ├── order ───────────────►├── fork ────►│ restores; its guest stands still
+//!    │◄── report: there, or why not ─────────┤
+//!    ├── go: a byte for each ───────────────►│ runs
+//!    └── or the end of it ──────────────────►│ ends
+//! ```
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::time::Timespec;
+
+use super::batch::{Arrival, DIE, LIVE, Report};
+use super::params::Child;
+use super::zygote::{Order, Zygote, pair};
+use super::{Batch, ForkError, Household};
+use crate::snapshot::Image;
+
+/// How long children may take to be there, all together. What they open may be on a file system that
+/// hangs.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long children that are not to live may take to end before that is no longer waited for.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// More than a report has.
+const REPORT_MAX: usize = 16 << 10;
+
+/// Where the children of a process come from. Clones are the same.
+#[derive(Clone, Debug)]
+pub(crate) struct Nursery {
+    /// What children have of this process.
+    pub(crate) household: Household,
+    /// Started when it is needed, or before. One order is sent at a time.
+    zygote: Arc<Mutex<Option<Zygote>>>,
+}
+
+/// Children to be.
+#[derive(Debug)]
+pub(crate) struct Birth {
+    pub(crate) batch: Batch,
+    pub(crate) image: Image,
+}
+
+impl Nursery {
+    pub(crate) fn new(household: Household) -> Self {
+        Self { household, zygote: Arc::default() }
+    }
+
+    /// Sees to it that children can be made from now on without a program being started.
+    pub(crate) fn prepare(&self) -> io::Result<()> {
+        let mut zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
+        if zygote.is_none() {
+            *zygote = Some(Zygote::start()?);
+        }
+        Ok(())
+    }
+
+    fn ask(&self, order: &Order) -> io::Result<()> {
+        let mut zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(zygote) = &*zygote {
+            match zygote.ask(order) {
+                // Somebody has ended it.
+                Err(e) if is_gone(&e) => {}
+                result => return result,
+            }
+        }
+        let new = Zygote::start()?;
+        new.ask(order)?;
+        *zygote = Some(new);
+        Ok(())
+    }
+}
+
+fn is_gone(e: &io::Error) -> bool {
+    let errno = Errno::from_io_error(e);
+    errno.is_some_and(|e| [Errno::PIPE, Errno::CONNRESET, Errno::NOTCONN].contains(&e))
+}
+
+impl Birth {
+    /// Makes the children; waits until they run.
+    pub(crate) fn deliver(self, nursery: &Nursery) -> Result<Vec<Child>, ForkError> {
+        let Self { batch, image } = self;
+        let process = ForkError::Process;
+        let (reports, theirs) = pair().map_err(process)?;
+        let (hear, go) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| process(e.into()))?;
+        let file = batch.to_file(&image.memory.extents).map_err(process)?;
+        let order =
+            Order { batch: file, memory: image.memory.file.clone(), reports: theirs, go: hear };
+        nursery.ask(&order).map_err(process)?;
+        // From here on the children alone have these ends.
+        drop(order);
+        let count = batch.children.len();
+        let arrivals = await_all(&reports, count);
+        let word = if arrivals.is_ok() { LIVE } else { DIE };
+        // A pipe has room for all of them. It may be that nobody is there to read.
+        let told = rustix::io::retry_on_intr(|| rustix::io::write(&go, &vec![word; count]));
+        let arrivals = arrivals.inspect_err(|_| await_end(&reports))?;
+        told.map_err(|e| process(e.into()))?;
+        let children = arrivals.into_iter().zip(batch.children).map(|(arrival, spec)| Child {
+            id: spec.id,
+            pid: arrival.pid,
+            api_sock: spec.api_sock.unwrap_or_default(),
+            serial_path: arrival.serial_path,
+        });
+        Ok(children.collect())
+    }
+}
+
+/// Waits until no child is there any more that could say something, but not for long.
+fn await_end(reports: &OwnedFd) {
+    let deadline = Instant::now() + LAST_WORDS;
+    let mut buffer = vec![0; REPORT_MAX];
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let Ok(timeout) = Timespec::try_from(left) else { return };
+        match poll(&mut [PollFd::from_borrowed_fd(reports.as_fd(), PollFlags::IN)], Some(&timeout))
+        {
+            Ok(0) => return log::warn!("children that are not to live are still there"),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(e) => return log::warn!("cannot wait for children to end: {e}"),
+        }
+        match recv(reports, &mut buffer[..], RecvFlags::DONTWAIT) {
+            Ok((_, 0)) => return,
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(e) => return log::debug!("children have ended: {e}"),
+        }
+    }
+}
+
+/// Waits until `count` children are there, in their order.
+fn await_all(reports: &OwnedFd, count: usize) -> Result<Vec<Arrival>, ForkError> {
+    let deadline = Instant::now() + PATIENCE;
+    let mut arrived: Vec<Option<Arrival>> = (0..count).map(|_| None).collect();
+    let mut buffer = vec![0; REPORT_MAX];
+    loop {
+        let missing = arrived.iter().filter(|arrival| arrival.is_none()).count();
+        if missing == 0 {
+            return Ok(arrived.into_iter().flatten().collect());
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let timeout =
+            Timespec::try_from(left).map_err(|e| ForkError::Process(io::Error::other(e)))?;
+        match poll(&mut [PollFd::from_borrowed_fd(reports.as_fd(), PollFlags::IN)], Some(&timeout))
+        {
+            Ok(0) => return Err(ForkError::Late { missing, count }),
+            Ok(_) => {}
+            Err(Errno::INTR) => continue,
+            Err(e) => return Err(ForkError::Process(e.into())),
+        }
+        let len = match recv(reports, &mut buffer[..], RecvFlags::DONTWAIT) {
+            // All who could say something have ended, or never were.
+            Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(ForkError::Lost { missing, count }),
+            Ok((_, len)) => len,
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            Err(e) => return Err(ForkError::Process(e.into())),
+        };
+        let report: Report = serde_json::from_slice(&buffer[..len])
+            .map_err(|e| ForkError::Process(io::Error::other(e)))?;
+        let number = report.index;
+        match (report.result, arrived.get_mut(number)) {
+            (Ok(arrival), Some(place)) => *place = Some(arrival),
+            (Err(why), _) => return Err(ForkError::Child { number, why }),
+            (Ok(_), None) => {}
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! The process that forks: it has one thread, waits, and is a child of the VMM's process from when the
+//! first fork is asked for, or from before the VM starts if that is to be forkable.
+//!
+//! ```text
+//!   VMM ──SOCK_SEQPACKET──► zygote: [batch, memory, reports, go] ──fork(2)──► children
+//! ```
+//!
+//! Nothing is executed for a child: what the dynamic linker has relocated and what the batch has been
+//! read into are shared by all. The zygote ends when the VMM's process does; children live on.
+#![expect(unsafe_code, reason = "makes processes")]
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
+};
+use rustix::process::Signal;
+
+use super::batch::{Batch, Newborn, Report};
+use crate::snapshot::MemoryImage;
+
+/// The word by which husk starts itself as a zygote; not for people, and not in the help.
+pub(crate) const SUBCOMMAND: &str = "forked";
+
+/// Descriptors of one message.
+const FDS: usize = 4;
+
+/// What a message holds.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) batch: File,
+    pub(super) memory: Arc<File>,
+    /// Where children tell.
+    pub(super) reports: OwnedFd,
+    /// Where children hear whether they live.
+    pub(super) go: OwnedFd,
+}
+
+/// The VMM's end.
+#[derive(Debug)]
+pub(crate) struct Zygote {
+    socket: OwnedFd,
+    process: Child,
+}
+
+impl Zygote {
+    /// Starts the process.
+    pub(crate) fn start() -> io::Result<Self> {
+        let (socket, theirs) = pair()?;
+        let process = Command::new("/proc/self/exe")
+            .arg0("husk")
+            .arg(SUBCOMMAND)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Self { socket, process })
+    }
+
+    /// Asks for children. It fails if the process is not there any more.
+    pub(super) fn ask(&self, order: &Order) -> io::Result<()> {
+        let Order { batch, memory, reports, go } = order;
+        let fds = [batch.as_fd(), memory.as_fd(), reports.as_fd(), go.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let word = [IoSlice::new(&[0])];
+        rustix::io::retry_on_intr(|| {
+            rustix::net::sendmsg(&self.socket, &word, &mut ancillary, SendFlags::NOSIGNAL)
+        })?;
+        Ok(())
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        // A process that copies memory may have this descriptor too: closing it would not do.
+        if let Err(e) = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both) {
+            return log::debug!("the process that makes children is not waited for: {e}");
+        }
+        if let Err(e) = self.process.wait() {
+            log::warn!("cannot wait for the process that makes children: {e}");
+        }
+    }
+}
+
+/// Two ends that keep messages apart.
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+    Ok(rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None)?)
+}
+
+/// Is the zygote: its socket is standard input. Returns when nobody can ask any more (`None`), and, in
+/// each child, with what it is to be.
+pub(crate) fn serve() -> io::Result<Option<Newborn>> {
+    let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
+    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
+    rustix::stdio::dup2_stdin(&null)?;
+    drop(null);
+    // What is typed on the parent's terminal is not for children.
+    rustix::process::setsid()?;
+    rustix::thread::set_name(c"husk_zygote")?;
+    reap_children(true);
+    while let Some(Order { batch, memory, reports, go }) = receive(&socket)? {
+        let (batch, extents) = match Batch::from_file(&batch) {
+            Ok(read) => read,
+            // Nobody is told, but everybody who waits for reports sees their end.
+            Err(_) => continue,
+        };
+        let memory = MemoryImage { file: memory, extents: extents.into(), over: [].into() };
+        for index in 0..batch.children.len() {
+            // SAFETY: this process has one thread.
+            match unsafe { libc::fork() } {
+                0 => {
+                    become_child()?;
+                    return Ok(Newborn::new(batch, memory, index, reports, go));
+                }
+                -1 => {
+                    let why = format!("fork: {}", io::Error::last_os_error());
+                    // Without a reader the request is gone.
+                    let _ = Report { index, result: Err(why) }.send(&reports);
+                }
+                _ => {}
+            }
+        }
+    }
+    Ok(None)
+}
+
+fn become_child() -> io::Result<()> {
+    reap_children(false);
+    rustix::process::setsid()?;
+    rustix::thread::set_name(c"husk")?;
+    Ok(())
+}
+
+/// Lets children that have ended go at once, or leaves them for whoever waits for them.
+fn reap_children(at_once: bool) {
+    let action = if at_once { libc::SIG_IGN } else { libc::SIG_DFL };
+    // SAFETY: neither action runs code of ours.
+    unsafe { libc::signal(Signal::CHILD.as_raw(), action) };
+}
+
+/// The next message; `None` when nobody can send one any more.
+fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut word = [0];
+    let mut word = [IoSliceMut::new(&mut word)];
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = rustix::io::retry_on_intr(|| {
+        rustix::net::recvmsg(socket, &mut word, &mut ancillary, flags)
+    })?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let mut fds = ancillary.drain().flat_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
+        _ => Vec::new(),
+    });
+    let mut next = || fds.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData));
+    let (batch, memory) = (next()?.into(), Arc::new(next()?.into()));
+    Ok(Some(Order { batch, memory, reports: next()?, go: next()? }))
+}

@@ -1,0 +1,484 @@
+//! Forks: children that go on from where their parent is, each with memory of its own; what they are refused; who
+//! outlives whom.
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use husk::{Overrides, Refusal, SerialConfig, SerialTo, Vm, VmConfig};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::time::Timespec;
+use serde_json::{Value, json};
+
+use crate::util::*;
+
+/// 16 MiB for the guest `steps`, which does what it is told.
+fn steps() -> Husk {
+    Husk::guest("steps", "pages=64").memory(16).listening().typing()
+}
+
+/// The same, whose children are made at once.
+fn forkable() -> Husk {
+    steps().arg("--forkable")
+}
+
+/// Tells the guest of the parent `what`; what it says of `key`.
+#[track_caller]
+fn tell(vm: &TestVm, what: &str, key: &str) -> String {
+    vm.type_in(what);
+    let line = vm.expect(&format!("{key}="));
+    line.trim_end().split_once('=').unwrap().1.to_owned()
+}
+
+/// A parent that has counted to 2.
+fn parent(husk: Husk) -> TestVm {
+    let vm = husk.start();
+    vm.expect("ready=1");
+    vm.type_in("cc");
+    vm.expect("count=2");
+    vm
+}
+
+/// A child, ended with the test.
+struct Child {
+    pid: u32,
+    pidfd: std::os::fd::OwnedFd,
+    api: Api,
+    socket: PathBuf,
+    serial: Option<BufReader<UnixStream>>,
+}
+
+impl Child {
+    fn new(told: &Value) -> Self {
+        let pid = told["pid"].as_u64().unwrap() as u32;
+        let pidfd =
+            pidfd_open(Pid::from_raw(pid.cast_signed()).unwrap(), PidfdFlags::empty()).unwrap();
+        let socket = PathBuf::from(told["api_sock"].as_str().unwrap());
+        let serial = told["serial_path"].as_str().map(|path| {
+            let stream = UnixStream::connect(path).unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            BufReader::new(stream)
+        });
+        Self { pid, pidfd, api: Api::new(&socket), socket, serial }
+    }
+
+    #[track_caller]
+    fn tell(&mut self, what: &str, key: &str) -> String {
+        let serial = self.serial.as_mut().expect("a child with a serial port");
+        serial.get_mut().write_all(what.as_bytes()).unwrap();
+        loop {
+            let mut line = String::new();
+            assert_ne!(serial.read_line(&mut line).unwrap(), 0, "the end rather than {key}=");
+            if let Some((found, value)) = line.trim_end().split_once('=')
+                && found == key
+            {
+                return value.to_owned();
+            }
+        }
+    }
+
+    /// Has its guest power off, content.
+    #[track_caller]
+    fn quit(&mut self) {
+        let serial = self.serial.as_mut().expect("a child with a serial port");
+        serial.get_mut().write_all(b"q").unwrap();
+        let said: Vec<_> = serial.lines().map(Result::unwrap).collect();
+        assert_eq!(said.last().map(String::as_str), Some("RESULT ok"), "{said:?}");
+        assert!(self.ends_within(PATIENCE));
+    }
+
+    fn signal(&self, signal: Signal) {
+        pidfd_send_signal(&self.pidfd, signal).unwrap();
+    }
+
+    /// Ends it.
+    #[track_caller]
+    fn kill(self) {
+        self.api.act("Kill").done();
+        assert!(self.ends_within(PATIENCE));
+        assert!(!self.socket.exists(), "{} is left behind", self.socket.display());
+    }
+
+    fn ends_within(&self, patience: Duration) -> bool {
+        let timeout = Timespec::try_from(patience).unwrap();
+        poll(&mut [PollFd::new(&self.pidfd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        // It may have ended.
+        let _ = pidfd_send_signal(&self.pidfd, Signal::KILL);
+    }
+}
+
+/// Overrides of a child that can be talked to at the socket `NAME`.
+fn talking(scratch: &Scratch, name: &str) -> Value {
+    json!({ "serial": { "to": { "Socket": scratch.path(name) } } })
+}
+
+/// Makes children that can be talked to.
+#[track_caller]
+fn fork(api: &Api, scratch: &Scratch, names: &[&str]) -> Vec<Child> {
+    let overrides: Vec<_> = names.iter().map(|name| talking(scratch, name)).collect();
+    let reply = api.request("POST", "/fork", &json!({ "overrides": overrides }).to_string());
+    let reply = reply.json();
+    let children: Vec<_> = reply["children"].as_array().unwrap().iter().map(Child::new).collect();
+    assert_eq!(children.len(), names.len(), "{reply}");
+    children
+}
+
+/// Parent and children have what was, and none of what another does from then on.
+#[track_caller]
+fn part_ways(vm: &TestVm, scratch: &Scratch) {
+    let mut first = fork(&vm.api(), scratch, &["a", "b"]);
+    assert_eq!(tell(vm, "c", "count"), "3");
+    assert_eq!(tell(vm, "cc", "count"), "4");
+    vm.expect("count=5");
+    // `c` looks at all of memory, too: it would find what the parent has written since.
+    assert_eq!(first[0].tell("c", "count"), "3");
+    assert_eq!(first[0].tell("c", "count"), "4");
+    assert_eq!(first[1].tell("c", "count"), "3");
+    // Of a parent that has gone on since, and of a child.
+    let mut second = fork(&vm.api(), scratch, &["c"]);
+    let mut grand = fork(&first[0].api.clone(), scratch, &["d", "e"]);
+    assert_eq!(tell(vm, "c", "count"), "6");
+    assert_eq!(second[0].tell("c", "count"), "6");
+    assert_eq!(grand[1].tell("c", "count"), "5");
+    assert_eq!(first[0].tell("c", "count"), "5");
+    assert_eq!(grand[0].tell("c", "count"), "5");
+    assert_eq!(grand[0].tell("c", "count"), "6");
+    assert_eq!(grand[1].tell("c", "count"), "6");
+    assert_eq!(first[1].tell("c", "count"), "4");
+    for child in [first, second, grand].into_iter().flatten() {
+        child.kill();
+    }
+}
+
+#[test]
+fn children_and_parents_part_ways() {
+    for husk in [forkable(), steps()] {
+        let (scratch, vm) = (Scratch::new(), parent(husk));
+        part_ways(&vm, &scratch);
+        vm.type_in("q");
+        vm.wait().ok();
+    }
+}
+
+/// `POST /fork`.
+fn post(api: &Api, body: Value) -> Reply {
+    api.request("POST", "/fork", &body.to_string())
+}
+
+/// The children of a reply.
+fn children(reply: &Reply) -> Vec<Child> {
+    reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()
+}
+
+#[test]
+fn a_paused_parent_is_a_template() {
+    for husk in [forkable(), steps()] {
+        let (scratch, vm) = (Scratch::new(), parent(husk));
+        vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+        for name in ["a", "b", "c"] {
+            let mut child = fork(&vm.api(), &scratch, &[name]).remove(0);
+            assert_eq!(child.tell("c", "count"), "3");
+        }
+        let reply =
+            post(&vm.api(), json!({ "paused": true, "overrides": [talking(&scratch, "d")] }));
+        assert_eq!(reply.json()["paused_us"], 0);
+        let mut child = children(&reply).remove(0);
+        assert_eq!((vm.api().state(), child.api.state()), ("Paused".into(), "Paused".into()));
+        child.api.patch("/vm", json!({ "state": "Resumed" })).done();
+        assert_eq!(child.tell("c", "count"), "3");
+        vm.api().patch("/vm", json!({ "state": "Resumed" })).done();
+        assert_eq!(tell(&vm, "c", "count"), "3");
+    }
+}
+
+#[test]
+fn a_snapshot_of_a_forkable_vm_is_of_one_moment() {
+    let (scratch, vm) = (Scratch::new(), parent(forkable()));
+    let directory = scratch.path("snapshot");
+    vm.api().put("/snapshot/create", json!({ "directory": directory })).done();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    let mut child = fork(&vm.api(), &scratch, &["a"]).remove(0);
+    assert_eq!(child.tell("c", "count"), "4");
+    let again = scratch.path("again");
+    child.api.put("/snapshot/create", json!({ "directory": again })).done();
+    for (directory, count) in [(&directory, "3"), (&again, "5")] {
+        let restored = Husk::new(["restore"]).arg(directory).serial("stdio").typing().start();
+        assert_eq!(tell(&restored, "c", "count"), count);
+    }
+    assert_eq!(tell(&vm, "c", "count"), "4");
+}
+
+#[test]
+fn a_guest_that_never_stands_still_is_forked_whole() {
+    let churn = || Husk::guest("churn", "").memory(16).listening().typing().arg("--rng");
+    for husk in [churn(), churn().arg("--forkable")] {
+        let (scratch, vm) = (Scratch::new(), husk.start());
+        vm.expect("ready=1");
+        let mut passes = Vec::new();
+        for round in 0..5 {
+            let names = [format!("a{round}"), format!("b{round}")];
+            let mut two = fork(&vm.api(), &scratch, &[&names[0], &names[1]]);
+            let of = |child: &mut Child| child.tell("c", "pass").parse::<u64>().unwrap();
+            let first: Vec<_> = two.iter_mut().map(of).collect();
+            let second: Vec<_> = two.iter_mut().map(of).collect();
+            assert!(first[0] < second[0] && first[1] < second[1], "{first:?} {second:?}");
+            for child in &mut two {
+                child.quit();
+            }
+            passes.push(tell(&vm, "c", "pass").parse::<u64>().unwrap());
+        }
+        assert!(passes.is_sorted_by(|a, b| a < b), "{passes:?}");
+        vm.type_in("q");
+        vm.wait().ok();
+    }
+}
+
+#[test]
+fn what_cannot_be_is_refused_and_leaves_nothing() {
+    let scratch = Scratch::new();
+    let network = Network::with_tap();
+    let disk = scratch.sparse("disk", 4096);
+    let vsock = scratch.path("v.sock");
+    let husk = steps().disk(&disk).network(&network, "").vsock(3, &vsock);
+    let vm = parent(husk);
+    let refused = |body: Value| post(&vm.api(), body).fault();
+    let tap = json!([{ "iface_id": "eth0", "host_dev_name": "tap7" }]);
+    let other = scratch.sparse("other", 4096);
+    let drives = json!([{ "drive_id": "disk0", "path_on_host": other }]);
+    for (body, words) in [
+        (json!({ "n": 0 }), "fork: n: 0 is not between 1 and 1000"),
+        (json!({ "n": 1001 }), "fork: n: 1001 is not between 1 and 1000"),
+        (json!({ "n": 3, "overrides": [{}, {}] }), "fork: overrides: there are 2 for 3 children"),
+        (json!({ "n": 1 }), "fork: child 0: drives disk0: path_on_host:"),
+        (json!({ "overrides": [{ "drives": drives }] }), "fork: child 0: network-interfaces eth0:"),
+        (
+            json!({ "n": 2, "overrides": [{ "drives": drives, "network-interfaces": tap }] }),
+            "fork: child 1: drives disk0: path_on_host:",
+        ),
+        (
+            json!({ "overrides": [{ "drives": [{ "drive_id": "none" }] }] }),
+            "fork: child 0: overrides: drives: the snapshot has none",
+        ),
+        (json!({ "overrides": [{ "id": "a b" }] }), "fork: child 0: overrides: id:"),
+        (json!({ "overrides": [{ "nothing": 1 }] }), "fork: child 0: overrides: unknown field"),
+        (json!({ "many": 1 }), "An error occurred when deserializing"),
+        // There is no such tap: known only when the child opens it.
+        (
+            json!({ "overrides": [{ "drives": drives, "network-interfaces": tap }] }),
+            "fork: child 0: network-interfaces eth0:",
+        ),
+    ] {
+        let said = refused(body);
+        assert!(said.starts_with(words), "{said}");
+    }
+    network.ip("tuntap add tap7 mode tap vnet_hdr");
+    let good = json!({ "drives": drives, "network-interfaces": tap });
+    let mut talks = talking(&scratch, "serial");
+    talks.as_object_mut().unwrap().extend(good.as_object().unwrap().clone());
+    let mut child = children(&post(&vm.api(), json!({ "overrides": [talks] }))).remove(0);
+    assert_eq!(child.tell("w", "wrote"), "2");
+    let config = child.api.get("/vm/config").json();
+    let uds_path = config["vsock"]["uds_path"].as_str().unwrap();
+    assert!(uds_path.starts_with(&format!("{}.", vsock.display())), "{uds_path}");
+    assert!(fs::metadata(uds_path).is_ok());
+    assert_eq!(fs::read(&disk).unwrap(), [0; 4096]);
+    assert_ne!(fs::read(&other).unwrap(), [0; 4096]);
+    assert_eq!(tell(&vm, "c", "count"), "3");
+}
+
+#[test]
+fn one_that_fails_ends_all() {
+    let (scratch, vm) = (Scratch::new(), parent(forkable()));
+    let bad = json!({ "serial": { "to": { "Socket": scratch.path("none").join("s") } } });
+    let body = json!({ "overrides": [talking(&scratch, "a"), bad, talking(&scratch, "b")] });
+    let said = post(&vm.api(), body).fault();
+    assert!(said.starts_with("fork: child 1: serial: "), "{said}");
+    for name in ["a", "b"] {
+        let connected = UnixStream::connect(scratch.path(name));
+        assert!(connected.is_err(), "{name} has a reader");
+    }
+    let left = fs::read_dir(vm.socket().parent().unwrap()).unwrap();
+    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().contains(".sock.")), "{left:?}");
+    let mut child = fork(&vm.api(), &scratch, &["c"]).remove(0);
+    assert_eq!(child.tell("c", "count"), "3");
+}
+
+/// The process from which the children of `pid` come, if there is one.
+fn zygote(pid: u32) -> Option<Pid> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    let mut pids = children.split_whitespace();
+    let pid = pids.find(|pid| {
+        let name = fs::read_to_string(format!("/proc/{pid}/comm"));
+        name.is_ok_and(|name| name.trim_end() == "husk_zygote")
+    })?;
+    Pid::from_raw(pid.parse().unwrap())
+}
+
+#[test]
+fn whoever_is_killed_takes_nobody_along() {
+    let (scratch, vm) = (Scratch::new(), parent(forkable()));
+    let mut first = fork(&vm.api(), &scratch, &["a", "b"]);
+    // A child: nobody is left of it, and the others go on.
+    let killed = first.remove(0);
+    killed.signal(Signal::KILL);
+    assert!(killed.ends_within(PATIENCE));
+    wait_until(|| !fs::exists(format!("/proc/{}", killed.pid)).unwrap());
+    assert_eq!(first[0].tell("c", "count"), "3");
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    // What they come from: there is another when it is needed.
+    let old = zygote(vm.pid()).expect("a process that forks");
+    let pidfd = pidfd_open(old, PidfdFlags::empty()).unwrap();
+    pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
+    assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
+    let mut second = fork(&vm.api(), &scratch, &["c"]);
+    assert_eq!(second[0].tell("c", "count"), "4");
+    assert_eq!(first[0].tell("c", "count"), "4");
+    let new = zygote(vm.pid()).expect("another process that forks");
+    assert_ne!(old, new);
+    // The parent: what forks goes with it, children go on, and have children.
+    let pidfd = pidfd_open(new, PidfdFlags::empty()).unwrap();
+    vm.signal(Signal::KILL);
+    assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
+    assert_eq!(second[0].tell("c", "count"), "5");
+    let mut grand = fork(&second[0].api.clone(), &scratch, &["d"]);
+    assert_eq!(grand[0].tell("c", "count"), "6");
+    for child in [first, second, grand].into_iter().flatten() {
+        child.signal(Signal::TERM);
+        child.signal(Signal::TERM);
+        assert!(child.ends_within(PATIENCE));
+    }
+}
+
+/// Waits for what is about to be.
+#[track_caller]
+fn wait_until(is_so: impl Fn() -> bool) {
+    let patience = std::time::Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(std::time::Instant::now() < patience, "it never was so");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_hundred_children_at_once_and_one_by_one() {
+    let vm = parent(forkable());
+    let all = children(&post(&vm.api(), json!({ "n": 100 })));
+    let ids: BTreeSet<_> =
+        all.iter().map(|c| c.api.get("/").json()["id"].as_str().unwrap().to_owned()).collect();
+    assert_eq!(ids.len(), 100);
+    assert!(all.iter().all(|child| child.api.state() == "Running"));
+    drop(all);
+    let count = |what: &str| fs::read_dir(format!("/proc/{}/{what}", vm.pid())).unwrap().count();
+    vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+    let before = (count("fd"), count("task"));
+    for _ in 0..20 {
+        children(&post(&vm.api(), json!({}))).remove(0).kill();
+    }
+    // The thread that answered may be on its way out.
+    wait_until(|| count("fd") <= before.0 && count("task") <= before.1);
+}
+
+#[test]
+fn two_clients_fork_at_once() {
+    let vm = parent(forkable());
+    let api = vm.api();
+    let fork = || (0..5).flat_map(|_| children(&post(&api, json!({ "n": 2 })))).collect::<Vec<_>>();
+    let (one, other) = std::thread::scope(|scope| {
+        let other = scope.spawn(fork);
+        (fork(), other.join().unwrap())
+    });
+    let sockets: BTreeSet<_> = one.iter().chain(&other).map(|child| &child.socket).collect();
+    assert_eq!(sockets.len(), 20);
+    assert_eq!(tell(&vm, "c", "count"), "3");
+}
+
+#[test]
+fn a_child_has_nothing_of_its_parents_terminal() {
+    let vm = Husk::guest("steps", "").memory(16).listening().on_terminal().start();
+    vm.expect("ready=1");
+    let child = children(&post(&vm.api(), json!({}))).remove(0);
+    let session = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let rest = stat.rsplit_once(") ").unwrap().1.to_owned();
+        rest.split(' ').nth(3).unwrap().parse::<u32>().unwrap()
+    };
+    assert_eq!(session(child.pid), child.pid);
+    for fd in [0, 1] {
+        let leads = fs::read_link(format!("/proc/{}/fd/{fd}", child.pid)).unwrap();
+        assert_eq!(leads.to_str(), Some("/dev/null"), "{fd}");
+    }
+    vm.type_in("c");
+    vm.expect("count=1");
+    child.kill();
+    vm.type_in("c");
+    vm.expect("count=2");
+}
+
+#[test]
+fn a_program_forks_in_its_own_process() {
+    require_host();
+    let scratch = Scratch::new();
+    let socket = |name: &str| {
+        let path = scratch.path(name);
+        SerialConfig { to: Some(SerialTo::Socket(path)), ..SerialConfig::default() }
+    };
+    let mut config = VmConfig::new(guest("steps"));
+    config.machine.mem_size_mib = 16;
+    config.machine.forkable = true;
+    config.serial = socket("parent");
+    let vm = Vm::start(config).unwrap();
+    let talk = |name: &str| {
+        let stream = UnixStream::connect(scratch.path(name)).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        BufReader::new(stream)
+    };
+    let count = |serial: &mut BufReader<UnixStream>| {
+        serial.get_mut().write_all(b"c").unwrap();
+        let mut line = String::new();
+        while !line.starts_with("count=") {
+            line.clear();
+            assert_ne!(serial.read_line(&mut line).unwrap(), 0);
+        }
+        line.trim_end().to_owned()
+    };
+    let mut parent = talk("parent");
+    assert_eq!(count(&mut parent), "count=1");
+    let overrides = ["a", "b"].map(|name| {
+        let serial = Some(socket(name));
+        Overrides { serial, ..Overrides::default() }
+    });
+    let vms = vm.fork(2, overrides.into()).unwrap();
+    let mut children = ["a", "b"].map(talk);
+    assert_eq!(count(&mut parent), "count=2");
+    assert_eq!(children.each_mut().map(count), ["count=2", "count=2"]);
+    assert_eq!(count(&mut parent), "count=3");
+    // An image is there for as long as somebody has it, whatever becomes of the VM.
+    let image = vm.freeze().unwrap();
+    vm.kill().unwrap();
+    let overrides = Overrides { serial: Some(socket("c")), ..Overrides::default() };
+    let late = Vm::restore(&image, overrides).unwrap();
+    assert_eq!(count(&mut talk("c")), "count=4");
+    let refusal = vms[0].fork(0, Vec::new()).unwrap_err();
+    assert!(matches!(refusal, Refusal::Fork(_)), "{refusal}");
+    drop((vms, late));
+}
+
+#[test]
+fn the_example_gives_every_request_a_vm_of_its_own() {
+    require_host();
+    let mut command = std::process::Command::new(env!("CARGO"));
+    command.args(["run", "--quiet", "--example", "function_runner", "--"]).arg(guest("steps"));
+    let output = command.args(["ready=1", "c", "c", "r"]).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "c: count=1\nc: count=1\nr: missing=rng\n");
+}
