@@ -354,11 +354,13 @@ impl Controller {
             machine.run();
         }
         let boot = finish(watch);
-        if let Some(restore) = restore.filter(|restore| restore.prefaults()) {
+        // What another process serves cannot be mapped.
+        let mapped = restore.filter(|restore| restore.handler.is_none());
+        if let Some(restore) = mapped.filter(|restore| restore.prefaults()) {
             machine.prefault(&restore.image);
         }
-        let origin = Origin::of(restore.map(|restore| &restore.image));
-        let wait = restore.and_then(|restore| restore.record_ms).map(Duration::from_millis);
+        let origin = Origin::of(mapped.map(|restore| &restore.image));
+        let wait = mapped.and_then(|restore| restore.record_ms).map(Duration::from_millis);
         let record_at = wait.and_then(|wait| runs_since.checked_add(wait));
         let live = Live { config, machine, serial_path, is_paused, origin, record_at, boot };
         self.metrics.adopt(metrics);
@@ -431,7 +433,7 @@ impl Controller {
         self.metrics.see_off(old.machine.sources().into_iter().filter(is_gone));
         let has_port = new.shares_port_with(&old.machine);
         match has_port {
-            true => drop(old),
+            true => old.machine.leave(),
             false => old.machine.finish(),
         }
         has_port

@@ -45,6 +45,9 @@ const DEMO_TIME: &str = "husk.boot_us";
 /// How long the last output may take to reach its reader when a machine ends.
 const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
 
+/// How long a machine may take to end whose memory another process serves.
+const SERVED_DEADLINE: Duration = Duration::from_secs(1);
+
 /// A machine. Dropping it stops it: vCPUs first, then KVM's VM, so that nothing needs to be hidden
 /// from the guest any more, then devices, then memory.
 #[derive(Debug)]
@@ -116,7 +119,13 @@ impl Machine {
         vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
             .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         watch.phases.vm_us = watch.lap();
-        let mut ram = memory::map(&config.machine, config.sharing(), image.map(|i| &i.memory))?;
+        let handler = restore.and_then(|restore| restore.handler.as_deref());
+        let contents = image.filter(|_| handler.is_none()).map(|image| &image.memory);
+        let mut ram = memory::map(&config.machine, config.sharing(), contents)?;
+        if let Some(socket) = handler {
+            ram.serve(&config.machine, socket, config.gives_memory_back())
+                .map_err(SnapshotError::Served)?;
+        }
         memory::register(&vm, &ram.guest, &config.machine)?;
         let host = memory::Host { kvm: &parts.kvm, cpu: &parts.cpu };
         let memory = memory::place(&vm, host, &mut ram, &mut parts.devices, saved)?;
@@ -139,6 +148,7 @@ impl Machine {
         watch.phases.kernel_us = watch.lap();
 
         let outcome = Outcome::new().map_err(Refusal::host("cannot make an eventfd"))?;
+        ram.watch(&outcome).map_err(Refusal::host("cannot watch over served memory"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
         let legacy = legacy(&vm, &parts, &outcome, &mut pio)?;
         if let Some(timer) = &parts.boot_timer {
@@ -187,6 +197,10 @@ impl Machine {
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
         let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
         watch.phases.vcpus_us = watch.lap();
+        if ram.is_lost() {
+            let gone = std::io::Error::other("it has ended");
+            return Err(Refusal::host("the process that serves guest memory")(gone));
+        }
         let (rest, has_pit) = (Rest(parts), config.machine.pit);
         Ok(Self { vcpus, vm, outcome, legacy, devices, has_pit, rest, ram, _memory: memory })
     }
@@ -270,6 +284,7 @@ impl Machine {
     /// Lets the guest run. A device whose host side is lost stays behind, and its driver is told.
     pub(crate) fn run(&self) {
         self.ram.touch();
+        self.ram.run();
         for Attached { model, id, transport, .. } in &self.devices {
             if let Err(e) = lock(transport).resume() {
                 log::error!("{model} {id}: cannot go on: {}", chain(&e));
@@ -414,9 +429,35 @@ impl Machine {
 
     /// Stops the machine for good, and sees its last output off.
     pub(crate) fn finish(self) {
-        let Self { vcpus, rest: Rest(parts), .. } = self;
-        drop(vcpus);
-        lock(&parts.serial).finish(SERIAL_DEADLINE);
+        self.end(|Self { vcpus, rest: Rest(parts), .. }| {
+            drop(vcpus);
+            lock(&parts.serial).finish(SERIAL_DEADLINE);
+        });
+    }
+
+    /// Stops the machine for good, whose serial port goes on.
+    pub(crate) fn leave(self) {
+        self.end(drop);
+    }
+
+    /// Does `what` ends it. If another process serves its memory, threads may wait for pages that never
+    /// come; nobody waits for them then.
+    fn end(self, what: fn(Self)) {
+        if !self.ram.is_served() {
+            return what(self);
+        }
+        let patience = if self.ram.is_lost() { SERIAL_DEADLINE } else { SERVED_DEADLINE };
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let end = move || {
+            what(self);
+            // Nobody waits for it any more if it took too long.
+            let _ = sender.send(());
+        };
+        match std::thread::Builder::new().name("husk_end".into()).spawn(end) {
+            Ok(_) if receiver.recv_timeout(patience).is_ok() => {}
+            Ok(_) => log::warn!("threads of the microVM still wait for memory that nobody serves"),
+            Err(e) => log::error!("cannot start a thread to end the microVM: {e}"),
+        }
     }
 }
 

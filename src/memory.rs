@@ -8,8 +8,10 @@ mod own;
 mod pagemap;
 mod prefault;
 mod rewind;
+mod served;
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -25,8 +27,11 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionA
 pub(crate) use self::dump::{Dump, Patch};
 pub(crate) use self::own::{Host, place, spare_slot};
 pub(crate) use self::rewind::forget_page_tables;
+pub(crate) use self::served::ServeError;
+use self::served::Served;
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
+use crate::outcome::Outcome;
 use crate::snapshot::MemoryImage;
 
 /// Guest RAM, mapped, and what devices have brought along.
@@ -48,6 +53,8 @@ pub(crate) struct Ram {
     live: Option<Arc<File>>,
     /// Whether nobody can have written since it was frozen.
     is_untouched: AtomicBool,
+    /// There if another process serves it.
+    served: Option<Served>,
 }
 
 impl Ram {
@@ -86,12 +93,57 @@ impl Ram {
         self.is_untouched.store(false, Ordering::Relaxed);
     }
 
+    /// Has it served by whoever listens at `socket`, which is told of pages that are given back if
+    /// something does. Nobody has touched it yet.
+    pub(crate) fn serve(
+        &mut self,
+        machine: &MachineConfig,
+        socket: &Path,
+        gives_back: bool,
+    ) -> Result<(), ServeError> {
+        let page_size = match machine.huge_pages {
+            HugePages::Hugetlb2M => 2 << 20,
+            HugePages::None | HugePages::Transparent => 4096,
+        };
+        self.served = Some(Served::begin(&self.guest, page_size, socket, gives_back)?);
+        Ok(())
+    }
+
+    /// Ends the run if the process that serves it ends, if there is one.
+    pub(crate) fn watch(&mut self, outcome: &Arc<Outcome>) -> std::io::Result<()> {
+        self.served.as_mut().map_or(Ok(()), |served| served.watch(outcome))
+    }
+
+    /// The guest runs from now on.
+    pub(crate) fn run(&self) {
+        if let Some(served) = &self.served {
+            served.run();
+        }
+    }
+
+    /// Whether another process serves it.
+    pub(crate) fn is_served(&self) -> bool {
+        self.served.is_some()
+    }
+
+    /// Whether the process that serves it is gone.
+    pub(crate) fn is_lost(&self) -> bool {
+        self.served.as_ref().is_some_and(Served::is_lost)
+    }
+
+    /// Has all of it brought in, if another process serves it.
+    pub(crate) fn bring_in(&self) -> std::io::Result<()> {
+        self.served.as_ref().map_or(Ok(()), |served| served.bring_in(&self.guest))
+    }
+
     /// Begins to copy all of it to `target`, as it is now.
     pub(crate) fn dump(&self, patch: Patch, target: &File) -> std::io::Result<Dump> {
         // The copier would see what is written from now on.
         if self.backings.iter().any(|backing| backing.behind() == Behind::Shared) {
             return Err(std::io::Error::other("others map guest memory, too"));
         }
+        // The process that copies would find zeros where nobody has been yet.
+        self.bring_in()?;
         dump::begin(&self.pieces(), patch, target)
     }
 
@@ -199,7 +251,8 @@ pub(crate) fn map(
     let guest = GuestRam::from_regions(regions).map_err(failed)?;
     let all = devices::GuestRam::backed(&guest, backings.iter().cloned()).map_err(failed)?;
     let (places, image, is_untouched) = (Vec::new(), image.cloned(), AtomicBool::new(false));
-    Ok(Ram { prefault: None, guest, backings, all, places, image, live, is_untouched })
+    let served = None;
+    Ok(Ram { prefault: None, guest, backings, all, places, image, live, is_untouched, served })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.

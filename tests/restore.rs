@@ -3,6 +3,9 @@ use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
 
 use serde_json::{Value, json};
 
@@ -509,4 +512,114 @@ fn a_vm_that_boots_leaves_room_for_one_that_is_restored() {
     assert_eq!(tell(&vm, "c", "count"), "3");
     vm.type_in("q");
     vm.wait().ok();
+}
+
+/// A process that serves memory.
+struct Handler {
+    child: Child,
+    said: BufReader<ChildStdout>,
+    socket: PathBuf,
+}
+
+impl Handler {
+    fn start(scratch: &Scratch, name: &str, memory: &Path) -> Self {
+        let socket = scratch.path(name);
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/handlers/uffd.py");
+        let mut command = Command::new("python3");
+        let command = command.arg(script).arg(&socket).arg(memory).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("python3");
+        let mut said = BufReader::new(child.stdout.take().unwrap());
+        assert_eq!(line(&mut said), "ready");
+        Self { child, said, socket }
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+}
+
+impl Drop for Handler {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn another_process_serves_the_memory() {
+    let scratch = Scratch::new();
+    let disk = scratch.file("disk", [b'd'; 4096]);
+    let directory = made(&scratch, steps().disk(&disk).arg("--rng").option("--balloon", "0"));
+    let (state, memory) = (directory.join("state"), memory_file(&directory));
+    let mut handler = Handler::start(&scratch, "pages", &memory);
+    let vm = Husk::api().typing().start();
+    let api = vm.api();
+    let backend = json!({ "backend_type": "Uffd", "backend_path": handler.socket });
+    let body = json!({ "snapshot_path": state, "mem_backend": backend, "resume_vm": true });
+    api.put("/snapshot/load", body).done();
+    assert_eq!(line(&mut handler.said), "mapped 1");
+    // The first that touches a page is husk here, on behalf of a device.
+    assert_eq!(tell(&vm, "b", "disk"), "dddddddd");
+    tell(&vm, "r", "random");
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    let fault = api.put("/snapshot/rewind", json!({})).fault();
+    assert!(fault.contains("snapshot"), "{fault}");
+    // All of it is saved, the pages as well that nobody has asked for.
+    let again = scratch.path("again");
+    snapshot(&vm, &again);
+    assert_eq!(tell(&vm, "c", "count"), "4");
+    vm.type_in("q");
+    vm.wait().ok();
+    let served = line(&mut handler.said);
+    let served: u32 = served.strip_prefix("served ").unwrap().parse().unwrap();
+    assert!(served > 1000, "{served}");
+    let vm = restore(&again).typing().start();
+    assert_eq!(tell(&vm, "c", "count"), "4");
+    vm.type_in("q");
+    vm.wait().ok();
+    // From the shell.
+    let handler = Handler::start(&scratch, "pages2", &memory);
+    let vm = restore(&directory).option("--uffd", &handler.socket).typing().start();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("q");
+    vm.wait().ok();
+}
+
+#[test]
+fn who_serves_the_memory_may_fail() {
+    let scratch = Scratch::new();
+    let directory = made(&scratch, steps());
+    let memory = memory_file(&directory);
+    let nobody = scratch.path("nobody");
+    let line = restore(&directory).option("--uffd", &nobody).wait().quickly().refused(4);
+    assert!(line.contains("mem_backend: ") && line.contains("nobody: cannot connect"), "{line}");
+    let api = Husk::api().start();
+    let backend = json!({ "backend_type": "Uffd", "backend_path": nobody });
+    let body = json!({ "directory": directory, "mem_backend": backend });
+    let fault = api.api().put("/snapshot/load", &body).fault();
+    assert!(
+        fault.ends_with("nobody: cannot connect: No such file or directory (os error 2)"),
+        "{fault}"
+    );
+    drop(api);
+    // Gone: the VM ends, and says why.
+    let handler = Handler::start(&scratch, "gone", &memory);
+    let vm = restore(&directory).option("--uffd", &handler.socket).listening().typing().start();
+    assert_eq!(vm.api().state(), "Running");
+    handler.signal(Signal::KILL);
+    let end = vm.wait().code(8);
+    assert!(end.errors.contains("the process that serves its memory has ended"), "{end}");
+    // Silent: the guest waits, husk does not.
+    let handler = Handler::start(&scratch, "silent", &memory);
+    let vm = restore(&directory).option("--uffd", &handler.socket).listening().typing().start();
+    assert_eq!(vm.api().state(), "Running");
+    handler.signal(Signal::STOP);
+    vm.type_in("c");
+    vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+    assert_eq!(vm.api().state(), "Paused");
+    vm.api().patch("/vm", json!({ "state": "Resumed" })).done();
+    vm.api().act("Kill").done();
+    vm.wait().code(0);
+    handler.signal(Signal::CONT);
 }

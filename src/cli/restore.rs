@@ -33,6 +33,10 @@ pub(super) struct RestoreArgs {
     /// The memory file, of a snapshot that is two files
     #[arg(long, value_name = "FILE")]
     memory: Option<PathBuf>,
+    /// The socket of a process that serves the memory page by page (userfaultfd, Firecracker's protocol), in place of
+    /// the memory file
+    #[arg(long, value_name = "SOCKET", conflicts_with = "memory")]
+    uffd: Option<PathBuf>,
     /// Another file for a disk: ID=PATH with, if they are to be others, [,io=sync|async][,bw=N][,ops=N][,group=ID]
     #[arg(long, value_name = "DISK")]
     disk: Vec<Other<block::Block>>,
@@ -141,18 +145,19 @@ impl RestoreArgs {
             overrides,
             ..LoadParams::default()
         };
-        let file = |path: &Path| MemoryBackend {
-            backend_type: MemoryBackendType::File,
-            backend_path: path.into(),
+        let backend = |backend_type| {
+            move |path: &Path| MemoryBackend { backend_type, backend_path: path.into() }
         };
-        params.mem_backend = self.memory.as_deref().map(file);
+        let file = self.memory.as_deref().map(backend(MemoryBackendType::File));
+        let served = self.uffd.as_deref().map(backend(MemoryBackendType::Uffd));
+        params.mem_backend = file.or(served);
         match self.snapshot.is_file() {
             true if params.mem_backend.is_none() => {
                 let why =
                     format!("{} is a state file: say where its memory is", self.snapshot.display());
                 return Err(SnapshotError::Field { field: "--memory", why }.into());
             }
-            false if params.mem_backend.is_none() => {
+            false if self.memory.is_none() => {
                 params.directory = Some(self.snapshot.clone());
             }
             _ => params.snapshot_path = Some(self.snapshot.clone()),

@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
 use devices::mmds;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
-use devices::virtio::{self, mem, net};
+use devices::virtio::{self, balloon, mem, net};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -257,6 +257,11 @@ impl VmConfig {
     pub(crate) fn devices(&self) -> impl Iterator<Item = &dyn Recipe> {
         let first = self.devices.iter().filter(|r| r.is_first());
         first.chain(self.devices.iter().filter(|r| !r.is_first())).map(|r| &**r)
+    }
+
+    /// Whether there is a device by which the guest gives memory back.
+    pub(crate) fn gives_memory_back(&self) -> bool {
+        self.devices.iter().any(|recipe| recipe.model() == balloon::Balloon::NAME)
     }
 
     /// Who has to map guest memory.

@@ -30,6 +30,7 @@ impl Ram {
         let is_huge = |backing: &Arc<Backing>| backing.pages() != Pages::Normal;
         match sharing {
             Sharing::Shared => Some("memory: another process has it too"),
+            Sharing::Private if self.is_served() => Some("memory: another process serves it"),
             Sharing::Private if self.backings.iter().any(is_huge) => {
                 Some("memory: it is in huge pages, which cannot be put back one by one")
             }

@@ -133,11 +133,29 @@ impl Image {
     /// Opens what a request names. The state is checked to its last bit, the memory file by its size
     /// and by the snapshot's id in it.
     pub(crate) fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
+        if params.handler().is_some() {
+            return Self::without_memory(&params.state_alone()?);
+        }
         let image = Self::at(&params.place()?)?;
         if params.verify {
             image.verify()?;
         }
         Ok(image)
+    }
+
+    /// The state alone, of a VM whose memory another process serves.
+    fn without_memory(state: &Path) -> Result<Self, SnapshotError> {
+        let (file, document) = read_state_file(state)?;
+        document.check(&file.extents)?;
+        let flags = rustix::fs::MemfdFlags::CLOEXEC;
+        let nothing = rustix::fs::memfd_create("husk-no-memory", flags)
+            .map_err(|e| SnapshotError::Copy(e.into()))?;
+        let memory = MemoryImage {
+            file: Arc::new(nothing.into()),
+            extents: Arc::default(),
+            over: Arc::default(),
+        };
+        Ok(Self { document: Arc::new(document), memory, memory_path: PathBuf::new() })
     }
 
     /// The same, given where the files are.

@@ -110,6 +110,9 @@ pub enum SnapshotError {
     /// The state does not fit the machine it describes.
     #[error("the snapshot does not fit together: {0}")]
     Inconsistent(String),
+    /// Nobody serves the memory of a VM that is restored.
+    #[error("mem_backend: {0}")]
+    Served(#[source] crate::memory::ServeError),
     /// KVM did not give or take the state.
     #[error(transparent)]
     State(#[from] arch::StateError),
@@ -144,7 +147,7 @@ impl SnapshotError {
             }
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Open { .. } => ExitCode::Config,
-            Self::File { .. } | Self::Copy(_) => ExitCode::Host,
+            Self::File { .. } | Self::Copy(_) | Self::Served(_) => ExitCode::Host,
             _ => ExitCode::Snapshot,
         }
     }

@@ -1,5 +1,5 @@
 //! What is asked of snapshots: the bodies of `PUT /snapshot/create` and `PUT /snapshot/load`.
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use devices::virtio::model::Model;
 use devices::virtio::{net, vsock};
@@ -236,6 +236,25 @@ impl LoadParams {
         Err(Refusal::Body(serde::de::Error::custom(refused)))
     }
 
+    /// The socket of the process that serves the memory, if one does.
+    pub(crate) fn handler(&self) -> Option<&Path> {
+        let backend = self.mem_backend.as_ref();
+        let backend = backend.filter(|b| b.backend_type == MemoryBackendType::Uffd);
+        backend.map(|backend| &*backend.backend_path)
+    }
+
+    /// The state file of a snapshot whose memory another process serves.
+    pub(super) fn state_alone(&self) -> Result<PathBuf, SnapshotError> {
+        let wrong = |field, why: &str| Err(SnapshotError::Field { field, why: why.into() });
+        match (&self.directory, &self.snapshot_path) {
+            _ if self.verify => wrong("verify", "Uffd serves memory that husk does not see"),
+            (Some(directory), None) => Ok(Place::Directory(directory.clone()).state()),
+            (None, Some(state)) => Ok(state.clone()),
+            (Some(_), Some(_)) => wrong("directory", "give it or snapshot_path, not both"),
+            (None, None) => wrong("snapshot_path", "give it, or directory"),
+        }
+    }
+
     /// All that is to be different, in one form.
     pub(crate) fn overrides(&self) -> Overrides {
         let mut all = self.overrides.clone();
@@ -262,7 +281,7 @@ impl LoadParams {
             (Some(path), None) => Some(path),
             (None, Some(backend)) => match backend.backend_type {
                 MemoryBackendType::File => Some(&backend.backend_path),
-                MemoryBackendType::Uffd => return wrong("mem_backend", "Uffd cannot be had yet"),
+                MemoryBackendType::Uffd => None,
             },
             (None, None) => None,
         };

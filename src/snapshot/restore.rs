@@ -1,7 +1,9 @@
 //! How a VM goes on from a snapshot.
+use std::path::{Path, PathBuf};
+
 use arch::Clock;
 
-use super::{Image, LoadParams, Overrides};
+use super::{Image, LoadParams, Overrides, SnapshotError};
 use crate::config::{HugePages, VmConfig};
 use crate::error::Refusal;
 
@@ -25,6 +27,8 @@ pub struct Restore {
     pub ignores_working_set: bool,
     /// Which pages back guest RAM, if not those that the snapshot says.
     pub huge_pages: Option<HugePages>,
+    /// The socket of a process that serves guest RAM in place of the image, by userfaultfd(2).
+    pub handler: Option<PathBuf>,
 }
 
 impl Restore {
@@ -39,6 +43,7 @@ impl Restore {
             record_ms: None,
             ignores_working_set: false,
             huge_pages: None,
+            handler: None,
         }
     }
 
@@ -53,12 +58,23 @@ impl Restore {
             record_ms: params.record_ms,
             ignores_working_set: params.ignore_working_set,
             huge_pages: params.huge_pages.into(),
+            handler: params.handler().map(Path::to_owned),
         })
     }
 
     /// The configuration of the VM that goes on. What is of the process is not in it.
     pub(crate) fn config(&self) -> Result<VmConfig, Refusal> {
+        if self.handler.is_some() && !self.image.document.memory.plugged.is_empty() {
+            let why = "Uffd serves RAM, and this snapshot has memory that is plugged".into();
+            return Err(SnapshotError::Field { field: "mem_backend", why }.into());
+        }
+        if self.handler.is_some() && self.record_ms.is_some() {
+            let why = "what is touched is noted for a memory file, and Uffd has none".into();
+            return Err(SnapshotError::Field { field: "record_ms", why }.into());
+        }
         let mut config = self.image.config(&self.overrides)?;
+        // What another process serves cannot be frozen in place; it is copied.
+        config.machine.forkable &= self.handler.is_none();
         config.machine.track_dirty_pages = self.track_dirty_pages;
         config.machine.huge_pages = self.huge_pages.unwrap_or(config.machine.huge_pages);
         Ok(config)
