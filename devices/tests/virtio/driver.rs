@@ -8,12 +8,15 @@ use std::time::{Duration, Instant};
 use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
-use devices::memory::{Leases, Piece, Placement, Slots};
+use devices::memory::{Backing, Leases, PAGE, Piece, Placement, Slots};
 use devices::metrics::{CounterSet, Value};
 use devices::virtio::mmio::{MmioTransport, Saved, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::model::{DeviceError, VirtioDevice};
 use devices::virtio::notifier::{Counters, Interrupt, Notifier};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+};
 
 /// RAM: two pieces with a hole between them.
 pub(crate) const LOW: (u64, u64) = (0, 0x10_0000);
@@ -139,9 +142,41 @@ impl Drop for Tally {
     }
 }
 
+/// RAM whose pages that are written are recorded.
 pub(crate) fn ram() -> GuestRam {
     let piece = |(start, len): (u64, u64)| (GuestAddress(start), usize::try_from(len).unwrap());
-    GuestRam::from_ranges(&[piece(LOW), piece(HIGH)]).unwrap()
+    let ram = GuestMemoryMmap::<()>::from_ranges(&[piece(LOW), piece(HIGH)]).unwrap();
+    let recording = |region: &GuestRegionMmap<()>| Backing::of(&region.get_mmap()).recording();
+    GuestRam::backed(&ram, ram.iter().map(|region| Arc::new(recording(region)))).unwrap()
+}
+
+/// Begins to record anew what is written.
+pub(crate) fn forget_written(mem: &GuestRam) {
+    for region in mem.iter() {
+        region.backing().written().as_ref().unwrap().take();
+    }
+}
+
+/// The pages of guest memory that there are, and their contents.
+pub(crate) fn pages_of(mem: &GuestRam) -> Vec<(GuestAddress, Vec<u8>)> {
+    let mut pages = Vec::new();
+    for region in mem.iter() {
+        for (offset, len) in region.present() {
+            for page in (offset..offset + len).step_by(PAGE) {
+                let addr = GuestAddress(region.start_addr().0 + page);
+                let mut bytes = vec![0; PAGE];
+                mem.read_slice(&mut bytes, addr).unwrap();
+                pages.push((addr, bytes));
+            }
+        }
+    }
+    pages
+}
+
+/// Whether the page at `addr` is recorded to have been written.
+pub(crate) fn is_written(mem: &GuestRam, addr: GuestAddress) -> bool {
+    let (region, offset) = mem.to_region_addr(addr).unwrap();
+    region.bitmap().dirty_at(usize::try_from(offset.0).unwrap())
 }
 
 impl Machine {
@@ -291,6 +326,20 @@ impl Machine {
             names.zip(set.values())
         });
         counted.find(|(n, _)| *n == name).unwrap_or_else(|| panic!("no {name}")).1.amount()
+    }
+}
+
+impl Drop for Machine {
+    /// Memory was all zero: what is not has been written by somebody, and must have been recorded.
+    fn drop(&mut self) {
+        let is_quiet = self.transport.lock().is_ok_and(|mut transport| transport.pause().is_ok());
+        if std::thread::panicking() || !is_quiet {
+            return;
+        }
+        for (addr, bytes) in pages_of(&self.mem) {
+            let is_missed = bytes.iter().any(|byte| *byte != 0) && !is_written(&self.mem, addr);
+            assert!(!is_missed, "a write to the page at {:#x} was not recorded", addr.0);
+        }
     }
 }
 
