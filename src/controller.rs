@@ -495,10 +495,10 @@ impl Controller {
             Err(e) => return respond(Err(e)),
         };
         let written = self.live().map(|live| live.origin.written());
-        let (kind, latencies) = (params.snapshot_type, self.identity.counters.latencies.clone());
+        let latencies = self.identity.counters.latencies.clone();
         let load_params = params.load_params();
         let answer = move |saved: Result<Written, _>| {
-            respond(done(saved.map_err(Refusal::Snapshot).map(|Written { id, bytes }| {
+            respond(done(saved.map_err(Refusal::Snapshot).map(|Written { id, kind, bytes }| {
                 if let Ok(written) = written {
                     written.tell(load_params);
                 }
@@ -517,6 +517,10 @@ impl Controller {
         }
         let poster = self.hub.poster().map_err(Refusal::host("cannot make an eventfd"))?;
         let Live { config, machine, is_paused, .. } = self.live()?;
+        if let Some(recipe) = config.devices().find(|recipe| recipe.needs_shared_memory()) {
+            let (model, id) = (recipe.model(), recipe.id().to_owned());
+            return Err(SnapshotError::Elsewhere { model, id }.into());
+        }
         let draft = Draft::new(params, machine.ram().len())?;
         let writer = Writer::spawn();
         let writer = writer.map_err(Refusal::host("cannot start a thread to write a snapshot"))?;

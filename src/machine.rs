@@ -131,6 +131,7 @@ impl Machine {
         let memory = memory::place(&vm, host, &mut ram, &mut parts.devices, saved)?;
         if let Some(image) = image {
             image.check_memory(&ram)?;
+            ram.tracker.begin(image.parent.clone());
         }
         watch.phases.memory_us = watch.lap();
         vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;

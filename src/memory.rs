@@ -9,11 +9,12 @@ mod pagemap;
 mod prefault;
 mod rewind;
 mod served;
+mod track;
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 
 use arch::{GuestRam, layout};
 use devices::memory::{Backing, Behind, GuestRegion};
@@ -24,11 +25,13 @@ use rustix::mm::Advice;
 use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
-pub(crate) use self::dump::{Dump, Patch};
+pub(crate) use self::dump::{Changes, Dump, Dumped, Patch, Plan, Zeroes};
+use self::own::KvmSlots;
 pub(crate) use self::own::{Host, place, spare_slot};
 pub(crate) use self::rewind::forget_page_tables;
 pub(crate) use self::served::ServeError;
 use self::served::Served;
+pub(crate) use self::track::{Since, Tracker};
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 use crate::outcome::Outcome;
@@ -55,6 +58,12 @@ pub(crate) struct Ram {
     is_untouched: AtomicBool,
     /// There if another process serves it.
     served: Option<Served>,
+    /// KVM's slots of devices' memory.
+    slots: Vec<Arc<KvmSlots>>,
+    /// Gone with the machine.
+    vm: Weak<VmFd>,
+    /// What has changed since the last snapshot.
+    pub(crate) tracker: Arc<Tracker>,
 }
 
 impl Ram {
@@ -136,15 +145,15 @@ impl Ram {
         self.served.as_ref().map_or(Ok(()), |served| served.bring_in(&self.guest))
     }
 
-    /// Begins to copy all of it to `target`, as it is now.
-    pub(crate) fn dump(&self, patch: Patch, target: &File) -> std::io::Result<Dump> {
+    /// Begins to copy what `plan` wants of it to `target`, as it is now.
+    pub(crate) fn dump(&self, plan: &Plan, patch: Patch, target: &File) -> std::io::Result<Dump> {
         // The copier would see what is written from now on.
         if self.backings.iter().any(|backing| backing.behind() == Behind::Shared) {
             return Err(std::io::Error::other("others map guest memory, too"));
         }
         // The process that copies would find zeros where nobody has been yet.
         self.bring_in()?;
-        dump::begin(&self.pieces(), patch, target)
+        dump::begin(&self.pieces(), plan, patch, target)
     }
 
     /// Gives memory besides RAM the contents that the image has. It has been plugged, and nobody uses it
@@ -250,9 +259,20 @@ pub(crate) fn map(
     let failed = |e| Refusal::Host { what: what(), source: std::io::Error::other(e) };
     let guest = GuestRam::from_regions(regions).map_err(failed)?;
     let all = devices::GuestRam::backed(&guest, backings.iter().cloned()).map_err(failed)?;
-    let (places, image, is_untouched) = (Vec::new(), image.cloned(), AtomicBool::new(false));
-    let served = None;
-    Ok(Ram { prefault: None, guest, backings, all, places, image, live, is_untouched, served })
+    Ok(Ram {
+        prefault: None,
+        served: None,
+        live,
+        is_untouched: AtomicBool::new(false),
+        guest,
+        backings,
+        all,
+        places: Vec::new(),
+        image: image.cloned(),
+        slots: Vec::new(),
+        vm: Weak::new(),
+        tracker: Arc::default(),
+    })
 }
 
 /// A file in memory of `len` bytes, for RAM that others map too.

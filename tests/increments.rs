@@ -1,14 +1,254 @@
-//! Snapshots of memory that changes shape: plugged while the guest runs, or given back by a balloon.
-use serde_json::json;
+//! Snapshots of what has changed, and of memory that changes shape: plugged while the guest runs, or given back by a
+//! balloon.
+use std::fs::File;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{SeekFrom, seek};
+use serde_json::{Value, json};
 
 use crate::util::*;
 
 const MIB: u64 = 1 << 20;
 
-fn load(directory: &std::path::Path) -> TestVm {
-    let vm = Husk::api().start();
-    vm.api().put("/snapshot/load", json!({"directory": directory, "resume_vm": true})).done();
+fn load(directory: &Path) -> TestVm {
+    load_with(json!({"directory": directory}))
+}
+
+fn load_with(mut params: Value) -> TestVm {
+    let vm = Husk::api().typing().start();
+    params["resume_vm"] = true.into();
+    vm.api().put("/snapshot/load", params).done();
     vm
+}
+
+/// Why a snapshot is not loaded.
+fn refusal(params: Value) -> String {
+    Husk::api().start().api().put("/snapshot/load", params).fault()
+}
+
+/// The guest `pages` with 1,000 of them, and whether KVM remembers what it writes.
+fn pages(is_tracked: bool) -> TestVm {
+    let vm = Husk::api().typing().start();
+    let (api, kernel) = (vm.api(), guest("pages"));
+    let args = "count=1000";
+    api.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": args})).done();
+    let machine = json!({"vcpu_count": 1, "mem_size_mib": 64, "track_dirty_pages": is_tracked});
+    api.put("/machine-config", machine).done();
+    api.act("InstanceStart").done();
+    vm.expect("ready=1");
+    vm
+}
+
+/// Types commands, and gives what the guest says to the last.
+fn tell(vm: &TestVm, commands: &str) -> String {
+    let mut said = String::new();
+    for command in commands.chars() {
+        vm.type_in(command.to_string());
+        said = vm.expect("=");
+    }
+    said
+}
+
+fn create(vm: &TestVm, directory: &Path, kind: &str) {
+    let params = json!({"directory": directory, "snapshot_type": kind});
+    vm.api().put("/snapshot/create", params).done();
+}
+
+/// The memory file in a directory.
+fn memory_of(directory: &Path) -> PathBuf {
+    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
+    files.max_by_key(|path| path.metadata().unwrap().len()).unwrap()
+}
+
+/// KiB that a file takes.
+fn held_kib(path: &Path) -> u64 {
+    path.metadata().unwrap().blocks() / 2
+}
+
+/// Copies what is in a file over another one, as the tools for Firecracker's snapshots do.
+fn copy_data(from: &Path, to: &Path) {
+    let (from, to) = (File::open(from).unwrap(), File::options().write(true).open(to).unwrap());
+    let mut at = 0;
+    while let Ok(start) = seek(&from, SeekFrom::Data(at)) {
+        at = seek(&from, SeekFrom::Hole(start)).unwrap();
+        let mut bytes = vec![0; (at - start) as usize];
+        from.read_exact_at(&mut bytes, start).unwrap();
+        to.write_all_at(&bytes, start).unwrap();
+    }
+}
+
+fn merge(directory: &Path, output: &Path) {
+    let args = ["snapshot", "merge", directory.to_str().unwrap(), "-o", output.to_str().unwrap()];
+    Husk::new(args).wait().code(0);
+}
+
+#[test]
+fn each_moment_of_a_chain_comes_back() {
+    for is_tracked in [true, false] {
+        let scratch = Scratch::new();
+        let vm = pages(is_tracked);
+        let mut sums = Vec::new();
+        let moments = [("w", "Full"), ("w", "Diff"), ("z", "Diff"), ("ww", "Diff"), ("c", "Diff")];
+        for (n, (commands, kind)) in moments.into_iter().enumerate() {
+            tell(&vm, commands);
+            let sum = tell(&vm, "h");
+            let directory = scratch.path(&format!("moment{n}"));
+            create(&vm, &directory, kind);
+            sums.push((directory, sum));
+        }
+        // 500 pages, then what the guest does besides; without a record all that is there.
+        let held: Vec<_> = sums.iter().map(|(path, _)| held_kib(&memory_of(path))).collect();
+        if is_tracked {
+            assert!((2000..2400).contains(&held[1]) && held[2] < 400 && held[4] < 400, "{held:?}");
+        }
+        vm.api().patch("/vm", json!({"state": "Paused"})).done();
+        let [last, all, merged] = ["last", "all", "merged"].map(|name| scratch.path(name));
+        create(&vm, &last, "Diff");
+        create(&vm, &all, "Full");
+        drop(vm);
+        for (directory, sum) in &sums {
+            let vm = load(directory);
+            assert_eq!(tell(&vm, "h"), *sum, "{}", directory.display());
+        }
+        merge(&last, &merged);
+        let [is, want] = [&merged, &all].map(|path| std::fs::read(memory_of(path)).unwrap());
+        let differs = |page: &(usize, (&[u8], &[u8]))| page.1.0 != page.1.1;
+        let pages = is.chunks(4096).zip(want.chunks(4096)).enumerate();
+        let differ: Vec<_> = pages.filter(differs).map(|(n, _)| n).collect();
+        // That with the id.
+        assert!(is.len() == want.len() && differ.len() == 1, "pages {differ:?}");
+        let verified = Husk::new(["snapshot", "verify", merged.to_str().unwrap()]).wait();
+        verified.code(0);
+        Husk::new(["snapshot", "verify", last.to_str().unwrap()]).wait().code(0);
+    }
+}
+
+#[test]
+fn a_restored_vm_goes_on_with_the_chain() {
+    for is_tracked in [true, false] {
+        let scratch = Scratch::new();
+        let [first, second, third, fourth] =
+            ["first", "second", "third", "fourth"].map(|name| scratch.path(name));
+        let vm = pages(true);
+        tell(&vm, "w");
+        create(&vm, &first, "Full");
+        tell(&vm, "w");
+        create(&vm, &second, "Diff");
+        drop(vm);
+        let vm = load_with(json!({"directory": second, "track_dirty_pages": is_tracked}));
+        let before = tell(&vm, "h");
+        tell(&vm, "z");
+        create(&vm, &third, "Diff");
+        // Not more than what has changed twice: small pieces of a chain are copied when it is loaded.
+        assert!(held_kib(&memory_of(&third)) < 1600, "{}", held_kib(&memory_of(&third)));
+        tell(&vm, "w");
+        let sum = tell(&vm, "h");
+        create(&vm, &fourth, "Diff");
+        drop(vm);
+        let vm = load(&fourth);
+        assert_eq!(tell(&vm, "h"), sum);
+        // Back to an earlier one, and on from there.
+        vm.api().put("/snapshot/rewind", json!({"directory": second})).done();
+        assert_eq!(tell(&vm, "h"), before);
+        tell(&vm, "z");
+        let sum = tell(&vm, "h");
+        create(&vm, &fourth, "Diff");
+        drop(vm);
+        assert_eq!(tell(&load(&fourth), "h"), sum);
+
+        // Nothing goes without what it goes over, and it says so.
+        let aside = scratch.path("aside");
+        std::fs::rename(&first, &aside).unwrap();
+        let refused = refusal(json!({"directory": fourth}));
+        assert!(refused.contains("is not to be had at") && refused.contains("first"), "{refused}");
+        std::fs::rename(&third, &first).unwrap();
+        let refused = refusal(json!({"directory": fourth}));
+        assert!(refused.contains("by now"), "{refused}");
+    }
+}
+
+#[test]
+fn what_others_merge_is_loaded() {
+    let scratch = Scratch::new();
+    let vm = pages(true);
+    let names = ["base.state", "base.mem", "diff.state", "diff.mem", "more.mem"];
+    let [base_state, base, state, diff, more] = names.map(|name| scratch.path(name));
+    let create = |kind: &str, state: &Path, memory: &Path| {
+        let files = json!({"snapshot_path": state, "mem_file_path": memory, "snapshot_type": kind});
+        vm.api().put("/snapshot/create", files).done();
+    };
+    let files =
+        |state: &Path, memory: &Path| json!({"snapshot_path": state, "mem_file_path": memory});
+    tell(&vm, "w");
+    create("Full", &base_state, &base);
+    tell(&vm, "wz");
+    let sum = tell(&vm, "h");
+    create("Diff", &state, &diff);
+    assert_eq!(tell(&load_with(files(&state, &diff)), "h"), sum);
+    copy_data(&diff, &base);
+    assert_eq!(tell(&load_with(files(&state, &base)), "h"), sum);
+    // The base is another by now, and nothing but the state's own file goes with it.
+    let refused = refusal(files(&state, &diff));
+    assert!(refused.contains("base.mem"), "{refused}");
+    // The next one, onto the same file; its state in the place of the last.
+    tell(&vm, "w");
+    let sum = tell(&vm, "h");
+    create("Diff", &state, &more);
+    drop(vm);
+    copy_data(&more, &base);
+    let vm = load_with(files(&state, &base));
+    assert_eq!(tell(&vm, "h"), sum);
+    // In the place of what it goes over it is complete.
+    tell(&vm, "z");
+    let sum = tell(&vm, "h");
+    vm.api()
+        .put(
+            "/snapshot/create",
+            json!({"snapshot_path": state, "mem_file_path": base,
+            "snapshot_type": "Diff"}),
+        )
+        .done();
+    drop(vm);
+    [&base_state, &diff, &more].iter().for_each(|path| std::fs::remove_file(path).unwrap());
+    assert_eq!(tell(&load_with(files(&state, &base)), "h"), sum);
+}
+
+/// A chain has an end, and each of its links can be loaded.
+#[test]
+fn a_long_chain_begins_anew() {
+    let scratch = Scratch::new();
+    let vm = pages(true);
+    tell(&vm, "w");
+    let links: Vec<_> = (0..66).map(|n| scratch.path(&format!("link{n}"))).collect();
+    for link in &links {
+        create(&vm, link, "Diff");
+    }
+    let sum = tell(&vm, "h");
+    drop(vm);
+    let held: Vec<_> = links.iter().map(|link| held_kib(&memory_of(link))).collect();
+    assert!(held[0] > 4000 && held[64] > 4000 && held[63] < 200 && held[65] < 200, "{held:?}");
+    for link in &links[63..] {
+        assert_eq!(tell(&load(link), "h"), sum);
+    }
+}
+
+/// Memory is copied while the guest writes all of it: a page of another moment would not fit.
+#[test]
+fn a_busy_guest_is_saved_as_it_was() {
+    let scratch = Scratch::new();
+    let vm = pages(true);
+    tell(&vm, "b");
+    let moments: Vec<_> = (0..4).map(|n| scratch.path(&format!("moment{n}"))).collect();
+    for (n, directory) in moments.iter().enumerate() {
+        create(&vm, directory, if n == 0 { "Full" } else { "Diff" });
+    }
+    drop(vm);
+    for directory in &moments {
+        let vm = load(directory);
+        vm.type_in("x");
+        vm.expect("busy=ok");
+    }
 }
 
 #[test]
@@ -41,12 +281,8 @@ fn plugged_memory_is_in_a_snapshot() {
     request(&vm, 130).done();
     vm.expect("plugged=130");
     vm.wait().ok();
-    let held = |directory: &std::path::Path| {
-        let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
-        let memory = files.map(|f| f.metadata().unwrap()).max_by_key(|meta| meta.len()).unwrap();
-        (memory.len(), std::os::unix::fs::MetadataExt::blocks(&memory) * 512)
-    };
-    let (len, held) = held(&second);
+    let memory = memory_of(&second);
+    let (len, held) = (memory.metadata().unwrap().len(), held_kib(&memory) << 10);
     assert!(len >= 256 * MIB && (128 * MIB..160 * MIB).contains(&held), "{len}, {held}");
 }
 

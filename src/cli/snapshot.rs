@@ -1,13 +1,13 @@
 //! `husk snapshot`: what is in a snapshot, and whether it is sound. Nothing is restored.
 use std::fmt::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
 use super::{fail, print};
 use crate::error::chain;
 use crate::exit::ExitCode;
-use crate::snapshot::{Inspection, Named, Overrides, SnapshotError};
+use crate::snapshot::{Inspection, Named, Over, Overrides, SnapshotError, SnapshotParams};
 
 /// Look into a snapshot.
 #[derive(Args, Debug)]
@@ -23,6 +23,7 @@ Examples:
   husk snapshot inspect --json warm | jq .config
   husk snapshot verify warm
   husk snapshot verify vm.state vm.mem
+  husk snapshot merge monday/11h -o monday/all
 
 Exit codes: 0 it is sound, 3 it cannot be opened, 4 it cannot be read, 7 it is damaged, or not one
 for this husk.";
@@ -41,6 +42,14 @@ enum Verb {
     Verify {
         #[command(flatten)]
         which: Which,
+    },
+    /// Make one that needs no other of a snapshot of what has changed
+    Merge {
+        #[command(flatten)]
+        which: Which,
+        /// The directory for it, made if it is missing
+        #[arg(short, long, value_name = "OUT")]
+        output: PathBuf,
     },
 }
 
@@ -62,6 +71,7 @@ impl SnapshotArgs {
                 false => table(&found),
             }),
             Verb::Verify { which } => verify(&which.named()),
+            Verb::Merge { which, output } => merge(&which.named(), &output),
         };
         text.map_or_else(|e| fail(e.exit_code(), &e), |text| print(text.as_bytes()))
     }
@@ -81,8 +91,14 @@ fn verify(named: &Named) -> Result<String, SnapshotError> {
     Ok("the snapshot is sound\n".into())
 }
 
+fn merge(named: &Named, output: &Path) -> Result<String, SnapshotError> {
+    named.open()?.merge(&SnapshotParams::to_directory(output))?;
+    Ok(String::new())
+}
+
 fn table(found: &Inspection) -> String {
-    let Inspection { format, husk, arch, id, vcpus, state_bytes, memory, devices, .. } = found;
+    let Inspection { format, husk, arch, id, parent, vcpus, state_bytes, memory, devices, .. } =
+        found;
     let mut text = format!("id       {id}\nformat   {format}, written by husk {husk} on {arch}\n");
     let file = memory.file.as_ref().map_or("elsewhere".into(), |file| file.display().to_string());
     let mib = |bytes: u64| bytes.div_ceil(1 << 20);
@@ -102,6 +118,9 @@ fn table(found: &Inspection) -> String {
         ),
     ];
     lines.iter().for_each(|line| text.push_str(&format!("{line}\n")));
+    if let Some(Over { id, state }) = parent {
+        let _ = writeln!(text, "over     {id}, {}", state.display());
+    }
     for device in devices {
         // Writing to a string does not fail.
         let _ = writeln!(text, "device   {:<2} {} {}", device.place, device.model, device.id);

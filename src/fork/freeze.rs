@@ -6,7 +6,7 @@ use rustix::fs::MemfdFlags;
 use serde_json::Value;
 
 use crate::config::HugePages;
-use crate::memory::{Dump, Patch, Ram};
+use crate::memory::{Dump, Patch, Plan, Ram};
 use crate::snapshot::{
     Document, Image, MachineState, MemoryDocument, MemoryImage, SnapshotError, hex,
 };
@@ -44,7 +44,13 @@ impl Freezing {
             husk: env!("CARGO_PKG_VERSION").into(),
             arch: std::env::consts::ARCH.into(),
             id: hex(&id),
-            memory: MemoryDocument { file: None, len: ram.len(), id_at, plugged: ram.plugged() },
+            memory: MemoryDocument {
+                file: None,
+                len: ram.len(),
+                id_at,
+                plugged: ram.plugged(),
+                parent: None,
+            },
             config,
             machine,
         };
@@ -53,7 +59,7 @@ impl Freezing {
             None => {
                 let file = new_file(ram.len()).map_err(SnapshotError::Copy)?;
                 let patch = Patch { at: id_at, bytes: id };
-                let dump = ram.dump(patch, &file).map_err(SnapshotError::Copy)?;
+                let dump = ram.dump(&Plan::Full, patch, &file).map_err(SnapshotError::Copy)?;
                 Memory::Copied(dump, file)
             }
         };
@@ -65,7 +71,7 @@ impl Freezing {
         let memory = match self.memory {
             Memory::There(image) => image,
             Memory::Copied(dump, file) => {
-                let extents = dump.finish().map_err(SnapshotError::Copy)?.into();
+                let extents = dump.finish().map_err(SnapshotError::Copy)?.extents.into();
                 MemoryImage { file: Arc::new(file), extents, over: [].into() }
             }
         };

@@ -53,6 +53,49 @@ pub(crate) struct Piece {
     pub(crate) vacated: Vec<u64>,
 }
 
+/// Which pages are copied.
+#[derive(Clone, Debug)]
+pub(crate) enum Plan {
+    /// All that are not zero.
+    Full,
+    /// Those that have changed since another snapshot.
+    Changes(Changes),
+}
+
+/// What has changed since another snapshot, and how that is written.
+#[derive(Clone, Debug)]
+pub(crate) struct Changes {
+    /// The pages of the image that have changed, a bit each. `None` if nobody has kept a record: then it
+    /// is those that this process has written at all.
+    pub(crate) pages: Option<Vec<u64>>,
+    /// What was not zero in the other snapshot.
+    pub(crate) before: Arc<[Extent]>,
+    /// Pages that are looked at if they have not changed, so that the other snapshot can be told by
+    /// them: their places in the image, in order.
+    pub(crate) witnesses: Vec<u64>,
+    /// What becomes of pages that are zero now, and were not.
+    pub(crate) zeroes: Zeroes,
+}
+
+/// What becomes of pages that have become zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Zeroes {
+    /// They are written, so that whoever copies what is in the file copies them.
+    Written,
+    /// The table of extents has them.
+    Told,
+}
+
+/// What a copy consists of.
+#[derive(Debug, Default)]
+pub(crate) struct Dumped {
+    pub(crate) extents: Vec<Extent>,
+    /// Pages that are in the other snapshot and not in this one, with their sums.
+    pub(crate) witnesses: Vec<Extent>,
+    /// Whether something is in the other snapshot only.
+    pub(crate) is_partial: bool,
+}
+
 /// What is put over the guest's memory in the copy: a place in the image, and bytes within one page.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patch {
@@ -67,8 +110,13 @@ pub(crate) struct Dump {
     results: File,
 }
 
-/// Begins to copy `pieces` to `target`, as they are now.
-pub(crate) fn begin(pieces: &[Piece], patch: Patch, target: &File) -> io::Result<Dump> {
+/// Begins to copy what `plan` wants of `pieces` to `target`, as they are now.
+pub(crate) fn begin(
+    pieces: &[Piece],
+    plan: &Plan,
+    patch: Patch,
+    target: &File,
+) -> io::Result<Dump> {
     let (results, to_parent) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let parent = rustix::process::getpid();
     // SAFETY: the child runs `Copier` and nothing else; it takes no lock but the allocator's, which
@@ -76,7 +124,7 @@ pub(crate) fn begin(pieces: &[Piece], patch: Patch, target: &File) -> io::Result
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let status = Copier::run(parent, pieces, patch, target, to_parent);
+            let status = Copier::run(parent, pieces, plan, patch, target, to_parent);
             // SAFETY: ends the process at once; nothing is left to be run in it.
             unsafe { libc::_exit(status) }
         }
@@ -86,14 +134,14 @@ pub(crate) fn begin(pieces: &[Piece], patch: Patch, target: &File) -> io::Result
 
 impl Dump {
     /// Waits until the copy is there; what it consists of.
-    pub(crate) fn finish(mut self) -> io::Result<Vec<Extent>> {
+    pub(crate) fn finish(mut self) -> io::Result<Dumped> {
         let mut bytes = Vec::new();
         let read = self.results.read_to_end(&mut bytes);
         self.reap();
         read?;
         let ended = || io::Error::other("the process that copies memory ended before it was done");
         let (records, _) = bytes.as_chunks::<RECORD_LEN>();
-        let (last, extents) = records.split_last().ok_or_else(ended)?;
+        let (last, records) = records.split_last().ok_or_else(ended)?;
         match last[0] {
             DONE => {}
             FAILED => {
@@ -102,8 +150,17 @@ impl Dump {
             }
             _ => return Err(ended()),
         }
-        let extent = |record: &[u8; RECORD_LEN]| Extent::from_bytes(record.last_chunk()?);
-        extents.iter().map(extent).collect::<Option<_>>().ok_or_else(ended)
+        let mut dumped = Dumped::default();
+        for record in records {
+            let extent = || Extent::from_bytes(record.last_chunk()?);
+            match record[0] {
+                EXTENT => dumped.extents.push(extent().ok_or_else(ended)?),
+                WITNESS => dumped.witnesses.push(extent().ok_or_else(ended)?),
+                PARTIAL => dumped.is_partial = true,
+                _ => return Err(ended()),
+            }
+        }
+        Ok(dumped)
     }
 
     /// The process that copies. `None` where the kernel has no descriptors of processes.
@@ -136,9 +193,12 @@ const RECORD_LEN: usize = 1 + EXTENT_LEN;
 const EXTENT: u8 = 0;
 const DONE: u8 = 1;
 const FAILED: u8 = 2;
+const WITNESS: u8 = 3;
+const PARTIAL: u8 = 4;
 
 /// The child's work.
 struct Copier<'a> {
+    plan: &'a Plan,
     target: &'a File,
     to_parent: OwnedFd,
     patch: Patch,
@@ -147,11 +207,70 @@ struct Copier<'a> {
     entries: Vec<u8>,
     /// Records for the parent.
     records: Vec<u8>,
+    /// Whether it has been said that this is not all.
+    is_partial: bool,
+}
+
+/// A page that is not as the guest has it: which of its chunk, and its bytes.
+type Patched = (usize, [u8; PAGE]);
+
+/// Some pages in a row. Of each set a bit is a page.
+struct Chunk {
+    /// Where they are in this process.
+    host: u64,
+    /// Where they are in the image.
+    start: u64,
+    /// Those that there are.
+    all: u64,
+    /// Those that may not be as what is behind memory.
+    written: u64,
+    /// Those that may not be zero.
+    present: u64,
+    /// Those that may not have been zero in another snapshot.
+    before: u64,
+}
+
+impl Chunk {
+    fn pages(&self, first: usize, count: usize) -> &[u8] {
+        let host = self.host + (first * PAGE) as u64;
+        // SAFETY: the pages are guest memory, which this process alone has as it is, and nobody
+        // writes.
+        unsafe { std::slice::from_raw_parts(host as *const u8, count * PAGE) }
+    }
+
+    fn page<'a>(&'a self, n: usize, patched: Option<&'a Patched>) -> &'a [u8] {
+        match patched {
+            Some((page, bytes)) if *page == n => bytes,
+            _ => self.pages(n, 1),
+        }
+    }
+
+    /// Which of `wanted` are not zero, and the one that is patched.
+    fn full(&self, wanted: u64, patched: Option<&Patched>) -> u64 {
+        let of_patch = patched.map_or(0, |(page, _)| 1 << page);
+        let is_full = |n: &usize| wanted & 1 << n != 0 && !is_zero(self.page(*n, patched));
+        (0..CHUNK_PAGES).filter(is_full).fold(of_patch, |full, n| full | 1 << n)
+    }
+
+    /// An extent of `count` pages from the `first` on.
+    fn extent(&self, first: usize, count: usize, kind: Kind, sum: u64) -> Extent {
+        let start = self.start + (first * PAGE) as u64;
+        let len = u32::try_from(count * PAGE).unwrap_or(Extent::LEN_MAX);
+        let stored = if kind == Kind::Zero { 0 } else { len };
+        Extent { start, len, kind, at: start, stored, sum }
+    }
 }
 
 impl Copier<'_> {
     /// Copies; the child's exit status.
-    fn run(parent: Pid, pieces: &[Piece], patch: Patch, target: &File, pipe: OwnedFd) -> i32 {
+    fn run(
+        parent: Pid,
+        pieces: &[Piece],
+        plan: &Plan,
+        patch: Patch,
+        target: &File,
+        pipe: OwnedFd,
+    ) -> i32 {
         let failed = |to_parent: &OwnedFd, e: &io::Error| {
             let mut record = [0; RECORD_LEN];
             record[0] = FAILED;
@@ -172,8 +291,16 @@ impl Copier<'_> {
             Err(e) => return failed(&pipe, &e),
         };
         let entries = vec![0; BATCH * ENTRY];
-        let mut copier =
-            Copier { target, to_parent: pipe, patch, page_map, entries, records: Vec::new() };
+        let mut copier = Copier {
+            plan,
+            target,
+            to_parent: pipe,
+            patch,
+            page_map,
+            entries,
+            records: Vec::new(),
+            is_partial: false,
+        };
         match pieces.iter().try_for_each(|piece| copier.copy(piece)).and_then(|()| copier.end()) {
             Ok(()) => 0,
             Err(e) => failed(&copier.to_parent, &e),
@@ -183,6 +310,10 @@ impl Copier<'_> {
     fn copy(&mut self, piece: &Piece) -> io::Result<()> {
         let pages = usize_of(piece.len) / PAGE;
         let mut base = piece.base.as_deref().map(Coverage);
+        let mut before = match self.plan {
+            Plan::Full => Coverage(&[]),
+            Plan::Changes(changes) => Coverage(&changes.before),
+        };
         let mut first = 0;
         while first < pages {
             let count = (pages - first).min(BATCH);
@@ -194,13 +325,25 @@ impl Copier<'_> {
             for chunk in words.chunks(CHUNK_PAGES) {
                 let offset = (first + done) as u64 * PAGE as u64;
                 let start = piece.start + offset;
-                let mut wanted = touched(chunk, piece.base.is_some());
-                if let Some(base) = &mut base {
-                    let vacated = piece.vacated.get((first + done) / CHUNK_PAGES);
-                    wanted |= base.pages(start, chunk.len()) & !vacated.unwrap_or(&0);
-                }
-                if wanted != 0 {
-                    self.copy_chunk(piece.host + offset, start, wanted, chunk.len())?;
+                let all = u64::MAX >> (CHUNK_PAGES - chunk.len());
+                let vacated = piece.vacated.get((first + done) / CHUNK_PAGES).copied().unwrap_or(0);
+                let touched = touched(chunk, piece.base.is_some());
+                let of_base = match &mut base {
+                    Some(base) => base.pages(start, chunk.len()) & !vacated,
+                    None => 0,
+                };
+                let here = Chunk {
+                    host: piece.host + offset,
+                    start,
+                    all,
+                    // What nobody has written is as the image has it, or zero.
+                    written: if base.is_some() { touched | vacated } else { all },
+                    present: touched | of_base,
+                    before: before.pages(start, chunk.len()),
+                };
+                match self.plan {
+                    Plan::Full => self.copy_chunk(&here)?,
+                    Plan::Changes(changes) => self.copy_changes(&here, changes)?,
                 }
                 done += chunk.len();
             }
@@ -210,25 +353,13 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Copies those of some pages in a row that are `wanted`, a bit each, and not zero.
-    fn copy_chunk(&mut self, host: u64, start: u64, wanted: u64, pages: usize) -> io::Result<()> {
-        // SAFETY: the pages are guest memory, which this process alone has as it is, and nobody
-        // writes.
-        let bytes = unsafe { std::slice::from_raw_parts(host as *const u8, pages * PAGE) };
-        let mut patched = [0; PAGE];
-        let patched_page = self.patch.at.checked_sub(start).map(|at| usize_of(at) / PAGE);
-        if let Some(page) = patched_page.filter(|page| *page < pages) {
-            patched.copy_from_slice(&bytes[page * PAGE..][..PAGE]);
-            let at = usize_of(self.patch.at) % PAGE;
-            patched[at..][..self.patch.bytes.len()].copy_from_slice(&self.patch.bytes);
+    /// Copies those of some pages in a row that are not zero.
+    fn copy_chunk(&mut self, chunk: &Chunk) -> io::Result<()> {
+        let patched = self.patched(chunk);
+        if chunk.present == 0 && patched.is_none() {
+            return Ok(());
         }
-        let page = |n: usize| match patched_page {
-            Some(page) if page == n => &patched[..],
-            _ => &bytes[n * PAGE..][..PAGE],
-        };
-        let is_full =
-            |n: usize| patched_page == Some(n) || (wanted & 1 << n != 0 && !is_zero(page(n)));
-        let full = (0..pages).filter(|n| is_full(*n)).fold(0_u64, |full, n| full | 1 << n);
+        let full = chunk.full(chunk.present, patched.as_ref());
         if full == 0 {
             return Ok(());
         }
@@ -237,33 +368,113 @@ impl Copier<'_> {
         let mut digest = Digest::new();
         for n in first..=last {
             // A page that is not full is zero, and is not touched.
-            digest.write(if full & 1 << n != 0 { page(n) } else { &ZEROS });
+            digest.write(if full & 1 << n != 0 { chunk.page(n, patched.as_ref()) } else { &ZEROS });
         }
         for (n, count) in runs(full) {
-            let at = start + (n * PAGE) as u64;
-            match patched_page {
-                Some(one) if (n..n + count).contains(&one) => {
+            self.write(chunk, n, count, patched.as_ref())?;
+        }
+        self.record(EXTENT, &chunk.extent(first, last - first + 1, Kind::Plain, digest.sum64()))
+    }
+
+    /// Copies those of some pages in a row that have changed; an extent is of such pages only.
+    fn copy_changes(&mut self, chunk: &Chunk, changes: &Changes) -> io::Result<()> {
+        let patched = self.patched(chunk);
+        let of_patch = patched.as_ref().map_or(0, |(page, _)| 1 << page);
+        let changed = match &changes.pages {
+            Some(pages) => {
+                let index = usize_of(chunk.start) / PAGE / CHUNK_PAGES;
+                pages.get(index).copied().unwrap_or(0) & chunk.all
+            }
+            None => chunk.written,
+        };
+        let changed = changed | of_patch;
+        if chunk.before & !changed != 0 {
+            self.bear_witness(chunk, changed, changes)?;
+        }
+        if changed == 0 {
+            return Ok(());
+        }
+        let full = chunk.full(changed & chunk.present, patched.as_ref());
+        let zero = changed & chunk.before & !full;
+        let (data, told) = match changes.zeroes {
+            Zeroes::Written => (full | zero, 0),
+            Zeroes::Told => (full, zero),
+        };
+        let mut extents: Vec<_> = runs(data).map(|run| (run, Kind::Plain)).collect();
+        extents.extend(runs(told).map(|run| (run, Kind::Zero)));
+        extents.sort_unstable_by_key(|((first, _), _)| *first);
+        for ((first, count), kind) in extents {
+            let mut digest = Digest::new();
+            if kind == Kind::Plain {
+                for n in first..first + count {
+                    let is_zero = full & 1 << n == 0;
+                    digest.write(if is_zero { &ZEROS } else { chunk.page(n, patched.as_ref()) });
+                }
+                for (n, count) in runs(full & mask(first, count)) {
+                    self.write(chunk, n, count, patched.as_ref())?;
+                }
+                for (n, count) in runs(zero & mask(first, count)) {
                     for n in n..n + count {
-                        self.target.write_all_at(page(n), start + (n * PAGE) as u64)?;
+                        self.target.write_all_at(&ZEROS, chunk.start + (n * PAGE) as u64)?;
                     }
                 }
-                _ => self.target.write_all_at(&bytes[n * PAGE..][..count * PAGE], at)?,
+            }
+            self.record(EXTENT, &chunk.extent(first, count, kind, digest.sum64()))?;
+        }
+        Ok(())
+    }
+
+    /// Says that pages of the other snapshot are not in this one, and sums up those that were asked
+    /// for.
+    fn bear_witness(&mut self, chunk: &Chunk, changed: u64, changes: &Changes) -> io::Result<()> {
+        if !self.is_partial {
+            self.is_partial = true;
+            self.records.push(PARTIAL);
+            self.records.extend([0; EXTENT_LEN]);
+        }
+        let end = chunk.start + u64::from(Extent::LEN_MAX);
+        let first = changes.witnesses.partition_point(|at| *at < chunk.start);
+        for at in changes.witnesses.iter().skip(first).take_while(|at| **at < end) {
+            let n = usize_of(*at - chunk.start) / PAGE;
+            if chunk.full(1 << n & !changed & chunk.present & chunk.before, None) != 0 {
+                let mut digest = Digest::new();
+                digest.write(chunk.page(n, None));
+                self.record(WITNESS, &chunk.extent(n, 1, Kind::Plain, digest.sum64()))?;
             }
         }
-        let len = u32::try_from((last - first + 1) * PAGE).unwrap_or(Extent::LEN_MAX);
-        let start = start + (first * PAGE) as u64;
-        self.record(&Extent {
-            start,
-            len,
-            kind: Kind::Plain,
-            at: start,
-            stored: len,
-            sum: digest.sum64(),
+        Ok(())
+    }
+
+    /// The page of the chunk that is patched, if one is.
+    fn patched(&self, chunk: &Chunk) -> Option<Patched> {
+        let page = usize_of(self.patch.at.checked_sub(chunk.start)?) / PAGE;
+        (page < CHUNK_PAGES && chunk.all & 1 << page != 0).then(|| {
+            let mut bytes = [0; PAGE];
+            bytes.copy_from_slice(chunk.page(page, None));
+            let at = usize_of(self.patch.at) % PAGE;
+            bytes[at..][..self.patch.bytes.len()].copy_from_slice(&self.patch.bytes);
+            (page, bytes)
         })
     }
 
-    fn record(&mut self, extent: &Extent) -> io::Result<()> {
-        self.records.push(EXTENT);
+    /// Writes `count` pages from the `first` on.
+    fn write(
+        &self,
+        chunk: &Chunk,
+        first: usize,
+        count: usize,
+        patched: Option<&Patched>,
+    ) -> io::Result<()> {
+        let at = |n: usize| chunk.start + (n * PAGE) as u64;
+        match patched {
+            Some((one, _)) if (first..first + count).contains(one) => (first..first + count)
+                .try_for_each(|n| self.target.write_all_at(chunk.page(n, patched), at(n))),
+            _ => self.target.write_all_at(chunk.pages(first, count), at(first)),
+        }
+    }
+
+    fn record(&mut self, what: u8, extent: &Extent) -> io::Result<()> {
+        self.records.push(what);
         self.records.extend(extent.to_bytes());
         if self.records.len() >= 64 * RECORD_LEN { self.send() } else { Ok(()) }
     }
@@ -324,6 +535,11 @@ fn runs(mut bits: u64) -> impl Iterator<Item = (usize, usize)> {
         bits &= u64::MAX.checked_shl(first + count).unwrap_or(0);
         Some((first as usize, count as usize))
     })
+}
+
+/// `count` bits from the `first` on.
+fn mask(first: usize, count: usize) -> u64 {
+    (u64::MAX >> (CHUNK_PAGES - count)) << first
 }
 
 fn is_zero(page: &[u8]) -> bool {

@@ -1,6 +1,7 @@
 //! Memory that devices bring along: its place in the guest's address space, and KVM's slots for it.
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use arch::{HostCpu, layout};
 use devices::GuestRam;
@@ -70,13 +71,15 @@ pub(crate) fn place(
             return Err(too_big("need more memory slots than KVM has, which are", slots_max));
         }
         let first = u32::try_from(first).expect("KVM has fewer than 2^32 slots");
-        let slots = Arc::new(KvmSlots { vm: Arc::downgrade(vm), first, is_recorded });
+        let slots = Arc::new(KvmSlots::new(vm, first, is_recorded));
+        ram.slots.push(slots.clone());
         let (addr, leased) = (GuestAddress(addr), leases.clone());
         let placement = Placement { addr, slots, leases: leased, is_recorded };
         let region = own.place(placement).map_err(refused)?;
         all = all.with(region, leases.clone()).map_err(no_room)?;
     }
     ram.all = all.clone();
+    ram.vm = Arc::downgrade(vm);
     Ok(all)
 }
 
@@ -87,15 +90,30 @@ pub(crate) fn spare_slot(kvm: &Kvm) -> u32 {
 
 /// A device's range of KVM's memory slots.
 #[derive(Debug)]
-struct KvmSlots {
+pub(super) struct KvmSlots {
     /// A device that survives its VM must not keep it.
     vm: Weak<VmFd>,
     first: u32,
     /// Whether KVM remembers the pages that the guest writes.
     is_recorded: bool,
+    /// What the guest sees and may write.
+    shown: Mutex<BTreeMap<u32, Piece>>,
 }
 
 impl KvmSlots {
+    fn new(vm: &Arc<VmFd>, first: u32, is_recorded: bool) -> Self {
+        Self { vm: Arc::downgrade(vm), first, is_recorded, shown: Mutex::default() }
+    }
+
+    /// What the guest sees and may write, with the numbers of the slots.
+    pub(super) fn shown(&self) -> Vec<(u32, Piece)> {
+        self.lock().iter().map(|(slot, piece)| (self.first + slot, piece.clone())).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<u32, Piece>> {
+        self.shown.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn set(&self, piece: &Piece, len: u64) -> io::Result<()> {
         // Gone, and its slots with it.
         let Some(vm) = self.vm.upgrade() else { return Ok(()) };
@@ -119,10 +137,15 @@ impl KvmSlots {
 
 impl Slots for KvmSlots {
     fn show(&self, piece: &Piece) -> io::Result<()> {
-        self.set(piece, piece.len)
+        self.set(piece, piece.len)?;
+        if !piece.is_read_only {
+            self.lock().insert(piece.slot, piece.clone());
+        }
+        Ok(())
     }
 
     fn hide(&self, piece: &Piece) -> io::Result<()> {
+        self.lock().remove(&piece.slot);
         self.set(piece, 0)
     }
 }

@@ -1,6 +1,6 @@
 //! Where the bytes of a memory image are in its file, and what they sum up to.
 
-/// A piece of a memory image that is not all zero.
+/// A piece of a memory image that is not all zero, or of one that was not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Extent {
     /// Its place in the image: a multiple of the page size.
@@ -23,6 +23,8 @@ pub(crate) struct Extent {
 pub(crate) enum Kind {
     /// As it is, at its place in the image.
     Plain = 0,
+    /// Not at all: zeroes, where another snapshot that this one goes over has something.
+    Zero = 1,
 }
 
 /// The bytes of one extent in a file.
@@ -56,6 +58,7 @@ impl Extent {
         let word = |n: usize| Some(u64::from(half(n)?) | u64::from(half(n + 1)?) << 32);
         let kind = match half(3)? {
             0 => Kind::Plain,
+            1 => Kind::Zero,
             _ => return None,
         };
         let extent = Self {

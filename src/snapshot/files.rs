@@ -159,7 +159,7 @@ impl Place {
     }
 
     /// The memory file of a snapshot.
-    fn memory(&self, id: &str) -> PathBuf {
+    pub(super) fn memory(&self, id: &str) -> PathBuf {
         match self {
             Self::Directory(directory) => directory.join(memory_name(id)),
             Self::Files { memory, .. } => memory.clone(),

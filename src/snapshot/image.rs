@@ -15,7 +15,8 @@ use devices::virtio::mmio::Saved;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::extent::Extent;
+use super::chain::{CHAIN_MAX, Parent, ParentDocument};
+use super::extent::{Extent, Kind};
 use super::format::StateFile;
 use super::params::{LoadParams, Place};
 use super::{Overrides, SnapshotError};
@@ -86,6 +87,9 @@ pub(crate) struct MemoryDocument {
     /// What follows RAM: address and bytes of each region of memory that is plugged while the guest runs.
     #[serde(default)]
     pub(crate) plugged: Vec<(u64, u64)>,
+    /// The snapshot that it goes over, if it is of what has changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) parent: Option<ParentDocument>,
 }
 
 /// Guest memory in a file that is mapped privately: page for page, RAM without the hole.
@@ -122,6 +126,29 @@ pub struct Image {
     pub(crate) document: Arc<Document>,
     pub(crate) memory: MemoryImage,
     pub(crate) memory_path: PathBuf,
+    /// What of the image is in its own memory file. An image in memory has none.
+    pub(super) own: Option<Own>,
+    /// As what others can be changes to it.
+    pub(crate) parent: Option<Parent>,
+}
+
+/// The memory file of a snapshot.
+#[derive(Clone, Debug)]
+pub(super) struct Own {
+    pub(super) file: Arc<File>,
+    pub(super) extents: Arc<[Extent]>,
+    pub(super) rest: Rest,
+}
+
+/// What is in a memory file besides what the state file has sums of.
+#[derive(Clone, Debug)]
+pub(super) enum Rest {
+    /// Zeroes, which belong to the image.
+    Zeroes,
+    /// What others have merged into it.
+    Merged,
+    /// Zeroes, in whose place there is what the parent has.
+    Parent(Arc<Image>),
 }
 
 impl Image {
@@ -155,23 +182,37 @@ impl Image {
             extents: Arc::default(),
             over: Arc::default(),
         };
-        Ok(Self { document: Arc::new(document), memory, memory_path: PathBuf::new() })
+        Ok(Self::in_memory(document, memory))
     }
 
     /// The same, given where the files are.
     pub(super) fn at(place: &Place) -> Result<Self, SnapshotError> {
+        Self::find(place, None, 0)
+    }
+
+    /// The same; it must be the snapshot `id`, if that is given, which `depth` others go over.
+    fn find(place: &Place, id: Option<&str>, depth: usize) -> Result<Self, SnapshotError> {
         let (mut file, mut document) = read_state_file(&place.state())?;
         loop {
+            // Before its own parent is looked for: chains that bite their tail have an end.
+            if id.is_some_and(|id| id != document.id) {
+                let why = format!("it is snapshot {} by now", document.id);
+                return Err(SnapshotError::Inconsistent(why));
+            }
             match open_memory(place, &document) {
                 Ok((memory, memory_path)) => {
                     document.check(&file.extents)?;
-                    let document = Arc::new(document);
-                    let memory = MemoryImage {
-                        file: Arc::new(memory),
-                        extents: file.extents.into(),
-                        over: Arc::default(),
+                    let own = Own::find(place, &document, memory, file.extents, depth)?;
+                    let memory = own.image(&memory_path)?;
+                    let older = match &own.rest {
+                        Rest::Parent(parent) => parent.parent.as_ref(),
+                        Rest::Zeroes | Rest::Merged => None,
                     };
-                    return Ok(Self { document, memory, memory_path });
+                    let before = memory.extents.clone();
+                    let parent = Parent::new(&document.id, place, &memory_path, before, older);
+                    let document = Arc::new(document);
+                    let (own, parent) = (Some(own), Some(parent));
+                    return Ok(Self { document, memory, memory_path, own, parent });
                 }
                 Err(e) => {
                     // Replaced by another snapshot meanwhile: then that is what is there.
@@ -201,12 +242,8 @@ impl Image {
 
     /// One that is not in files.
     pub(crate) fn in_memory(document: Document, memory: MemoryImage) -> Self {
-        Self { document: Arc::new(document), memory, memory_path: PathBuf::new() }
-    }
-
-    /// Whether it is not in files.
-    pub(super) fn is_in_memory(&self) -> bool {
-        self.memory_path.as_os_str().is_empty()
+        let (memory_path, own, parent) = (PathBuf::new(), None, None);
+        Self { document: Arc::new(document), memory, memory_path, own, parent }
     }
 
     /// The same, of a VM that is configured in another way: as in `GET /vm/config`.
@@ -230,6 +267,61 @@ impl Image {
         }
         Ok(config)
     }
+}
+
+impl Own {
+    /// Finds what a snapshot needs besides its memory file.
+    fn find(
+        place: &Place,
+        document: &Document,
+        file: File,
+        extents: Vec<Extent>,
+        depth: usize,
+    ) -> Result<Self, SnapshotError> {
+        let rest = match &document.memory.parent {
+            None => Rest::Zeroes,
+            Some(parent) if !parent.is_partial => Rest::Zeroes,
+            Some(parent) if parent.is_merged(&file) => Rest::Merged,
+            Some(parent) => Rest::Parent(Arc::new(find_parent(place, parent, document, depth)?)),
+        };
+        Ok(Self { file: Arc::new(file), extents: extents.into(), rest })
+    }
+
+    /// All of the memory.
+    fn image(&self, path: &Path) -> Result<MemoryImage, SnapshotError> {
+        let Self { file, extents, rest } = self;
+        match rest {
+            Rest::Zeroes => Ok(MemoryImage::alone(file.clone(), extents)),
+            Rest::Merged => MemoryImage::merged(file.clone(), extents)
+                .map_err(SnapshotError::file("cannot look for what is in", path)),
+            Rest::Parent(parent) => Ok(parent.memory.with(file, extents)),
+        }
+    }
+}
+
+/// Opens the snapshot that one goes over.
+fn find_parent(
+    place: &Place,
+    parent: &ParentDocument,
+    document: &Document,
+    depth: usize,
+) -> Result<Image, SnapshotError> {
+    let at = parent.place(&place.state());
+    let missing = |why: SnapshotError| SnapshotError::Parent {
+        id: parent.id.clone(),
+        path: at.state(),
+        why: Box::new(why),
+    };
+    if depth + 1 >= CHAIN_MAX {
+        let why = format!("the chain of snapshots is longer than {CHAIN_MAX}");
+        return Err(missing(SnapshotError::Inconsistent(why)));
+    }
+    let found = Image::find(&at, Some(&parent.id), depth + 1).map_err(missing)?;
+    if found.document.memory.len != document.memory.len {
+        let why = "it has memory of another size".into();
+        return Err(missing(SnapshotError::Inconsistent(why)));
+    }
+    Ok(found)
 }
 
 /// Reads and checks a state file.
@@ -256,12 +348,17 @@ impl Document {
             return wrong(format!("its id is at {id_at:#x} of {len:#x} bytes of memory"));
         }
         let is_wrong = |extent: &&Extent| {
-            let Extent { start, len: size, at, stored, .. } = **extent;
+            let Extent { start, len: size, kind, at, stored, .. } = **extent;
+            let is_kept = match kind {
+                Kind::Plain => stored == size,
+                // There is nothing to be over.
+                Kind::Zero => stored == 0 && self.memory.parent.is_some(),
+            };
             start % PAGE != 0
                 || u64::from(size) % PAGE != 0
                 || extent.end() > len
                 || at != start
-                || stored != size
+                || !is_kept
         };
         if let Some(Extent { start, len: size, .. }) = extents.iter().find(is_wrong) {
             return wrong(format!("it has {size:#x} bytes of memory at {start:#x}, of {len:#x}"));

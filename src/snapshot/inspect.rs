@@ -24,6 +24,9 @@ pub(crate) struct Inspection {
     pub(crate) husk: String,
     pub(crate) arch: String,
     pub(crate) id: String,
+    /// What it goes over, if it is of what has changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) parent: Option<Over>,
     pub(crate) vcpus: usize,
     pub(crate) state_bytes: u64,
     pub(crate) memory: Memory,
@@ -43,6 +46,14 @@ pub(crate) struct Memory {
     /// Bytes that these take in the file.
     pub(crate) stored_bytes: u64,
     pub(crate) extents: usize,
+}
+
+/// The snapshot that another goes over.
+#[derive(Debug, Serialize)]
+pub(crate) struct Over {
+    pub(crate) id: String,
+    /// Its state file.
+    pub(crate) state: PathBuf,
 }
 
 /// A device.
@@ -88,6 +99,11 @@ impl Named {
             stored_bytes: sum(|extent| extent.stored),
             extents: file.extents.len(),
         };
+        let parent = document
+            .memory
+            .parent
+            .as_ref()
+            .map(|parent| Over { id: parent.id.clone(), state: parent.place(&self.state).state() });
         let Document { husk, arch, id, config, machine, .. } = document;
         let device = |DeviceState { model, id, place, .. }| Device { model, id, place };
         Ok(Inspection {
@@ -95,6 +111,7 @@ impl Named {
             husk,
             arch,
             id,
+            parent,
             vcpus: machine.vcpus.len(),
             state_bytes: file.len(),
             memory,

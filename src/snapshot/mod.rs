@@ -7,11 +7,13 @@
 //! ```
 //!
 //! docs/snapshot.md says what is promised; [`format`] is the state file, byte by byte.
+mod chain;
 mod extent;
 mod files;
 mod format;
 mod image;
 mod inspect;
+mod merge;
 mod overrides;
 mod params;
 mod restore;
@@ -26,13 +28,14 @@ use std::path::PathBuf;
 
 use devices::backend::file::is_shortage;
 
+pub(crate) use self::chain::Parent;
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub(crate) use self::format::VERSION;
 pub use self::image::Image;
 pub(crate) use self::image::{
     DeviceState, Document, LegacyState, MachineState, MemoryDocument, MemoryImage, Segment, hex,
 };
-pub(crate) use self::inspect::{Inspection, Named, format_of};
+pub(crate) use self::inspect::{Inspection, Named, Over, format_of};
 pub use self::overrides::Overrides;
 pub use self::params::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,
@@ -106,6 +109,24 @@ pub enum SnapshotError {
         path: PathBuf,
         /// The check that failed.
         why: String,
+    },
+    /// What it goes over is not there.
+    #[error("it is of what has changed since snapshot {id}, which is not to be had at {}: {why}", path.display())]
+    Parent {
+        /// The parent's id.
+        id: String,
+        /// Where its state file should be.
+        path: PathBuf,
+        /// What is wrong there.
+        why: Box<SnapshotError>,
+    },
+    /// A device whose state nobody here has.
+    #[error("{model} {id}: it is served by another process, whose state cannot be saved")]
+    Elsewhere {
+        /// The device's model.
+        model: &'static str,
+        /// The device.
+        id: String,
     },
     /// The state does not fit the machine it describes.
     #[error("the snapshot does not fit together: {0}")]

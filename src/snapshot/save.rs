@@ -16,16 +16,19 @@ use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
 use super::SnapshotError;
+use super::chain::{Parent, over};
 use super::files::Files;
 use super::format::StateFile;
 use super::image::{Document, MachineState, MemoryDocument, hex};
-use super::params::SnapshotParams;
-use crate::memory::{Dump, Patch, Ram};
+use super::params::{Place, SnapshotParams, SnapshotType};
+use crate::memory::{Changes, Dump, Dumped, Patch, Plan, Ram, Since, Tracker, Zeroes};
 
 /// A snapshot whose files are there, and nothing in them.
 #[derive(Debug)]
 pub(crate) struct Draft {
     id: [u8; 16],
+    kind: SnapshotType,
+    place: Place,
     files: Files,
 }
 
@@ -36,8 +39,8 @@ impl Draft {
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| SnapshotError::Copy(e.into()))?;
-        let files = Files::create(place, &hex(&id), ram_len, params.sync)?;
-        Ok(Self { id, files })
+        let files = Files::create(place.clone(), &hex(&id), ram_len, params.sync)?;
+        Ok(Self { id, kind: params.snapshot_type, place, files })
     }
 
     /// Begins with the memory of a VM that stands still; it may go on when this returns.
@@ -47,15 +50,22 @@ impl Draft {
         machine: MachineState,
         ram: &Ram,
     ) -> Result<Saving, SnapshotError> {
-        let Self { id, files } = self;
+        let Self { id, kind, place, files } = self;
         let id_at = ram.offset_of(arch::layout::GENERATION_ID);
         let patch = Patch { at: id_at, bytes: id };
-        let dump = ram.dump(patch, files.memory()).map_err(SnapshotError::Copy)?;
+        // Of any snapshot: the next one is of what changes from now on.
+        let since = ram.collect().map_err(SnapshotError::Copy)?;
+        let since = since.filter(|_| kind == SnapshotType::Diff);
+        // One that cannot is complete instead.
+        let since = since.filter(|since| since.parent.allows(&place));
+        let (plan, parent) = plan(since, &place);
+        let dump = ram.dump(&plan, patch, files.memory()).map_err(SnapshotError::Copy)?;
         let memory = MemoryDocument {
             file: files.memory_name(),
             len: ram.len(),
             id_at,
             plugged: ram.plugged(),
+            parent: parent.as_ref().map(|parent| parent.document(&place.state())),
         };
         let document = Document {
             husk: env!("CARGO_PKG_VERSION").into(),
@@ -65,22 +75,45 @@ impl Draft {
             config,
             machine,
         };
-        Ok(Saving { files, dump, document })
+        Ok(Saving { place, files, dump, document, parent, tracker: ram.tracker.clone() })
     }
+}
+
+/// What is copied, and what it goes over.
+fn plan(since: Option<Since>, place: &Place) -> (Plan, Option<Parent>) {
+    let Some(Since { parent, pages }) = since else { return (Plan::Full, None) };
+    let changes = Changes {
+        before: parent.before.clone(),
+        witnesses: parent.witnesses(pages.as_deref()),
+        // Two files may be merged by others, who see what is in the file only.
+        zeroes: match place {
+            Place::Directory(_) => Zeroes::Told,
+            Place::Files { .. } => Zeroes::Written,
+        },
+        pages,
+    };
+    (Plan::Changes(changes), Some(parent))
 }
 
 /// A snapshot whose state has been read, and whose memory is being copied.
 #[derive(Debug)]
 pub(crate) struct Saving {
+    place: Place,
     files: Files,
     dump: Dump,
     document: Document,
+    /// What it goes over.
+    parent: Option<Parent>,
+    /// Learns that it is there.
+    tracker: Arc<Tracker>,
 }
 
 /// A snapshot that is there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Written {
     pub(crate) id: String,
+    /// Whether it goes over another one.
+    pub(crate) kind: SnapshotType,
     /// Bytes of state and memory.
     pub(crate) bytes: u64,
 }
@@ -88,18 +121,34 @@ pub(crate) struct Written {
 impl Saving {
     /// Waits for the memory, then describes and names the files, unless that is called off.
     fn finish(self, is_off: &AtomicBool) -> Result<Written, SnapshotError> {
-        let Self { files, dump, document } = self;
+        let Self { place, files, dump, mut document, parent, tracker } = self;
         let check = || match is_off.load(Ordering::Acquire) {
             true => Err(SnapshotError::Ended),
             false => Ok(()),
         };
-        let extents = dump.finish().map_err(|e| check().err().unwrap_or(SnapshotError::Copy(e)))?;
+        let dumped = dump.finish().map_err(|e| check().err().unwrap_or(SnapshotError::Copy(e)))?;
+        let Dumped { extents, witnesses, is_partial } = dumped;
+        if let Some(parent) = &mut document.memory.parent {
+            parent.is_partial = is_partial;
+            parent.hear(&witnesses);
+        }
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
         let state = StateFile::encode(&json, &extents);
         let of_memory: u64 = extents.iter().map(|extent| u64::from(extent.stored)).sum();
+        let kind = match parent {
+            Some(_) => SnapshotType::Diff,
+            None => SnapshotType::Full,
+        };
         check()?;
+        let memory = place.memory(&document.id);
         files.commit(&state)?;
-        Ok(Written { id: document.id, bytes: of_memory + state.len() as u64 })
+        let before = match &parent {
+            None => extents.into(),
+            Some(parent) => over(&parent.before, &extents),
+        };
+        let older = parent.as_ref().filter(|_| is_partial);
+        tracker.commit(Parent::new(&document.id, &place, &memory, before, older));
+        Ok(Written { id: document.id, kind, bytes: of_memory + state.len() as u64 })
     }
 }
 

@@ -7,30 +7,43 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
 use super::extent::checksum;
-use super::{Extent, Image, SnapshotError};
+use super::image::{Own, Rest};
+use super::{Extent, Image, Kind, SnapshotError};
 
 /// Bytes read at once of what should be zero.
 const PIECE: usize = Extent::LEN_MAX as usize;
 
 impl Image {
-    /// Reads all of the memory: what the state file has a sum of must have it, the rest must be zero. An
+    /// Reads all of the memory: what the state file has a sum of must have it, the rest must be zero; and
+    /// so must that of the snapshots that it goes over. Of what others have merged into the file nobody has sums. An
     /// image in memory has no file that somebody else could have changed.
     pub fn verify(&self) -> Result<(), SnapshotError> {
-        if self.is_in_memory() {
-            return Ok(());
-        }
+        let Some(own) = &self.own else { return Ok(()) };
         let wrong = |why: String| SnapshotError::Memory { path: self.memory_path.clone(), why };
         let failed = SnapshotError::file("cannot read", &self.memory_path);
-        self.find_damage().map_err(failed)?.map_or(Ok(()), |why| Err(wrong(why)))
+        own.find_damage(self.document.memory.len)
+            .map_err(failed)?
+            .map_or(Ok(()), |why| Err(wrong(why)))?;
+        match &own.rest {
+            Rest::Parent(parent) => parent.verify(),
+            Rest::Zeroes | Rest::Merged => Ok(()),
+        }
     }
+}
 
-    /// What is wrong, and where, if something is.
-    fn find_damage(&self) -> std::io::Result<Option<String>> {
-        let file = &*self.memory.file;
+impl Own {
+    /// What is wrong with a file of `len` bytes, and where, if something is.
+    fn find_damage(&self, len: u64) -> std::io::Result<Option<String>> {
+        let file = &*self.file;
+        let is_merged = matches!(self.rest, Rest::Merged);
+        let find_stray = |at, end| match is_merged {
+            true => Ok(None),
+            false => find_data(file, at, end),
+        };
         let mut end = 0;
         let mut bytes = Vec::new();
-        for extent in self.memory.extents.iter() {
-            if let Some(at) = find_data(file, end, extent.start)? {
+        for extent in self.extents.iter().filter(|extent| extent.kind != Kind::Zero) {
+            if let Some(at) = find_stray(end, extent.start)? {
                 return Ok(Some(stray(at)));
             }
             bytes.resize(usize::try_from(extent.len).unwrap_or(0), 0);
@@ -42,7 +55,7 @@ impl Image {
             }
             end = extent.end();
         }
-        Ok(find_data(file, end, self.document.memory.len)?.map(stray))
+        Ok(find_stray(end, len)?.map(stray))
     }
 }
 

@@ -1,13 +1,15 @@
 //! Does what it is told by bytes on the serial port, after `ready=1`. `w` writes the number of the round to `count=100`
 //! pages, from the second round on to every second of them, and says `round=N`; `c` looks at them all and says
 //! `pages=N..M`, the least and the largest number; `s` maps another page at an address whose page it has looked at, `v`
-//! says what is there: `window=A` or `window=B`; `q` ends it.
+//! says what is there: `window=A` or `window=B`; `z` makes every third page zero, and says `zero=1`; `h` sums all of
+//! them up and says `sum=X`; `b` counts in all pages, one after the other, and looks whether they have what they should,
+//! until the next byte: `busy=ok`; `q` ends it.
 #![no_std]
 #![no_main]
 
 use core::arch::naked_asm;
 
-use rt::{BootInfo, Outcome, clock, fail, memory, options, println, ring0};
+use rt::{BootInfo, Outcome, clock, ensure, fail, memory, options, println, ring0};
 
 rt::entry!(run);
 
@@ -41,6 +43,30 @@ fn run(boot: &'static BootInfo) -> Outcome {
                 let numbers = || pages.chunks_exact(PAGE).map(|page| page[7]);
                 let (least, most) = (numbers().min().unwrap_or(0), numbers().max().unwrap_or(0));
                 println!("pages={least}..{most}");
+            }
+            b'z' => {
+                pages.chunks_exact_mut(PAGE).step_by(3).for_each(|page| page.fill(0));
+                println!("zero=1");
+            }
+            b'h' => {
+                let sum = pages.iter().step_by(7).fold(0_u64, |sum, byte| {
+                    (sum ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+                });
+                println!("sum={sum:x}");
+            }
+            b'b' => {
+                pages.fill(0);
+                println!("busy=1");
+                let mut count = 0_u32;
+                while ring0::in8(LINE_STATUS) & 1 == 0 {
+                    for (n, page) in pages.chunks_exact_mut(PAGE).enumerate() {
+                        let is = u32::from_le_bytes([page[0], page[1], page[2], page[3]]);
+                        ensure!(is == count, "page {n} has {is}, want {count}");
+                        page[..4].copy_from_slice(&(count + 1).to_le_bytes());
+                    }
+                    count += 1;
+                }
+                println!("busy=ok");
             }
             b's' => {
                 window.swap();
