@@ -10,6 +10,11 @@ use crate::driver::{
 };
 use crate::samples::{Host, Sample, kinds, sample, served};
 
+/// How many kinds of devices bring memory along, which has its place in one machine.
+fn with_memory() -> usize {
+    kinds().filter(|name| sample(name).device.own_memory().is_some()).count()
+}
+
 /// Data that any device may read and write.
 const SCRATCH: u64 = HIGH.0;
 
@@ -281,6 +286,41 @@ fn a_restored_device_goes_on_where_it_was() {
         let position = &again["positions"][usize::from(ring.queue)];
         assert_eq!(position, &serde_json::json!([22, 22]));
     }
+}
+
+#[test]
+fn a_device_moves_to_a_machine_that_has_a_stand_in() {
+    let mut stayed = 0;
+    for name in kinds() {
+        let Sample { device, host } = sample(name);
+        let old = Machine::new(device);
+        let mut rings = old.start(F_EVENT_IDX | F_INDIRECT);
+        let ring = served_queue(&old, &mut rings);
+        add_some_chain(ring);
+        old.finish(ring, 1);
+        old.transport.lock().unwrap().pause().unwrap();
+        let saved = old.transport.lock().unwrap().save();
+        old.transport.lock().unwrap().resume().unwrap();
+        let Some(stand_in) = old.transport.lock().unwrap().stand_in() else {
+            stayed += 1;
+            continue;
+        };
+        let new = Machine::with(Box::new(stand_in), old.ram.clone(), Some(&saved)).unwrap();
+        assert_eq!((new.get(8), new.features()), (old.get(8), old.features()), "{name}");
+        // Until it is taken, the device is at work where it is.
+        assert_eq!(old.status(), 15, "{name}");
+        old.transport.lock().unwrap().pause().unwrap();
+        new.transport.lock().unwrap().take_over(&mut old.transport.lock().unwrap());
+        // A stand-in does no work.
+        assert!(old.transport.lock().unwrap().resume().is_err(), "{name}");
+        drop(old);
+        new.transport.lock().unwrap().resume().unwrap();
+        add_some_chain(ring);
+        new.finish(ring, 2);
+        assert_eq!(new.status(), 15, "{name}");
+        drop(host);
+    }
+    assert_eq!(stayed, with_memory());
 }
 
 #[test]
