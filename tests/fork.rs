@@ -482,3 +482,24 @@ fn the_example_gives_every_request_a_vm_of_its_own() {
     assert!(output.status.success(), "{errors}");
     assert_eq!(String::from_utf8_lossy(&output.stdout), "c: count=1\nc: count=1\nr: missing=rng\n");
 }
+
+#[test]
+fn what_a_drive_holds_over_its_base_is_each_childs_own() {
+    let scratch = Scratch::new();
+    let disk = scratch.sparse("disk", 1 << 20);
+    let husk = forkable().option("--disk", format!("{},overlay", disk.display()));
+    let vm = parent(husk);
+    assert_eq!(tell(&vm, "w", "wrote"), "2");
+    let mut two = fork(&vm.api(), &scratch, &["a", "b"]);
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    assert_eq!(tell(&vm, "w", "wrote"), "3");
+    assert_eq!(two[0].tell("s", "second"), "2");
+    assert_eq!(two[0].tell("c", "count"), "3");
+    assert_eq!(two[0].tell("c", "count"), "4");
+    assert_eq!(two[0].tell("w", "wrote"), "4");
+    assert_eq!(two[1].tell("s", "second"), "2");
+    let mut grand = fork(&two[0].api.clone(), &scratch, &["c"]);
+    assert_eq!(grand[0].tell("s", "second"), "4");
+    assert_eq!(tell(&vm, "s", "second"), "3");
+    assert!(fs::read(&disk).unwrap().iter().all(|byte| *byte == 0), "the base has changed");
+}

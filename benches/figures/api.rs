@@ -60,6 +60,16 @@ impl Client {
 
     /// Asks, reads the whole answer, which is to be a success; how long that took.
     pub(crate) fn call(&mut self, method: &str, path: &str, body: &str) -> Result<Duration> {
+        Ok(self.ask(method, path, body)?.0)
+    }
+
+    /// The same, and the answer.
+    pub(crate) fn ask(
+        &mut self,
+        method: &str,
+        path: &str,
+        body: &str,
+    ) -> Result<(Duration, String)> {
         let len = body.len();
         let request = format!(
             "{method} {path} HTTP/1.1\r\nHost: husk\r\nContent-Length: {len}\r\n\r\n{body}"
@@ -74,9 +84,10 @@ impl Client {
             }
         }
         let took = begin.elapsed();
+        let text = String::from_utf8_lossy(&answer).into_owned();
         match answer.starts_with(b"HTTP/1.1 2") {
-            true => Ok(took),
-            false => Err(String::from_utf8_lossy(&answer).into()),
+            true => Ok((took, text)),
+            false => Err(text.into()),
         }
     }
 }

@@ -17,6 +17,7 @@ mod block;
 mod compile;
 #[path = "../floor/floor.rs"]
 mod floor;
+mod fork;
 mod guest;
 mod host;
 mod limits;
@@ -59,6 +60,7 @@ const GROUPS: &[Group] = &[
     Group { name: "api", measure: api::latencies },
     Group { name: "configure", measure: api::configure },
     Group { name: "attack", measure: api::under_attack },
+    Group { name: "fork", measure: fork::hundred },
     Group { name: "serial", measure: serial::output },
     Group { name: "block", measure: block::reads },
     Group { name: "limits", measure: limits::accuracy },

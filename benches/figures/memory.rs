@@ -49,6 +49,13 @@ impl Use {
     }
 }
 
+/// Private dirty memory of the process `pid` in KiB, what its guest has written included.
+pub(crate) fn private_kib(pid: u32) -> Result<f64> {
+    let path = format!("/proc/{pid}/smaps");
+    let mappings = parse(&fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?);
+    Ok(mappings.iter().map(|mapping| mapping.private_dirty_kib).sum::<u64>() as f64)
+}
+
 fn parse(smaps: &str) -> Vec<Mapping> {
     let mut mappings = Vec::new();
     for line in smaps.lines() {

@@ -62,6 +62,7 @@ impl Controller {
                     defaults,
                     logger: crate::logger::current(),
                     document: (*image.document).clone(),
+                    layers: Vec::new(),
                     children: specs,
                 };
                 let children = Birth { batch, image }.deliver(&nursery)?;

@@ -1,10 +1,11 @@
 //! What the zygote is sent, and what children say: JSON in a file in memory, and in messages.
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
+use devices::backend::overlay::{Description, Frozen};
 use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -44,7 +45,16 @@ pub(crate) struct Batch {
     /// How the parent logs.
     pub(crate) logger: LoggerConfig,
     pub(crate) document: Document,
+    pub(crate) layers: Vec<Layer>,
     pub(crate) children: Vec<Spec>,
+}
+
+/// What a device had written on the host, in a file of its own.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Layer {
+    /// Which of the document's devices.
+    device: usize,
+    description: Description,
 }
 
 /// What children are told, a byte each. Nothing, if nobody is left to tell them: that is [`DIE`] too.
@@ -82,6 +92,32 @@ pub(crate) struct Newborn {
 }
 
 impl Batch {
+    /// Writes what devices had written to files in memory, in the order of [`Self::layers`].
+    pub(super) fn write_layers(&mut self) -> io::Result<Vec<File>> {
+        let mut files = Vec::new();
+        for (device, saved) in self.document.machine.devices.iter().enumerate() {
+            if let Some(frozen) = saved.state.files() {
+                let file = File::from(rustix::fs::memfd_create("husk-layer", MemfdFlags::CLOEXEC)?);
+                let description = frozen.write_to(&file)?;
+                self.layers.push(Layer { device, description });
+                files.push(file);
+            }
+        }
+        Ok(files)
+    }
+
+    /// Gives devices what they had written, once the batch has been read.
+    pub(super) fn adopt_layers(&mut self, files: &[File]) -> io::Result<()> {
+        for (Layer { device, description }, file) in self.layers.iter().zip(files) {
+            let path = PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()));
+            let frozen = Frozen::open(&path, description).map_err(io::Error::other)?;
+            if let Some(saved) = self.document.machine.devices.get_mut(*device) {
+                saved.state.set_files(frozen);
+            }
+        }
+        Ok(())
+    }
+
     /// Writes it, and the extents of an image, to a file in memory.
     pub(super) fn to_file(&self, extents: &[Extent]) -> io::Result<File> {
         let flags = MemfdFlags::CLOEXEC;
@@ -118,7 +154,7 @@ impl Newborn {
         go: OwnedFd,
     ) -> Option<Self> {
         // Moved, not copied: what is not touched stays shared with its siblings.
-        let Batch { household, defaults, logger, mut document, mut children } = batch;
+        let Batch { household, defaults, logger, mut document, mut children, .. } = batch;
         let mut spec = (index < children.len()).then(|| children.swap_remove(index))?;
         document.config = spec.config.take();
         let image = Image::in_memory(document, memory);

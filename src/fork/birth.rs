@@ -86,13 +86,14 @@ fn is_gone(e: &io::Error) -> bool {
 impl Birth {
     /// Makes the children; waits until they run.
     pub(crate) fn deliver(self, nursery: &Nursery) -> Result<Vec<Child>, ForkError> {
-        let Self { batch, image } = self;
+        let Self { mut batch, image } = self;
         let process = ForkError::Process;
         let (reports, theirs) = pair().map_err(process)?;
         let (hear, go) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| process(e.into()))?;
+        let layers = batch.write_layers().map_err(process)?;
         let file = batch.to_file(&image.memory.extents).map_err(process)?;
-        let order =
-            Order { batch: file, memory: image.memory.file.clone(), reports: theirs, go: hear };
+        let memory = image.memory.file.clone();
+        let order = Order { batch: file, memory, reports: theirs, go: hear, layers };
         nursery.ask(&order).map_err(process)?;
         // From here on the children alone have these ends.
         drop(order);

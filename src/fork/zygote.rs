@@ -17,6 +17,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
+use arch::layout;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
@@ -30,8 +31,8 @@ use crate::snapshot::MemoryImage;
 /// The word by which husk starts itself as a zygote; not for people, and not in the help.
 pub(crate) const SUBCOMMAND: &str = "forked";
 
-/// Descriptors of one message.
-const FDS: usize = 4;
+/// Most descriptors of one message: those that are always there, and a layer for each device.
+const FDS: usize = 4 + layout::VIRTIO_IRQS.len();
 
 /// What a message holds.
 #[derive(Debug)]
@@ -42,6 +43,8 @@ pub(super) struct Order {
     pub(super) reports: OwnedFd,
     /// Where children hear whether they live.
     pub(super) go: OwnedFd,
+    /// What devices had written.
+    pub(super) layers: Vec<File>,
 }
 
 /// The VMM's end.
@@ -66,8 +69,9 @@ impl Zygote {
 
     /// Asks for children. It fails if the process is not there any more.
     pub(super) fn ask(&self, order: &Order) -> io::Result<()> {
-        let Order { batch, memory, reports, go } = order;
-        let fds = [batch.as_fd(), memory.as_fd(), reports.as_fd(), go.as_fd()];
+        let Order { batch, memory, reports, go, layers } = order;
+        let mut fds = vec![batch.as_fd(), memory.as_fd(), reports.as_fd(), go.as_fd()];
+        fds.extend(layers.iter().map(AsFd::as_fd));
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
@@ -110,11 +114,18 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
     rustix::process::setsid()?;
     rustix::thread::set_name(c"husk_zygote")?;
     reap_children(true);
-    while let Some(Order { batch, memory, reports, go }) = receive(&socket)? {
-        let (batch, extents) = match Batch::from_file(&batch) {
+    while let Some(Order { batch, memory, reports, go, layers }) = receive(&socket)? {
+        let read = Batch::from_file(&batch).and_then(|(mut batch, extents)| {
+            batch.adopt_layers(&layers)?;
+            Ok((batch, extents))
+        });
+        let (batch, extents) = match read {
             Ok(read) => read,
-            // Nobody is told, but everybody who waits for reports sees their end.
-            Err(_) => continue,
+            Err(e) => {
+                // Whoever waits for reports sees their end.
+                crate::logger::complain(&format!("cannot read what is to be forked: {e}"));
+                continue;
+            }
         };
         let memory = MemoryImage { file: memory, extents: extents.into(), over: [].into() };
         for index in 0..batch.children.len() {
@@ -169,5 +180,6 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
     });
     let mut next = || fds.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData));
     let (batch, memory) = (next()?.into(), Arc::new(next()?.into()));
-    Ok(Some(Order { batch, memory, reports: next()?, go: next()? }))
+    let (reports, go) = (next()?, next()?);
+    Ok(Some(Order { batch, memory, reports, go, layers: fds.map(File::from).collect() }))
 }

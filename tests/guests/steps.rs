@@ -1,6 +1,6 @@
 //! Does one thing for each byte on the serial port, so that a test decides what happens before a snapshot and what after
 //! it: `c` counts, and looks whether memory is as it was left; `b` reads the first sector of the first disk, `w` writes
-//! the count to its second; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
+//! the count to its second, `s` says what is there; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
 //! of the pmem device and the vsock address; `x` resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
 #![no_main]
@@ -85,6 +85,11 @@ impl Job {
                 self.sector[..8].copy_from_slice(&self.count.to_le_bytes());
                 disk.write(1, self.sector)?;
                 println!("wrote={}", self.count);
+            }
+            b's' => {
+                let Some(disk) = &mut self.disk else { return missing("disk") };
+                disk.read(1, self.sector)?;
+                println!("second={}", self.sector[0]);
             }
             b'r' => {
                 let Some(queue) = &mut self.rng else { return missing("rng") };
