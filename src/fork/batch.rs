@@ -156,8 +156,11 @@ impl Newborn {
         // Moved, not copied: what is not touched stays shared with its siblings.
         let Batch { household, defaults, logger, mut document, mut children, .. } = batch;
         let mut spec = (index < children.len()).then(|| children.swap_remove(index))?;
-        document.config = spec.config.take();
+        // Nor given back: whoever frees memory writes to it, and then has a copy of it.
+        std::mem::forget(children);
+        std::mem::forget(std::mem::replace(&mut document.config, spec.config.take()));
         let image = Image::in_memory(document, memory);
+        std::mem::forget(image.document.clone());
         Some(Self { household, defaults, logger, spec, image, index, reports, go })
     }
 
