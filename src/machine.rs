@@ -6,7 +6,7 @@
 mod rewind;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arch::{Clock, Entry, HostCpu, Platform, Topology, VcpuState, VmState, layout};
 use devices::GuestRam;
@@ -45,8 +45,8 @@ const DEMO_TIME: &str = "husk.boot_us";
 /// How long the last output may take to reach its reader when a machine ends.
 const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
 
-/// How long a machine may take to end whose memory another process serves.
-const SERVED_DEADLINE: Duration = Duration::from_secs(1);
+/// How long a machine may take to stop or to end whose memory another process serves.
+const SERVED_DEADLINE: Duration = Duration::from_secs(2);
 
 /// A machine. Dropping it stops it: vCPUs first, then KVM's VM, so that nothing needs to be hidden
 /// from the guest any more, then devices, then memory.
@@ -297,7 +297,14 @@ impl Machine {
     /// Stops the guest where it is: vCPUs first, so that nothing new is asked of the devices. If a
     /// device does not stop, because its host side does not answer, the guest goes on.
     pub(crate) fn pause(&self) -> Result<(), Refusal> {
-        self.vcpus.park();
+        // Memory that another process serves may never come.
+        let deadline = self.ram.is_served().then(|| Instant::now() + SERVED_DEADLINE);
+        if !self.vcpus.park(deadline) {
+            self.vcpus.run();
+            let why = "a vCPU waits for memory that another process serves";
+            let source = std::io::Error::new(std::io::ErrorKind::TimedOut, why);
+            return Err(Refusal::host("the guest does not stop")(source));
+        }
         let paused =
             self.devices.iter().try_for_each(|Attached { model, id, transport, .. }| {
                 lock(transport).pause().map_err(|e| Name { model, id }.refused(e))

@@ -213,14 +213,25 @@ impl Vcpus {
         self.gate.aim(Target::Run);
     }
 
-    /// Parks the vCPUs; returns when none of them is in the guest or in a device.
-    pub(crate) fn park(&self) {
+    /// Parks the vCPUs; returns when none of them is in the guest or in a device. False if there is a
+    /// deadline and it has passed: one of them waits for the host.
+    pub(crate) fn park(&self, deadline: Option<Instant>) -> bool {
         self.gate.aim(Target::Park);
         self.kick();
         let mut state = self.gate.lock();
         while state.running > 0 {
-            state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            let Some(deadline) = deadline else {
+                state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            let waited = self.gate.changed.wait_timeout(state, left);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        true
     }
 
     /// Calls `f` with each vCPU in turn, all of which must be parked.
