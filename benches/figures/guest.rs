@@ -52,6 +52,26 @@ pub(crate) fn burst(bench: &Bench, count: u32) -> io::Result<PathBuf> {
     write(bench, "burst.elf", &[&code, IDLE].concat())
 }
 
+/// Writes bytes to the serial port and does nothing else: whenever it goes on, it says so at once.
+pub(crate) fn chatter(bench: &Bench) -> io::Result<PathBuf> {
+    // mov edx, 0x3f8; mov al, '!'; 1: out dx, al; jmp 1b
+    write(bench, "chatter.elf", &[&SAY[..7], &[0xee, 0xeb, 0xfd]].concat())
+}
+
+/// Says that it is there; then, for each byte that it is sent, writes to `count` pages and says so.
+pub(crate) fn writer(bench: &Bench, count: u32) -> io::Result<PathBuf> {
+    let mut code = SAY.to_vec();
+    // 1: mov edx, 0x3fd; 2: in al, dx; test al, 1; jz 2b; mov edx, 0x3f8; in al, dx
+    code.extend([0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 1, 0x74, 0xfb, 0xba, 0xf8, 0x03, 0, 0, 0xec]);
+    // mov edi, 32 MiB; mov ecx, COUNT; 3: mov [edi], al; add edi, 4096; dec ecx; jnz 3b
+    code.extend([0xbf, 0, 0, 0, 2, 0xb9]);
+    code.extend(count.to_le_bytes());
+    code.extend([0x88, 0x07, 0x81, 0xc7, 0, 0x10, 0, 0, 0x49, 0x75, 0xf5]);
+    code.extend(SAY);
+    code.extend([0xeb, 0xd1]); // jmp 1b
+    write(bench, "writer.elf", &code)
+}
+
 fn write(bench: &Bench, name: &str, code: &[u8]) -> io::Result<PathBuf> {
     let path = bench.scratch.join(name);
     fs::write(&path, image(code))?;

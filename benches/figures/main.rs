@@ -23,6 +23,7 @@ mod host;
 mod limits;
 mod memory;
 mod report;
+mod restore;
 mod serial;
 mod start;
 mod vmm;
@@ -61,6 +62,10 @@ const GROUPS: &[Group] = &[
     Group { name: "configure", measure: api::configure },
     Group { name: "attack", measure: api::under_attack },
     Group { name: "fork", measure: fork::hundred },
+    Group { name: "restore", measure: restore::one },
+    Group { name: "snapshot", measure: restore::snapshot },
+    Group { name: "rewind", measure: restore::rewind },
+    Group { name: "prefault", measure: restore::first_request },
     Group { name: "serial", measure: serial::output },
     Group { name: "block", measure: block::reads },
     Group { name: "limits", measure: limits::accuracy },

@@ -1,6 +1,6 @@
 //! husk and the floor as processes: what starts them, what comes out of them, what ends them.
 use std::ffi::OsStr;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::time::Instant;
@@ -79,6 +79,12 @@ impl Running {
         let mut byte = [0];
         self.stdout.read_exact(&mut byte).map_err(|e| format!("no output of the guest: {e}"))?;
         if byte == *b"!" { Ok(()) } else { Err(format!("the guest wrote {byte:?}").into()) }
+    }
+
+    /// Sends the guest a byte. The command was to have standard input as a pipe.
+    pub(crate) fn send_byte(&mut self) -> Result<()> {
+        let stdin = self.child.stdin.as_mut().ok_or("no standard input")?;
+        Ok(stdin.write_all(b"x")?)
     }
 
     /// Reads `count` bytes of output.

@@ -7,6 +7,8 @@
 //! `cargo bench` runs it for comparison; by hand it is `cargo bench -- floor` and
 //!
 //!     [--elf FILE] [--cmdline TEXT] [--mem MIB] [--runs N]    one process, N VMs one after another: medians
+//!     --image FILE [...]                                      the least a restore can do: the guest's memory is FILE, mapped
+//!                                                             privately, and it goes on in real mode at 0x1000
 //!     --at-once N [...]                                       N processes with a VM each, at the same time
 //!     --echo exit|stay [...]                                  one VM; writes to standard output what the guest wrote
 //!                                                             first, then ends, or waits to be killed
@@ -126,6 +128,7 @@ struct Lapic([u8; 1024]);
 
 struct Options {
     elf: Option<Vec<u8>>,
+    image: Option<File>,
     cmdline: String,
     mem_mib: usize,
     runs: usize,
@@ -215,7 +218,10 @@ fn start(options: &Options) -> io::Result<Laps> {
     let vm = made(&kvm, KVM_CREATE_VM, 0)?;
     laps.lap("create vm");
     by_value(&vm, KVM_SET_TSS_ADDR, 0xfffb_d000)?;
-    let memory = map(options.mem_mib << 20, None)?;
+    let memory = match &options.image {
+        Some(image) => map_with(options.mem_mib << 20, libc::MAP_PRIVATE, image.as_raw_fd())?,
+        None => map(options.mem_mib << 20, None)?,
+    };
     let region = MemoryRegion {
         slot: 0,
         flags: 0,
@@ -237,6 +243,7 @@ fn start(options: &Options) -> io::Result<Laps> {
     by_ref(&vcpu, KVM_SET_CPUID2, &mut cpuid)?;
     laps.lap("cpuid");
     let entry = match &options.elf {
+        _ if options.image.is_some() => Entry::RealMode(0x1000),
         Some(elf) => load(elf, &options.cmdline, memory)?,
         None => {
             memory[0x1000..][..TWO_INSTRUCTIONS.len()].copy_from_slice(TWO_INSTRUCTIONS);
@@ -347,8 +354,13 @@ fn field(bytes: &[u8], offset: usize, len: usize) -> Option<usize> {
 fn map(len: usize, file: Option<&File>) -> io::Result<&'static mut [u8]> {
     let (flags, fd) = match file {
         Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
-        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE, -1),
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
     };
+    map_with(len, flags, fd)
+}
+
+fn map_with(len: usize, flags: i32, fd: i32) -> io::Result<&'static mut [u8]> {
+    let flags = flags | libc::MAP_NORESERVE;
     let protection = libc::PROT_READ | libc::PROT_WRITE;
     // SAFETY: a new mapping, wherever the kernel likes.
     let address = unsafe { libc::mmap(ptr::null_mut(), len, protection, flags, fd, 0) };
@@ -400,6 +412,7 @@ fn millis(time: Duration) -> f64 {
 fn parse(arguments: &[String]) -> io::Result<Options> {
     let mut options = Options {
         elf: None,
+        image: None,
         cmdline: String::new(),
         mem_mib: 128,
         runs: 1,
@@ -414,6 +427,7 @@ fn parse(arguments: &[String]) -> io::Result<Options> {
         let number = value.parse::<usize>().ok().filter(|n| *n > 0);
         match option.as_str() {
             "--elf" => options.elf = Some(fs::read(value)?),
+            "--image" => options.image = Some(File::open(value)?),
             "--cmdline" => options.cmdline.clone_from(value),
             "--mem" => options.mem_mib = number.ok_or_else(|| bad(option))?,
             "--runs" => options.runs = number.ok_or_else(|| bad(option))?,
