@@ -214,7 +214,15 @@ pub(crate) fn map(
         }
         _ => None,
     };
-    let mut flags = match (sharing, image) {
+    // Else its file is mapped.
+    let is_copied = match image {
+        Some(image) => {
+            !image::can_be_mapped(&image.file, machine.huge_pages).map_err(Refusal::host(what()))?
+        }
+        None => false,
+    };
+    let mapped = image.filter(|_| !is_copied);
+    let mut flags = match (sharing, mapped) {
         (Sharing::Private, None) if live.is_some() => libc::MAP_SHARED,
         (Sharing::Private, None) => libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
         (Sharing::Private, Some(_)) => libc::MAP_PRIVATE,
@@ -228,7 +236,7 @@ pub(crate) fn map(
     let (mut regions, mut backings) = (Vec::new(), Vec::new());
     let mut offset = 0;
     for (start, len) in layout::ram_ranges(size) {
-        let file = match (sharing, image) {
+        let file = match (sharing, mapped) {
             (Sharing::Private, None) => {
                 live.as_ref().map(|file| FileOffset::from_arc(file.clone(), offset))
             }
@@ -244,11 +252,16 @@ pub(crate) fn map(
         let len = usize::try_from(len).map_err(|_| too_big(what()))?;
         let region = MmapRegion::build(file, len, libc::PROT_READ | libc::PROT_WRITE, flags)
             .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
-        if let (Sharing::Private, Some(image)) = (sharing, image) {
-            image::lay_over(image, offset - len as u64, &region).map_err(Refusal::host(what()))?;
+        let image_at = offset - len as u64;
+        if let (Sharing::Private, Some(image)) = (sharing, mapped) {
+            image::lay_over(image, image_at, &region).map_err(Refusal::host(what()))?;
         }
         advise_as_ram(&region, machine.huge_pages)
             .map_err(Refusal::host("cannot advise the host on guest memory"))?;
+        if let (Sharing::Private, Some(image), true) = (sharing, image, is_copied) {
+            image::copy_into(image, image_at, &region)
+                .map_err(Refusal::host("cannot copy guest memory from its file"))?;
+        }
         let backing = Backing::of(&region);
         backings.push(Arc::new(match machine.track_dirty_pages {
             true => backing.recording(),

@@ -144,3 +144,23 @@ fn what_a_restored_guest_touches_first_is_there_the_next_time() {
     let end = vm.wait().ok();
     assert!(!end.errors.contains("touches first"), "{}", end.errors);
 }
+
+#[test]
+fn a_snapshot_is_restored_into_huge_pages() {
+    let scratch = Scratch::new();
+    let directory = saved(&scratch);
+    let husk = Husk::new(["restore"]).arg(&directory).option("--huge-pages", "transparent");
+    let vm = husk.listening().typing().start();
+    tell(&vm, "c", "pages=1..1");
+    let smaps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
+    let huge = smaps.lines().filter_map(|line| line.strip_prefix("AnonHugePages:"));
+    let kib: u64 = huge.filter_map(|kib| kib.trim().strip_suffix(" kB")?.parse::<u64>().ok()).sum();
+    assert!(kib >= 2048, "{kib} KiB of huge pages");
+    tell(&vm, "w", "round=2");
+    // And back, which is by the file again.
+    rewind(&vm, json!({}));
+    tell(&vm, "c", "pages=1..1");
+    snapshot(&vm, &directory);
+    vm.type_in("q");
+    vm.wait().ok();
+}

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::thread;
 
 use devices::memory::{Behind, GuestRegion};
 use devices::sys::map::Pages;
@@ -13,18 +14,56 @@ use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::GuestMemoryRegion;
 use vm_memory::mmap::MmapRegion;
 
+use crate::config::HugePages;
 use crate::snapshot::{MemoryImage, Segment};
 
 /// The shortest segment that is mapped: shorter ones are copied, which costs a page fault less each.
 const MAPPED_MIN: u64 = 64 << 10;
 /// Most segments that are mapped: a process has 65,530 mappings.
 const MAPPED_MAX: usize = 4096;
+/// Bytes of a huge page.
+const HUGE: u64 = 2 << 20;
+/// Threads that copy: more of them wait for memory.
+const COPIERS_MAX: usize = 4;
 
 /// Lays what is over the image's file over `region`, which is all mapped from `start` of the file, and
 /// which nobody uses yet.
 pub(super) fn lay_over(image: &MemoryImage, start: u64, region: &MmapRegion) -> io::Result<()> {
     // SAFETY: the range is all of the region, of which nobody has a reference.
     unsafe { over(image, start, region.as_ptr().addr() as u64, region.size() as u64) }
+}
+
+/// Whether `file` can be mapped as RAM in such pages: no file system has huge pages but those in memory.
+pub(super) fn can_be_mapped(file: &File, pages: HugePages) -> io::Result<bool> {
+    // linux/magic.h
+    const TMPFS: u64 = 0x0102_1994;
+    const HUGETLBFS: u64 = 0x9584_58f6;
+    let kind = rustix::fs::fstatfs(file)?.f_type.cast_unsigned();
+    Ok(match pages {
+        HugePages::None => true,
+        HugePages::Transparent => kind == TMPFS,
+        HugePages::Hugetlb2M => kind == HUGETLBFS,
+    })
+}
+
+/// Copies the image into `region`, which nobody uses yet, on as many threads as are of use.
+pub(super) fn copy_into(image: &MemoryImage, start: u64, region: &MmapRegion) -> io::Result<()> {
+    let threads = thread::available_parallelism().map_or(1, |count| count.get().min(COPIERS_MAX));
+    let (host, len) = (region.as_ptr().addr() as u64, region.size() as u64);
+    let share = (len / threads as u64).next_multiple_of(HUGE).max(HUGE);
+    thread::scope(|scope| {
+        let mut shares = Vec::new();
+        let mut offset = 0;
+        while offset < len {
+            let count = share.min(len - offset);
+            // SAFETY: the range is a part of the region that no other thread has.
+            let copy = move || unsafe { copy_all(image, start + offset, host + offset, count) };
+            shares.push(thread::Builder::new().name("husk_copy".into()).spawn_scoped(scope, copy)?);
+            offset += count;
+        }
+        let panicked = |_| Err(io::Error::other("a thread that copies panicked"));
+        shares.into_iter().try_for_each(|share| share.join().unwrap_or_else(panicked))
+    })
 }
 
 /// Gives what is plugged of `region` the contents that the image has from `start` on.
