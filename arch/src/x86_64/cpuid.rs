@@ -30,7 +30,7 @@ pub(crate) fn adapt(
     apic_id: u8,
     has_tsc_deadline: bool,
 ) -> Result<(), SetupError> {
-    let is_amd = vendor(cpuid) == Some(AMD);
+    let is_amd = vendor(cpuid.as_slice()) == Some(AMD);
     // The vCPU's place is told by leaf 0xb, made below; 0x1f would tell of the host's dies.
     cpuid.retain(|e| e.function != 0xb && e.function != 0x1f);
     for entry in cpuid.as_mut_slice() {
@@ -75,8 +75,8 @@ pub(crate) fn address_bits(cpuid: &CpuId) -> u32 {
 }
 
 /// Who made the processor: [`AMD`] or [`INTEL`].
-pub(crate) fn vendor(cpuid: &CpuId) -> Option<[u32; 3]> {
-    let leaf = leaf(cpuid, 0)?;
+pub(crate) fn vendor(cpuid: &[kvm_cpuid_entry2]) -> Option<[u32; 3]> {
+    let leaf = cpuid.iter().find(|e| e.function == 0)?;
     Some([leaf.ebx, leaf.edx, leaf.ecx])
 }
 

@@ -1,6 +1,7 @@
 //! x86-64.
 pub(crate) mod acpi;
 pub(crate) mod boot;
+mod compat;
 pub(crate) mod cpu_config;
 pub(crate) mod cpuid;
 pub(crate) mod error;

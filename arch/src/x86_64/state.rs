@@ -51,6 +51,17 @@ pub enum StateError {
         /// The rate here.
         is: u32,
     },
+    /// The guest may use something that this host does not have.
+    #[error("the guest was given the CPU feature {0}, which it cannot have here")]
+    Feature(String),
+    /// The processor is of another make.
+    #[error("the guest was given a processor by {was}, this one is by {is}")]
+    Vendor {
+        /// Who made the one it had.
+        was: String,
+        /// Who made this one.
+        is: String,
+    },
     /// More than the kernel's structures hold.
     #[error("it has more {0} than KVM takes")]
     TooMany(&'static str),

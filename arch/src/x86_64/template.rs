@@ -85,7 +85,7 @@ impl CpuTemplate {
         let Some(Facts { makers, vendor: of, json }) = self.facts() else {
             return Ok(CpuConfig::default());
         };
-        if of.is_none() || of != vendor(cpuid) {
+        if of.is_none() || of != vendor(cpuid.as_slice()) {
             return Err(CpuError::Vendor { template: self, makers });
         }
         let is_recent = Generation::of(cpuid).is_some_and(|host| host >= CASCADE_LAKE);
