@@ -38,7 +38,7 @@ use crate::snapshot::{
 use crate::takeover::Taken;
 
 /// How long a snapshot that is called off may take to clean up behind itself.
-const CLEANUP: Duration = Duration::from_millis(50);
+const CLEANUP: Duration = Duration::from_millis(150);
 
 /// What does not change during a VM's life.
 #[derive(Clone)]

@@ -112,10 +112,6 @@ impl Machine {
     ) -> Result<Self, Refusal> {
         let image = restore.map(|restore| &restore.image);
         let saved = image.map(|image| &image.document.machine);
-        if let Some(saved) = saved {
-            let checked = saved.vcpus.iter().try_for_each(|vcpu| parts.cpu.check(vcpu));
-            checked.map_err(SnapshotError::State)?;
-        }
         let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
         let vm = Arc::new(vm);
         let boot_us = watch.since_start();

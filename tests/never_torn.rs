@@ -1,8 +1,14 @@
 //! A snapshot is there or it is not: whatever ends the one who writes it, whatever the disk says, the one before it
 //! can be loaded, or the new one, and the guest goes on.
-use std::fs;
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
+use husk::{Image, LoadParams};
 use serde_json::{Value, json};
 
 use crate::util::*;
@@ -161,4 +167,292 @@ fn id_of(place: &Value) -> String {
     let end = Husk::new(["snapshot", "inspect", "--json", path]).wait().code(0);
     let found: Value = serde_json::from_str(&end.output).unwrap();
     found["id"].as_str().unwrap().to_owned()
+}
+
+/// Opens it as a load does, and reads all of it; its id.
+fn sound(place: &Value) -> Result<String, String> {
+    let params: LoadParams = serde_json::from_value(place.clone()).unwrap();
+    let image = Image::load(&params).map_err(|e| e.to_string())?;
+    image.verify().map_err(|e| e.to_string())?;
+    Ok(image.id().to_owned())
+}
+
+/// A simple generator of numbers that look random.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0 % limit
+    }
+}
+
+/// In all.
+const KILLS: u32 = 1000;
+/// At a time.
+const KILLERS: u32 = 4;
+
+#[test]
+fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
+    let outcomes = [const { AtomicU32::new(0) }; 2];
+    std::thread::scope(|scope| {
+        for killer in 0..KILLERS {
+            let outcomes = &outcomes;
+            scope.spawn(move || {
+                let scratch = Scratch::new();
+                let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ u64::from(killer + 1) << 32);
+                let place = forms(&scratch)[killer as usize % 2].clone();
+                let mut longest = Duration::ZERO;
+                for _ in 0..KILLS / KILLERS {
+                    let is_new = kill_once(&place, &mut random, &mut longest);
+                    outcomes[usize::from(is_new)].fetch_add(1, Ordering::Relaxed);
+                }
+                clean_up(&scratch, &place);
+            });
+        }
+    });
+    let [old, new] = outcomes.map(AtomicU32::into_inner);
+    println!("old={old} new={new}");
+    // Or the instants were none of those that matter.
+    assert!(old > KILLS / 20 && new > KILLS / 20, "{old} old, {new} new");
+}
+
+/// Kills who writes a snapshot over another. Whether the new one is there; if not, the old one is.
+fn kill_once(place: &Value, random: &mut Random, longest: &mut Duration) -> bool {
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    let api = vm.api();
+    if sound(place).is_err() {
+        let start = Instant::now();
+        api.put("/snapshot/create", place).done();
+        *longest = start.elapsed();
+    }
+    let before = sound(place).unwrap();
+    let asked = std::thread::spawn({
+        let (mut stream, body) = (api.connect(), place.to_string());
+        let head = "PUT /snapshot/create HTTP/1.1\r\nHost: localhost\r\nContent-Length:";
+        move || write!(stream, "{head} {}\r\n\r\n{body}", body.len()).map(|()| stream)
+    });
+    let limit = u64::try_from(longest.as_micros()).unwrap();
+    std::thread::sleep(Duration::from_micros(random.below(limit)));
+    vm.signal(Signal::KILL);
+    assert_eq!(vm.wait().signal(), Some(9));
+    drop(asked.join().unwrap());
+    let after = sound(place).unwrap_or_else(|e| panic!("torn: {e}"));
+    after != before
+}
+
+/// What the killed ones have left behind is gone with the next snapshot.
+fn clean_up(scratch: &Scratch, place: &Value) {
+    let vm = warm().listening().start();
+    vm.api().put("/snapshot/create", place).done();
+    let left = match place["directory"].as_str() {
+        Some(directory) => names(Path::new(directory)).len(),
+        None => names(scratch.as_ref()).len(),
+    };
+    assert_eq!(left, 2, "{:?}", names(scratch.as_ref()));
+    sound(place).unwrap();
+    restore(place);
+}
+
+/// The disk is full after so many bytes, for every number of them.
+#[test]
+fn a_full_disk_leaves_the_old_and_the_guest() {
+    let scratch = Scratch::new();
+    let mounted = scratch.path("mounted");
+    fs::create_dir(&mounted).unwrap();
+    let mount = format!("mount -t tmpfs -o size=12m tmpfs {}", mounted.display());
+    let vm = warm().after(&mount).listening().start();
+    vm.expect("tick=");
+    let seen = PathBuf::from(format!("/proc/{}/root{}", vm.pid(), mounted.display()));
+    for form in 0..2 {
+        let form = |root: &Path| match form {
+            0 => json!({"directory": root.join("warm")}),
+            _ => {
+                json!({"snapshot_path": root.join("vm.state"), "mem_file_path": root.join("vm.mem")})
+            }
+        };
+        let (place, seen_place) = (form(&mounted), form(&seen));
+        vm.api().put("/snapshot/create", &place).done();
+        let old = sound(&seen_place).unwrap();
+        let before = names(&seen);
+        let filler = File::create(seen.join("filler")).unwrap();
+        let (mut refused, mut free_kib) = (0, 0);
+        loop {
+            filler.set_len(0).unwrap();
+            let host = rustix::fs::statvfs(&seen).unwrap();
+            let len = host.f_bavail * host.f_bsize - (free_kib << 10);
+            rustix::fs::fallocate(&filler, rustix::fs::FallocateFlags::empty(), 0, len).unwrap();
+            let reply = vm.api().put("/snapshot/create", &place);
+            if reply.status == 204 {
+                break;
+            }
+            let fault = reply.fault();
+            assert!(fault.contains("No space left on device"), "{free_kib} KiB: {fault}");
+            assert_eq!(sound(&seen_place).as_ref(), Ok(&old), "{free_kib} KiB");
+            assert_eq!(vm.api().state(), "Running");
+            let left = names(&seen).into_iter().filter(|name| name != "filler");
+            assert!(left.eq(before.iter().cloned()), "{free_kib} KiB: {:?}", names(&seen));
+            (refused, free_kib) = (refused + 1, free_kib + 12);
+        }
+        assert!(refused > 20, "{refused} refused, then {free_kib} KiB are enough");
+        assert_ne!(sound(&seen_place).unwrap(), old);
+        fs::remove_file(seen.join("filler")).unwrap();
+    }
+    assert_goes_on(&vm);
+}
+
+/// Follows a process, and does to it what `inject` says.
+struct Strace {
+    child: Child,
+    log: PathBuf,
+}
+
+impl Strace {
+    fn attach(vm: &TestVm, scratch: &Scratch, call: &str, inject: &str) -> Self {
+        let log = scratch.path("strace");
+        let mut child = Command::new("strace")
+            .args(["-f", "-o", log.to_str().unwrap(), "-e", &format!("trace={call}")])
+            .args(["-e", &format!("inject={call}:{inject}"), "-p", &vm.pid().to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("strace, of the package strace");
+        let mut errors = BufReader::new(child.stderr.take().unwrap());
+        let mut line = String::new();
+        errors.read_line(&mut line).unwrap();
+        assert!(line.contains("attached"), "{line}");
+        // It must not wait for a reader.
+        std::thread::spawn(move || std::io::copy(&mut errors, &mut std::io::sink()));
+        Self { child, log }
+    }
+
+    /// Lets go of the process; whether something was done to it.
+    fn detach(mut self) -> bool {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        self.child.wait().unwrap();
+        let log = fs::read_to_string(&self.log).unwrap();
+        log.contains("INJECTED") || log.contains("DELAYED")
+    }
+}
+
+/// Each call to the host fails in its turn, in every process and thread that makes it.
+#[test]
+fn a_failing_disk_leaves_one_of_both_and_the_guest() {
+    let scratch = Scratch::new();
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    let mut refused = 0;
+    for place in forms(&scratch) {
+        vm.api().put("/snapshot/create", &place).done();
+        for (call, error) in [
+            ("openat", "EIO"),
+            ("ftruncate", "EIO"),
+            ("pwrite64", "EIO"),
+            ("pwrite64", "EDQUOT"),
+            ("pread64", "EIO"),
+            ("fsync", "EIO"),
+            ("linkat", "EROFS"),
+            ("rename", "EIO"),
+            ("flock", "ENOLCK"),
+            ("getdents64", "EIO"),
+            ("pipe2", "EMFILE"),
+            ("clone", "EAGAIN"),
+            ("clone3", "EAGAIN"),
+            ("prctl", "EPERM"),
+        ] {
+            for when in [1, 2, 3, 4, 5, 6, 8, 12, 20, 32] {
+                let what = format!("{call} number {when}: {error}");
+                let before = sound(&place).unwrap();
+                let strace =
+                    Strace::attach(&vm, &scratch, call, &format!("error={error}:when={when}"));
+                let reply = vm.api().put("/snapshot/create", &place);
+                if !strace.detach() {
+                    reply.done();
+                    break;
+                }
+                let after = sound(&place).unwrap_or_else(|e| panic!("{what}: torn: {e}"));
+                match reply.status {
+                    204 => assert_ne!(after, before, "{what}"),
+                    _ => drop((reply.fault(), refused += 1)),
+                }
+                assert_eq!(vm.api().state(), "Running", "{what}");
+                let directory = place["directory"].as_str().map_or(scratch.as_ref(), Path::new);
+                let left = names(directory);
+                assert!(!left.iter().any(|name| name.ends_with(".tmp")), "{what}: {left:?}");
+            }
+        }
+        vm.api().put("/snapshot/create", &place).done();
+        match place["directory"].as_str() {
+            Some(directory) => assert_eq!(names(Path::new(directory)).len(), 2),
+            None => assert_eq!(names(scratch.as_ref()), ["strace", "vm.mem", "vm.state", "warm"]),
+        }
+        restore(&place);
+    }
+    assert!(refused > 20, "only {refused} were refused");
+    assert_goes_on(&vm);
+}
+
+/// What a load does not find, a reading of all of it does.
+#[test]
+fn every_damage_is_found() {
+    let scratch = Scratch::new();
+    let vm = Husk::guest("warm", "pages=16").memory(4).listening().start();
+    vm.expect("tick=");
+    let [place, other] = forms(&scratch);
+    vm.api().put("/snapshot/create", &place).done();
+    vm.api().put("/snapshot/create", &other).done();
+    drop(vm);
+    let directory = scratch.path("warm");
+    let state = directory.join("state");
+    let memory =
+        directory.join(names(&directory).iter().find(|name| name.starts_with("memory-")).unwrap());
+    sound(&place).unwrap();
+
+    let good = fs::read(&state).unwrap();
+    let bits = good.len() as u64 * 8;
+    // Each of the header, and many of the rest.
+    for bit in (0..512).chain((512..bits).step_by(4999)) {
+        let mut bad = good.clone();
+        bad[bit as usize / 8] ^= 1 << (bit % 8);
+        fs::write(&state, &bad).unwrap();
+        assert!(Image::open(&directory).is_err(), "bit {bit} of the state");
+    }
+    for len in (0..good.len()).step_by(4096) {
+        fs::write(&state, &good[..len]).unwrap();
+        assert!(Image::open(&directory).is_err(), "{len} bytes of the state");
+    }
+    fs::write(&state, &good).unwrap();
+
+    let file = File::options().read(true).write(true).open(&memory).unwrap();
+    let len = file.metadata().unwrap().len();
+    let mut random = Random(0x2545_f491_4f6c_dd1d);
+    for _ in 0..1000 {
+        let (at, bit) = (random.below(len), random.below(8));
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1 << bit], at).unwrap();
+        let found = sound(&place).expect_err("a bit of the memory");
+        assert!(
+            found.contains("checksum: ") || found.contains("zeros: ") || found.contains("id: "),
+            "{found}"
+        );
+        file.write_all_at(&byte, at).unwrap();
+    }
+    sound(&place).unwrap();
+    for cut in (4096..=len).step_by(4096) {
+        file.set_len(len - cut).unwrap();
+        let found = Image::open(&directory).expect_err("memory that is too short").to_string();
+        assert!(found.contains("length: "), "{found}");
+    }
+    drop(file);
+    // The memory of another one, and none.
+    fs::copy(other["mem_file_path"].as_str().unwrap(), &memory).unwrap();
+    let said = verify(&place).wait().refused(7);
+    assert!(said.contains("id: it belongs to snapshot"), "{said}");
+    fs::remove_file(&memory).unwrap();
+    let said = verify(&place).wait().refused(7);
+    assert!(said.contains("the snapshot is incomplete"), "{said}");
 }

@@ -9,7 +9,6 @@
 //! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
 //! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers;
 //! * [`VcpuState`], [`VmState`] — everything KVM knows of a vCPU and of what they share;
-//! * [`HostCpu::check`] — refuse a saved vCPU that would miss something here;
 //! * [`CpuConfig`], [`CpuTemplate`] — how a guest's CPU is to differ from the host's.
 
 mod x86_64;

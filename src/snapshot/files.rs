@@ -12,8 +12,7 @@
 //! One rename commits both files, because a state is looked for a memory with its own id, under either name. Only
 //! what is a snapshot of husk's is ever replaced, or removed.
 use std::fs::{DirBuilder, File};
-use std::io::Write;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use devices::backend::file::name_of;
@@ -81,7 +80,7 @@ impl Files {
         let state_path = place.state();
         let (memory_path, side) = (place.memory(&id), place.side(&id));
         let sync = |directory| if is_synced { sync_directory(directory) } else { Ok(()) };
-        let wrote = state.file().write_all(bytes);
+        let wrote = state.file().write_all_at(bytes, 0);
         wrote.map_err(SnapshotError::file("cannot write", &state_path))?;
         if is_synced {
             memory.sync(&memory_path)?;

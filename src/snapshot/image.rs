@@ -157,9 +157,14 @@ impl Image {
         Self::load(&LoadParams::from_directory(directory))
     }
 
+    /// What tells it from every other: 32 hexadecimal digits.
+    pub fn id(&self) -> &str {
+        &self.document.id
+    }
+
     /// Opens what a request names. The state is checked to its last bit, the memory file by its size
     /// and by the snapshot's id in it.
-    pub(crate) fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
+    pub fn load(params: &LoadParams) -> Result<Self, SnapshotError> {
         if params.handler().is_some() {
             return Self::without_memory(&params.state_alone()?);
         }

@@ -11,6 +11,8 @@ use super::{DeviceState, Extent, Image, SnapshotError};
 /// A snapshot that is named on a command line: by its directory, or its state file.
 #[derive(Debug)]
 pub(crate) struct Named {
+    /// If it was named by that.
+    directory: Option<PathBuf>,
     state: PathBuf,
     memory: Option<PathBuf>,
 }
@@ -68,23 +70,28 @@ impl Named {
     /// `path` is a directory or a state file; `memory` the memory file, where the state file does not say.
     pub(crate) fn new(path: PathBuf, memory: Option<PathBuf>) -> Self {
         match path.is_dir() {
-            true => Self { state: path.join(super::files::STATE), memory },
-            false => Self { state: path, memory },
+            true => Self { state: path.join(super::files::STATE), directory: Some(path), memory },
+            false => Self { state: path, directory: None, memory },
         }
     }
 
     /// Opens it, as a load would.
     pub(crate) fn open(&self) -> Result<Image, SnapshotError> {
-        let memory = match &self.memory {
-            Some(memory) => memory.clone(),
-            None => {
+        let place = match (&self.directory, &self.memory) {
+            (Some(directory), None) => Place::Directory(directory.clone()),
+            (_, Some(memory)) => self.files(memory.clone()),
+            (None, None) => {
                 let (_, document) = read_state_file(&self.state)?;
                 let why = "the state file does not say where it is: name it too".to_owned();
                 let missing = SnapshotError::Field { field: "memory file", why };
-                self.memory_of(&document).ok_or(missing)?
+                self.files(self.memory_of(&document).ok_or(missing)?)
             }
         };
-        Image::at(&Place::Files { state: self.state.clone(), memory })
+        Image::at(&place)
+    }
+
+    fn files(&self, memory: PathBuf) -> Place {
+        Place::Files { state: self.state.clone(), memory }
     }
 
     /// Reads what the state file says.

@@ -1,7 +1,8 @@
 //! Whether a guest that was given one processor can go on with another: it keeps using what it has found there.
 //!
 //! Only what a guest may use counts. What tells a vCPU its place, sizes of caches and the like may differ, as the guest
-//! gets what it had; and so may bits that follow from its own registers.
+//! gets what it had; and so may bits that follow from its own registers. What a vCPU here has is asked of one that was
+//! made here, because KVM may give it more than it says it supports.
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
 use super::cpuid::vendor;

@@ -16,7 +16,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
-use super::raw;
+use super::{compat, raw};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -121,8 +121,10 @@ impl VcpuState {
         })
     }
 
-    /// Gives it to a vCPU that is not running.
+    /// Gives it to a vCPU that is not running, and has what a vCPU can have here.
     pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
+        let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+        compat::check(&self.cpuid, &here)?;
         self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;

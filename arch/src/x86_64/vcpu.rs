@@ -6,9 +6,9 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::cpu_config::{Capability, CpuConfig, CpuError, MsrModifier};
 use super::kernel::Entry;
-use super::state::{StateError, VcpuState};
+use super::state::StateError;
 use super::template::CpuChoice;
-use super::{compat, cpuid, regs, state};
+use super::{cpuid, regs, state};
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -142,13 +142,6 @@ impl HostCpu {
     /// The MSRs that are part of a vCPU's state ([`super::state::VcpuState::read`]).
     pub fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
         state::msr_indices(kvm_fd)
-    }
-
-    /// Refuses the vCPU of a guest that has found on another host what it could not have here.
-    pub fn check(&self, saved: &VcpuState) -> Result<(), StateError> {
-        let topology = Topology::new(1, false);
-        let here = self.cpuid_for(0, topology).map_err(|_| StateError::TooMany("CPUID leaves"))?;
-        compat::check(saved.cpuid(), &here)
     }
 
     /// Bits of a guest-physical address.
