@@ -335,6 +335,7 @@ impl Machine {
                 place: device.index,
                 memory_at: self.ram.place_of(device.model, &device.id),
                 state,
+                layer: None,
             })
         });
         let Legacy { acpi, i8042, rtc } = &self.legacy;

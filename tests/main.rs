@@ -32,6 +32,7 @@ mod memory;
 mod metrics;
 mod mmds;
 mod never_torn;
+mod overlay;
 mod restore;
 mod rewind;
 mod signals;

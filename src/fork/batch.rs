@@ -98,7 +98,7 @@ impl Batch {
         for (device, saved) in self.document.machine.devices.iter().enumerate() {
             if let Some(frozen) = saved.state.files() {
                 let file = File::from(rustix::fs::memfd_create("husk-layer", MemfdFlags::CLOEXEC)?);
-                let description = frozen.write_to(&file)?;
+                let description = frozen.write_to(&file, || false)?;
                 self.layers.push(Layer { device, description });
                 files.push(file);
             }

@@ -5,6 +5,7 @@
 //!              in a directory                  as two files
 //!   written    without a name                  without a name
 //!   named      DIR/memory-ID                   MEMORY.ID
+//!              DIR/overlay-DRIVE-ID            STATE.overlay-DRIVE-ID
 //!   committed  DIR/state replaces the old one  STATE replaces the old one
 //!   after it   older memory is removed         MEMORY.ID replaces MEMORY
 //! ```
@@ -36,6 +37,8 @@ pub(super) struct Files {
     is_synced: bool,
     state: Temporary,
     memory: Temporary,
+    /// Other files, and what they are to be called.
+    others: Vec<(PathBuf, Temporary)>,
     /// Removed again, if nothing comes to be in it.
     _directory: Option<MadeDirectory>,
 }
@@ -58,7 +61,18 @@ impl Files {
         let memory = Temporary::create(&place.memory(id), &place.temporary_memory(id))?;
         let sized = memory.file().set_len(len);
         sized.map_err(SnapshotError::file("cannot make", place.memory(id)))?;
-        Ok(Self { place, id: id.into(), is_synced, state, memory, _directory: made })
+        let others = Vec::new();
+        Ok(Self { place, id: id.into(), is_synced, state, memory, others, _directory: made })
+    }
+
+    /// Makes another file of the snapshot; its name in the directory of the state file, and the file.
+    pub(super) fn add(&mut self, stem: &str) -> Result<(PathBuf, &File), SnapshotError> {
+        let path = self.place.other(stem, &self.id);
+        let name = PathBuf::from(path.file_name().unwrap_or_default());
+        let file = Temporary::create(&path, &with_suffix(&path, ".tmp"))?;
+        self.others.push((path, file));
+        let (_, file) = self.others.last().expect("one was added");
+        Ok((name, file.file()))
     }
 
     /// The memory file, to be written.
@@ -76,7 +90,8 @@ impl Files {
 
     /// Writes the state file, and puts both in their places.
     pub(super) fn commit(self, bytes: &[u8]) -> Result<(), SnapshotError> {
-        let Self { place, id, is_synced, state, mut memory, _directory: directory } = self;
+        let Self { place, id, is_synced, state, mut memory, mut others, _directory: directory } =
+            self;
         let state_path = place.state();
         let (memory_path, side) = (place.memory(&id), place.side(&id));
         let sync = |directory| if is_synced { sync_directory(directory) } else { Ok(()) };
@@ -86,11 +101,18 @@ impl Files {
             memory.sync(&memory_path)?;
             state.sync(&state_path)?;
         }
+        for (path, other) in &mut others {
+            if is_synced {
+                other.sync(path)?;
+            }
+            other.name(path)?;
+        }
         memory.name(&side)?;
         sync(parent(&side))?;
         state.replace(&state_path, &place.temporary_state(&id))?;
         // It is there. What fails from here on takes nothing away.
         memory.keep();
+        others.into_iter().for_each(|(_, other)| other.keep());
         std::mem::forget(directory);
         sync(parent(&state_path))?;
         if side != memory_path {
@@ -173,6 +195,15 @@ impl Place {
         }
     }
 
+    /// Another file, beside the state file.
+    fn other(&self, stem: &str, id: &str) -> PathBuf {
+        let name = format!("{stem}-{id}");
+        match self {
+            Self::Directory(directory) => directory.join(name),
+            Self::Files { state, .. } => with_suffix(state, &format!(".{name}")),
+        }
+    }
+
     fn temporary_state(&self, id: &str) -> PathBuf {
         with_suffix(&self.state(), &format!(".{id}.tmp"))
     }
@@ -232,7 +263,9 @@ impl Place {
                 let (path, name) = (entry.path(), entry.file_name());
                 let is_ours =
                     |of: &Path| directory == parent(of) && is_of_snapshot(&name, of.file_name());
-                if (is_ours(&state) || is_ours(&memory)) && !is_wanted(&path, &state) {
+                let is_other = directory == parent(&state) && is_other_of_snapshot(&name, self);
+                let is_ours = is_ours(&state) || is_ours(&memory) || is_other;
+                if is_ours && !is_wanted(&path, &state) {
                     log::info!("removing {}, which no snapshot needs", path.display());
                     if let Err(e) = std::fs::remove_file(&path) {
                         log::warn!("cannot remove {}: {e}", path.display());
@@ -253,6 +286,20 @@ fn is_of_snapshot(name: &std::ffi::OsStr, base: Option<&std::ffi::OsStr>) -> boo
     id.is_some_and(|id| {
         id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     })
+}
+
+/// Whether `name` is that of a file of [`Files::add`]: overlay-DRIVE-ID, with the state file's name and a dot
+/// before it if it is beside that.
+fn is_other_of_snapshot(name: &std::ffi::OsStr, place: &Place) -> bool {
+    let prefix = match place {
+        Place::Directory(_) => String::new(),
+        Place::Files { state, .. } => {
+            format!("{}.", state.file_name().unwrap_or_default().to_string_lossy())
+        }
+    };
+    let stem = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_prefix("overlay-"));
+    let end = stem.and_then(|stem| stem.rfind('-').and_then(|at| stem.get(at..)));
+    end.is_some_and(|end| is_of_snapshot(end.as_ref(), Some("".as_ref())))
 }
 
 /// Whether somebody is writing it, or the state file names it.

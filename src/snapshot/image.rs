@@ -18,6 +18,7 @@ use serde_json::Value;
 use super::chain::{CHAIN_MAX, Parent, ParentDocument};
 use super::extent::{Extent, Kind};
 use super::format::StateFile;
+use super::layers::{self, LayerDocument};
 use super::params::{LoadParams, Place};
 use super::{Overrides, SnapshotError};
 use crate::config::VmConfig;
@@ -58,6 +59,9 @@ pub(crate) struct DeviceState {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) memory_at: Option<u64>,
     pub(crate) state: Saved,
+    /// The file with what it has written on the host, if that is part of the snapshot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) layer: Option<LayerDocument>,
 }
 
 /// The document in a state file.
@@ -177,8 +181,9 @@ impl Image {
 
     /// The state alone, of a VM whose memory another process serves.
     fn without_memory(state: &Path) -> Result<Self, SnapshotError> {
-        let (file, document) = read_state_file(state)?;
+        let (file, mut document) = read_state_file(state)?;
         document.check(&file.extents)?;
+        layers::open(state, &mut document.machine)?;
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let nothing = rustix::fs::memfd_create("husk-no-memory", flags)
             .map_err(|e| SnapshotError::Copy(e.into()))?;
@@ -204,7 +209,14 @@ impl Image {
                 let why = format!("it is snapshot {} by now", document.id);
                 return Err(SnapshotError::Inconsistent(why));
             }
-            match open_memory(place, &document) {
+            let opened = open_memory(place, &document).and_then(|memory| {
+                // What drives have written since the beginning: those under it have nothing to add.
+                if depth == 0 {
+                    layers::open(&place.state(), &mut document.machine)?;
+                }
+                Ok(memory)
+            });
+            match opened {
                 Ok((memory, memory_path)) => {
                     document.check(&file.extents)?;
                     let own = Own::find(place, &document, memory, file.extents, depth)?;

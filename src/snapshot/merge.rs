@@ -1,10 +1,12 @@
 //! A snapshot by itself made of one of what has changed, and of those that it goes over.
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::AtomicBool;
 
 use super::extent::checksum;
 use super::files::Files;
 use super::format::StateFile;
 use super::image::Document;
+use super::layers;
 use super::params::SnapshotParams;
 use super::{Extent, Image, Kind, SnapshotError};
 
@@ -22,12 +24,13 @@ impl Image {
             let why = format!("{} is there already: name another", path.display());
             return Err(SnapshotError::Field { field: "output", why });
         }
-        let files = Files::create(place, id, self.document.memory.len, target.sync)?;
+        let mut files = Files::create(place, id, self.document.memory.len, target.sync)?;
         let extents = self.write_memory(files.memory());
         let extents = extents.map_err(SnapshotError::file("cannot write", &path))?;
         let mut document = Document::clone(&self.document);
         document.memory.file = files.memory_name();
         document.memory.parent = None;
+        layers::write(&mut files, &mut document.machine, &AtomicBool::new(false))?;
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
         files.commit(&StateFile::encode(&json, &extents))
     }

@@ -13,6 +13,7 @@ mod files;
 mod format;
 mod image;
 mod inspect;
+mod layers;
 mod merge;
 mod overrides;
 mod params;
@@ -27,6 +28,7 @@ use std::env::consts::ARCH;
 use std::path::PathBuf;
 
 use devices::backend::file::is_shortage;
+use devices::backend::overlay::LayerError;
 
 pub(crate) use self::chain::Parent;
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
@@ -128,6 +130,9 @@ pub enum SnapshotError {
         /// The device.
         id: String,
     },
+    /// What a drive has written is not there, or damaged, or of another disk.
+    #[error("what a drive had written: {0}")]
+    Layer(#[from] LayerError),
     /// The state does not fit the machine it describes.
     #[error("the snapshot does not fit together: {0}")]
     Inconsistent(String),

@@ -20,6 +20,7 @@ use super::chain::{Parent, over};
 use super::files::Files;
 use super::format::StateFile;
 use super::image::{Document, MachineState, MemoryDocument, hex};
+use super::layers;
 use super::params::{Place, SnapshotParams, SnapshotType};
 use crate::memory::{Changes, Dump, Dumped, Patch, Plan, Ram, Since, Tracker, Zeroes};
 
@@ -114,14 +115,14 @@ pub(crate) struct Written {
     pub(crate) id: String,
     /// Whether it goes over another one.
     pub(crate) kind: SnapshotType,
-    /// Bytes of state and memory.
+    /// Bytes of state, memory, and what drives have written.
     pub(crate) bytes: u64,
 }
 
 impl Saving {
     /// Waits for the memory, then describes and names the files, unless that is called off.
     fn finish(self, is_off: &AtomicBool) -> Result<Written, SnapshotError> {
-        let Self { place, files, dump, mut document, parent, tracker } = self;
+        let Self { place, mut files, dump, mut document, parent, tracker } = self;
         let check = || match is_off.load(Ordering::Acquire) {
             true => Err(SnapshotError::Ended),
             false => Ok(()),
@@ -132,6 +133,8 @@ impl Saving {
             parent.is_partial = is_partial;
             parent.hear(&witnesses);
         }
+        let of_layers = layers::write(&mut files, &mut document.machine, is_off)
+            .map_err(|e| check().err().unwrap_or(e))?;
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
         let state = StateFile::encode(&json, &extents);
         let of_memory: u64 = extents.iter().map(|extent| u64::from(extent.stored)).sum();
@@ -148,7 +151,7 @@ impl Saving {
         };
         let older = parent.as_ref().filter(|_| is_partial);
         tracker.commit(Parent::new(&document.id, &place, &memory, before, older));
-        Ok(Written { id: document.id, kind, bytes: of_memory + state.len() as u64 })
+        Ok(Written { id: document.id, kind, bytes: of_memory + of_layers + state.len() as u64 })
     }
 }
 

@@ -24,6 +24,7 @@ impl Image {
         own.find_damage(self.document.memory.len)
             .map_err(failed)?
             .map_or(Ok(()), |why| Err(wrong(why)))?;
+        super::layers::find_damage(&self.document.machine)?;
         match &own.rest {
             Rest::Parent(parent) => parent.verify(),
             Rest::Zeroes | Rest::Merged => Ok(()),

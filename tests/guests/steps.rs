@@ -1,6 +1,7 @@
 //! Does one thing for each byte on the serial port, so that a test decides what happens before a snapshot and what after
 //! it: `c` counts, and looks whether memory is as it was left; `b` reads the first sector of the first disk, `w` writes
-//! the count to its second, `s` says what is there; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
+//! the count to its second, which `s` reads; `f` writes to the disk from its second page on until a write fails, and
+//! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
 //! of the pmem device and the vsock address; `x` resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
 #![no_main]
@@ -89,7 +90,17 @@ impl Job {
             b's' => {
                 let Some(disk) = &mut self.disk else { return missing("disk") };
                 disk.read(1, self.sector)?;
-                println!("second={}", self.sector[0]);
+                let count = self.sector.first_chunk().copied().unwrap_or_default();
+                println!("second={}", u64::from_le_bytes(count));
+            }
+            b'f' => {
+                let Some(disk) = &mut self.disk else { return missing("disk") };
+                self.sector.fill(0xff);
+                let mut sector = 8;
+                while sector < disk.sectors && disk.write(sector, self.sector).is_ok() {
+                    sector += 1;
+                }
+                println!("filled={}", (sector - 8) * SECTOR);
             }
             b'r' => {
                 let Some(queue) = &mut self.rng else { return missing("rng") };

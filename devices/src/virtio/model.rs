@@ -74,6 +74,10 @@ pub trait VirtioDevice: Send + Debug {
     fn update(&mut self, _view: Option<&str>, _patch: &Value) -> Result<Change, DeviceError> {
         Err(DeviceError::Fixed)
     }
+    /// Whether another device of this configuration can be opened while this one is there.
+    fn can_open_twice(&self) -> bool {
+        false
+    }
     /// Fixes what the device has written on the host and a snapshot is to hold, and goes on without
     /// changing that. There is no worker.
     fn freeze_files(&mut self) -> Result<Option<Frozen>, DeviceError> {

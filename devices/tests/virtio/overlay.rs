@@ -97,7 +97,7 @@ impl Drive {
 fn through_a_file(frozen: &Frozen) -> Frozen {
     let file = TempFile::new(&[]);
     let opened = std::fs::File::options().read(true).write(true).open(&file.path).unwrap();
-    let description = frozen.write_to(&opened).unwrap();
+    let description = frozen.write_to(&opened, || false).unwrap();
     let again = Frozen::open(&file.path, &description).unwrap();
     assert!(again.verify(&description).unwrap());
     again
@@ -365,9 +365,10 @@ fn damage_to_a_sealed_layer_is_found() {
     assert_eq!(drive.write(100, &[7; 1024]), OK);
     let sealed = TempFile::new(&[]);
     let opened = std::fs::File::options().read(true).write(true).open(&sealed.path).unwrap();
-    let description = drive.freeze().write_to(&opened).unwrap();
+    let description = drive.freeze().write_to(&opened, || false).unwrap();
     let good = sealed.content();
     let trailer = good.len() - 4096 - 512;
+    assert!(drive.freeze().write_to(&opened, || true).is_err());
     // The trailer and the map are checked at once, data when it is asked for.
     for bit in (trailer * 8..(trailer + 64) * 8).chain((good.len() - 512) * 8..good.len() * 8) {
         let mut bad = good.clone();

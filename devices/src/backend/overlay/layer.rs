@@ -338,17 +338,21 @@ pub(super) fn write_chunk(file: &File, size: u64, map: &Map, number: u64) -> std
     file.write_all_at(&map.chunk_bytes(number), at)
 }
 
-/// Seals what `layers` have, the later ones over the earlier, in one file.
+/// Seals what `layers` have, the later ones over the earlier, in one file. Gives up when `is_off` says so.
 pub(super) fn write_sealed(
     layers: &[Arc<Layer>],
     size: u64,
     witness: u64,
     file: &File,
+    is_off: impl Fn() -> bool,
 ) -> std::io::Result<Description> {
     let draft = Description { size, witness, is_sealed: true, map_sum: 0, data_sum: 0 };
     write_empty(file, draft)?;
     let mut data = Digest::new();
-    let all = flatten(layers, size, file, |piece| data.write(piece))?;
+    let all = flatten(layers, size, file, |piece| {
+        data.write(piece);
+        if is_off() { Err(std::io::Error::other("it was called off")) } else { Ok(()) }
+    })?;
     let mut map = Digest::new();
     for (number, chunk) in all.chunks() {
         sum_chunk(&mut map, number, &chunk);
@@ -366,7 +370,7 @@ pub(super) fn flatten(
     layers: &[Arc<Layer>],
     size: u64,
     to: &File,
-    mut each: impl FnMut(&[u8]),
+    mut each: impl FnMut(&[u8]) -> std::io::Result<()>,
 ) -> std::io::Result<Map> {
     let (mut all, mut buffer) = (Map::default(), vec![0; COPY_BYTES]);
     let (mut at, end) = (0, granules(size));
@@ -377,7 +381,7 @@ pub(super) fn flatten(
             for (at, len) in pieces(at..until, size) {
                 let Some(piece) = buffer.get_mut(..len) else { continue };
                 layer.file.read_exact_at(piece, at)?;
-                each(piece);
+                each(piece)?;
                 write_sparse(to, piece, at)?;
             }
         }

@@ -242,7 +242,7 @@ impl Overlay {
         let both = first..first.saturating_add(2);
         let Some(pair) = self.frozen.get(both.clone()) else { return Ok(()) };
         let Top { mut layer, .. } = self.room.top(self.size)?;
-        let copied = layer::flatten(pair, self.size, &layer.file, |_| {});
+        let copied = layer::flatten(pair, self.size, &layer.file, |_| Ok(()));
         layer.map = copied.map_err(LayerError::host("write", "a new layer"))?;
         self.frozen.splice(both, [Arc::new(layer)]);
         Ok(())
@@ -256,9 +256,9 @@ impl Drop for Overlay {
 }
 
 impl Frozen {
-    /// Writes all of it to an empty file; what that says of itself.
-    pub fn write_to(&self, file: &File) -> std::io::Result<Description> {
-        layer::write_sealed(&self.layers, self.size, self.witness, file)
+    /// Writes all of it to an empty file; what that says of itself. Gives up when `is_off` says so.
+    pub fn write_to(&self, file: &File, is_off: impl Fn() -> bool) -> std::io::Result<Description> {
+        layer::write_sealed(&self.layers, self.size, self.witness, file, is_off)
     }
 
     /// Opens what [`Self::write_to`] has written. The map is checked, the data not: [`Self::verify`].

@@ -398,6 +398,10 @@ impl VirtioDevice for Block {
         self.counters.clone()
     }
 
+    fn can_open_twice(&self) -> bool {
+        matches!(self.config.overlay, Some(Place::Temporary | Place::Memory))
+    }
+
     fn freeze_files(&mut self) -> Result<Option<Frozen>, DeviceError> {
         match self.disk.overlay() {
             Some(mut overlay) => overlay.freeze().map_err(|e| unfit(e.into())),

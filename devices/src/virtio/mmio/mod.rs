@@ -215,12 +215,11 @@ impl MmioTransport {
     }
 
     /// What stands for the device while another machine is put together that is to have it. `None` if it
-    /// brings memory along, which has its place in this machine.
+    /// brings memory along, which has its place in this machine, or if that machine can have one of its
+    /// own.
     pub fn stand_in(&mut self) -> Option<StandIn> {
-        match self.device.own_memory() {
-            Some(_) => None,
-            None => Some(StandIn::of(&*self.device)),
-        }
+        let is_needed = self.device.own_memory().is_none() && !self.device.can_open_twice();
+        is_needed.then(|| StandIn::of(&*self.device))
     }
 
     /// Takes the device from the transport in another machine, where a stand-in for it is left. Both are
