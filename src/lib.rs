@@ -14,6 +14,8 @@ mod error;
 mod events;
 mod exit;
 mod fork;
+mod gate;
+mod identity;
 mod instance;
 mod logger;
 mod machine;
@@ -36,7 +38,7 @@ pub use arch::{
 pub use boot::BootPhases;
 pub use config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
-    MetricsConfig, OnReboot, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
+    MetricsConfig, OnReboot, Payload, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
 pub use devices::limiter::{RateLimiter, TokenBucket};
 pub use devices::mmds::{Config as MmdsConfig, Version as MmdsVersion};

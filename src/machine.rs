@@ -13,6 +13,7 @@ use devices::GuestRam;
 use devices::bus::Bus;
 use devices::legacy::acpi::Acpi;
 use devices::legacy::boot_timer::{self, BootTimer};
+use devices::legacy::generation;
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::legacy::serial::SerialState;
@@ -31,6 +32,7 @@ use crate::boot::Stopwatch;
 use crate::config::{RATE_LIMIT_GROUPS, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::fork::Freezing;
+use crate::identity::Identity;
 use crate::memory::{self, Ram};
 use crate::metrics::Source;
 use crate::outcome::Outcome;
@@ -44,6 +46,8 @@ use crate::vcpu::{Unclaimed, Vcpus, World};
 const DEMO_TIME: &str = "husk.boot_us";
 /// How long the last output may take to reach its reader when a machine ends.
 const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
+/// How long a guest may take to look at the generation id when it is told to.
+const LOOK_MAX: Duration = Duration::from_millis(500);
 
 /// How long a machine may take to stop or to end whose memory another process serves.
 const SERVED_DEADLINE: Duration = Duration::from_secs(2);
@@ -56,6 +60,7 @@ pub(crate) struct Machine {
     vm: Arc<VmFd>,
     outcome: Arc<Outcome>,
     legacy: Legacy,
+    identity: Identity,
     devices: Vec<Attached>,
     has_pit: bool,
     rest: Rest,
@@ -152,6 +157,8 @@ impl Machine {
         ram.watch(&outcome).map_err(Refusal::host("cannot watch over served memory"))?;
         let (mut pio, mut mmio) = (Bus::default(), Bus::default());
         let legacy = legacy(&vm, &parts, &outcome, &mut pio)?;
+        let mut identity = Identity::new(parts.identity, saved.map(|saved| saved.identity))?;
+        insert(&mut mmio, layout::GENERATION_ID, generation::LEN, identity.page());
         if let Some(timer) = &parts.boot_timer {
             insert(&mut mmio, layout::BOOT_TIMER, boot_timer::LEN, timer.clone());
         }
@@ -184,6 +191,7 @@ impl Machine {
             let initrd = parts.initrd.as_ref();
             Platform { cmdline: cmdline.trim(), initrd, apic_ids: &apic_ids, devices: &places }
                 .write(&ram.guest, kernel)?;
+            identity.write(&ram.guest, config.payload.as_ref())?;
             let Entry { protocol, addr, .. } = kernel;
             log::info!("assembled: {protocol} kernel at {addr:#x}, command line: {cmdline}");
         }
@@ -192,18 +200,32 @@ impl Machine {
             let saved = &restore.image.document.machine;
             saved.write(&vm, &fds, restore.clock())?;
             legacy.restore(&saved.legacy);
+            identity.renew(&ram.guest, &legacy.acpi, config.payload.as_ref())?;
         }
+        parts.identity = Some(identity.current());
         let counters = parts.counters.vcpus.clone();
         let unclaimed = Unclaimed::default();
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
-        let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu)?;
+        let first = saved.and_then(|saved| saved.identity.first);
+        let vcpus = Vcpus::spawn(fds, &Arc::new(world), names.vcpu, first)?;
         watch.phases.vcpus_us = watch.lap();
         if ram.is_lost() {
             let gone = std::io::Error::other("it has ended");
             return Err(Refusal::host("the process that serves guest memory")(gone));
         }
         let (rest, has_pit) = (Rest(parts), config.machine.pit);
-        Ok(Self { vcpus, vm, outcome, legacy, devices, has_pit, rest, ram, _memory: memory })
+        Ok(Self {
+            vcpus,
+            vm,
+            outcome,
+            legacy,
+            identity,
+            devices,
+            has_pit,
+            rest,
+            ram,
+            _memory: memory,
+        })
     }
 
     /// Takes the machine apart, so that it can be put together again: devices stop, and give back
@@ -312,6 +334,26 @@ impl Machine {
         paused.inspect_err(|_| self.run())
     }
 
+    /// Stops the guest, to be copied: if it can be, where a copy of it looks at the generation id
+    /// before it does anything else.
+    pub(crate) fn pause_to_copy(&self) -> Result<(), Refusal> {
+        if self.identity.has_driver() {
+            let tell = || lock(&self.legacy.acpi).announce_generation();
+            let start = Instant::now();
+            let looks = self.vcpus.await_look(tell, LOOK_MAX);
+            let took = start.elapsed();
+            if looks {
+                log::debug!("the guest looks at the generation id after {took:?}");
+            } else {
+                log::info!(
+                    "the guest has not looked at the generation id in {took:?}: its copies will, \
+                     a moment after they go on"
+                );
+            }
+        }
+        self.pause()
+    }
+
     /// The state of a machine that is paused.
     pub(crate) fn save(&self) -> Result<MachineState, Refusal> {
         let Rest(parts) = &self.rest;
@@ -346,7 +388,14 @@ impl Machine {
             acpi: lock(acpi).state(),
         };
         let devices = devices.collect::<Result<_, Refusal>>()?;
-        Ok(MachineState { vm, vcpus, legacy, devices })
+        let first = self.vcpus.first();
+        if let Some((vcpu, Some(registers))) = first
+            && let Some(state) = vcpus.get_mut(usize::from(vcpu))
+        {
+            state.set_registers(registers);
+        }
+        let identity = self.identity.state(first.map(|(vcpu, _)| vcpu));
+        Ok(MachineState { vm, vcpus, legacy, identity, devices })
     }
 
     /// Whether what it was booted from is here.
@@ -596,5 +645,6 @@ mod tests {
         assert_eq!(acpi::SLEEP_TYPE_S5, told::SLEEP_TYPE_S5);
         assert_eq!(acpi::RESET_VALUE, told::RESET_VALUE);
         assert_eq!(acpi::EVENT_POWER_BUTTON, told::EVENT_POWER_BUTTON);
+        assert_eq!(acpi::EVENT_GENERATION, told::EVENT_GENERATION);
     }
 }

@@ -72,6 +72,14 @@ impl Ram {
         self.all.iter().map(GuestMemoryRegion::len).sum()
     }
 
+    /// What a copy has in place of what is there: the snapshot's id, and nothing where the payload is,
+    /// which is for this VM alone.
+    pub(crate) fn patch(&self, id: [u8; 16]) -> Patch {
+        let at = self.offset_of(layout::SNAPSHOT_ID);
+        let blank = self.offset_of(layout::PAYLOAD);
+        Patch { at, bytes: id, blank: blank..blank + layout::PAYLOAD_LEN }
+    }
+
     /// Where a guest address is in an image, which is memory without the holes. The address is one of
     /// the layout's, and in RAM of any size.
     pub(crate) fn offset_of(&self, addr: u64) -> u64 {

@@ -22,6 +22,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::events::{Hub, Watch};
+use crate::identity::Current;
 use crate::metrics::MachineCounters;
 use crate::snapshot::SnapshotError;
 use crate::takeover::{Port, Taken};
@@ -64,6 +65,8 @@ pub(crate) struct Parts {
     pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
     /// What the devices share.
     pub(crate) env: Env,
+    /// The machine's, from its first assembly.
+    pub(crate) identity: Option<Current>,
     pub(crate) counters: MachineCounters,
 }
 
@@ -133,6 +136,7 @@ impl Parts {
             io,
             boot_timer,
             env,
+            identity: None,
             counters,
         })
     }

@@ -16,18 +16,21 @@
 use std::cell::Cell;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use arch::layout;
 use devices::bus::Bus;
+use devices::legacy::generation::Generation;
 use kvm_bindings::{
-    KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
+    KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::error::Refusal;
 use crate::exit::Ending;
+use crate::gate::{Gate, Target};
 use crate::outcome::Outcome;
 
 /// Stack of a vCPU thread: the exit path is shallow, and only what is touched costs memory.
@@ -41,78 +44,6 @@ const NO_MEMORY: &str = "the host has nothing behind memory that the guest used:
 thread_local! {
     /// `kvm_run` of the vCPU that this thread runs, for the signal handler.
     static RUN: Cell<*mut kvm_run> = const { Cell::new(std::ptr::null_mut()) };
-}
-
-/// What the vCPUs are to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Target {
-    Run,
-    Park,
-    Stop,
-}
-
-#[derive(Debug)]
-struct GateState {
-    target: Target,
-    /// Threads that run, or are on their way to.
-    running: usize,
-}
-
-/// Moves all vCPUs of a VM between states, and waits until they are there.
-#[derive(Debug)]
-struct Gate {
-    state: Mutex<GateState>,
-    changed: Condvar,
-}
-
-impl Gate {
-    fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits while parked. False when it is time to stop.
-    fn pass(&self, is_running: &mut bool) -> bool {
-        let mut state = self.lock();
-        loop {
-            match state.target {
-                Target::Run => {
-                    self.settle(&mut state, is_running, true);
-                    return true;
-                }
-                Target::Park => self.settle(&mut state, is_running, false),
-                Target::Stop => {
-                    self.settle(&mut state, is_running, false);
-                    return false;
-                }
-            }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-    }
-
-    fn settle(&self, state: &mut GateState, was: &mut bool, now: bool) {
-        match (std::mem::replace(was, now), now) {
-            (false, true) => state.running += 1,
-            (true, false) => {
-                state.running -= 1;
-                self.changed.notify_all();
-            }
-            _ => {}
-        }
-    }
-
-    /// Leaves for good.
-    fn leave(&self, is_running: &mut bool) {
-        let mut state = self.lock();
-        self.settle(&mut state, is_running, false);
-    }
-
-    fn aim(&self, target: Target) {
-        let mut state = self.lock();
-        if state.target != Target::Stop {
-            state.target = target;
-        }
-        self.changed.notify_all();
-    }
 }
 
 devices::counters! {
@@ -182,15 +113,16 @@ pub(crate) struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread per vCPU, parked. `name` is that of vCPU 0 without its number.
+    /// Starts a thread per vCPU, parked. `name` is that of vCPU 0 without its number; `first` is the vCPU
+    /// that stands before a look at the generation id, if one does.
     pub(crate) fn spawn(
         vcpus: Vec<VcpuFd>,
         world: &Arc<World>,
         name: &str,
+        first: Option<u8>,
     ) -> Result<Self, Refusal> {
         register_kick()?;
-        let state = Mutex::new(GateState { target: Target::Park, running: 0 });
-        let gate = Arc::new(Gate { state, changed: Condvar::new() });
+        let gate = Arc::new(Gate::new(first));
         let mut threads = Self { gate, threads: Vec::new(), fds: Vec::new() };
         for (index, fd) in (0u8..).zip(vcpus) {
             let counters = world.counters.get(usize::from(index)).cloned().unwrap_or_default();
@@ -218,20 +150,22 @@ impl Vcpus {
     pub(crate) fn park(&self, deadline: Option<Instant>) -> bool {
         self.gate.aim(Target::Park);
         self.kick();
-        let mut state = self.gate.lock();
-        while state.running > 0 {
-            let Some(deadline) = deadline else {
-                state = self.gate.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return false;
-            }
-            let waited = self.gate.changed.wait_timeout(state, left);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
-        }
-        true
+        self.gate.wait_until_parked(deadline)
+    }
+
+    /// See [`Gate::await_look`].
+    pub(crate) fn await_look(&self, tell: impl FnOnce(), max: Duration) -> bool {
+        self.gate.await_look(tell, max)
+    }
+
+    /// See [`Gate::first`].
+    pub(crate) fn first(&self) -> Option<(u8, Option<kvm_regs>)> {
+        self.gate.first()
+    }
+
+    /// Lets parked vCPUs go on as if they were new: `first` by itself at first, if it is given.
+    pub(crate) fn begin_with(&self, first: Option<u8>) {
+        self.gate.begin_with(first);
     }
 
     /// Calls `f` with each vCPU in turn, all of which must be parked.
@@ -314,9 +248,9 @@ impl Vcpu {
         unblock_kick();
         RUN.set(std::ptr::from_mut(lock(&self.fd).get_kvm_run()));
         let mut is_running = false;
-        while gate.pass(&mut is_running) {
+        while gate.pass(self.index, &mut is_running) {
             let mut fd = lock(&self.fd);
-            if let Some(ending) = self.run_until_kicked(&mut fd) {
+            if let Some(ending) = self.run_until_kicked(&mut fd, gate) {
                 self.world.outcome.set(ending);
             }
             if self.world.outcome.get().is_some() {
@@ -332,8 +266,8 @@ impl Vcpu {
         gate.leave(&mut is_running);
     }
 
-    /// Runs the guest until a kick (none) or until this vCPU cannot go on.
-    fn run_until_kicked(&self, fd: &mut VcpuFd) -> Option<Ending> {
+    /// Runs the guest until a kick or `gate` stops it (none) or until this vCPU cannot go on.
+    fn run_until_kicked(&self, fd: &mut VcpuFd, gate: &Gate) -> Option<Ending> {
         let counters = &self.counters;
         loop {
             let run = std::ptr::from_mut(fd.get_kvm_run());
@@ -365,6 +299,13 @@ impl Vcpu {
                     counters.exit_mmio_read().inc();
                     counters.exit_mmio_read_agg().since(start);
                     self.world.unclaimed.unless(is_claimed, counters, "read", addr);
+                    let looks = addr.checked_sub(layout::GENERATION_ID);
+                    if looks.is_some_and(Generation::is_first)
+                        && gate.is_stopped_by_look(self.index, || fd.get_regs().ok())
+                    {
+                        // KVM finishes the read, and gives the vCPU back.
+                        fd.set_kvm_immediate_exit(1);
+                    }
                 }
                 Ok(VcpuExit::MmioWrite(addr, data)) => {
                     let is_claimed = self.world.mmio.write(addr, data);

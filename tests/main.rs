@@ -21,6 +21,7 @@ mod docs;
 mod events;
 mod firecracker;
 mod fork;
+mod identity;
 mod increments;
 mod input;
 mod library;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::fail;
 use super::launch::{self, Launch, Style, Timing};
 use super::limits::LimitArgs;
-use super::run::{LogArgs, MetricsArgs, MmdsArgs, huge_pages};
+use super::run::{LogArgs, MetricsArgs, MmdsArgs, PayloadArgs, huge_pages};
 use crate::config::{HugePages, OnReboot, SerialConfig, SerialTo, VmConfig};
 use crate::error::Refusal;
 use crate::exit::ExitCode;
@@ -85,6 +85,8 @@ pub(super) struct RestoreArgs {
     #[command(flatten)]
     metrics: MetricsArgs,
     #[command(flatten)]
+    payload: PayloadArgs,
+    #[command(flatten)]
     mmds: MmdsArgs,
     #[command(flatten)]
     log: LogArgs,
@@ -128,6 +130,7 @@ impl RestoreArgs {
                 .serial
                 .clone()
                 .map(|to| SerialConfig { to: Some(to), ..SerialConfig::default() }),
+            payload: self.payload.read()?,
             ..Overrides::default()
         };
         self.disk.iter().for_each(|disk| disk.add_to(&mut overrides));

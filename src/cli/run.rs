@@ -9,7 +9,7 @@ use super::launch::{Launch, Style, Timing};
 use super::limits::GroupArg;
 use super::{fail, launch};
 use crate::config::{
-    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot,
+    BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, Payload,
     RATE_LIMIT_GROUPS, SerialTo, VCPUS_MAX, VmConfig,
 };
 use crate::error::Refusal;
@@ -158,6 +158,21 @@ impl MmdsArgs {
     }
 }
 
+/// What this VM is given and no clone of it.
+#[derive(Args, Debug)]
+pub(super) struct PayloadArgs {
+    /// What this VM alone is given, in its memory: a file with JSON, or - for standard input
+    #[arg(long, value_name = "FILE")]
+    payload: Option<PathBuf>,
+}
+
+impl PayloadArgs {
+    /// Reads it.
+    pub(super) fn read(&self) -> Result<Option<Payload>, Refusal> {
+        self.payload.as_deref().map(VmConfig::read_payload).transpose()
+    }
+}
+
 impl LogArgs {
     pub(super) fn start(&self) -> Result<(), Refusal> {
         crate::logger::init(self.log_level, crate::logger::Stream::Error, None);
@@ -182,6 +197,8 @@ pub(super) struct RunArgs {
     id: String,
     #[command(flatten)]
     metrics: MetricsArgs,
+    #[command(flatten)]
+    payload: PayloadArgs,
     #[command(flatten)]
     mmds: MmdsArgs,
     #[command(flatten)]
@@ -241,6 +258,7 @@ impl RunArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
         let launched = self.log.start().and_then(|()| {
             let mut config = self.guest.config()?;
+            config.payload = self.payload.read()?.or(config.payload);
             self.metrics.apply(&mut config)?;
             let metadata = self.mmds.apply(&mut config, launch::BODY_LIMIT);
             let api =

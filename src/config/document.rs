@@ -3,6 +3,7 @@
 //!
 //! A section's JSON is a part of the document's, so what is wrong in it is reported by its place in
 //! the document.
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use devices::backend::file::{self, Access, Kind};
@@ -10,9 +11,9 @@ use serde::Deserialize;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::RATE_LIMIT_GROUPS;
 use super::VmConfig;
 use super::sections::{MMDS_CONFIG, is_known, is_many, parse};
+use super::{Payload, RATE_LIMIT_GROUPS};
 use crate::error::Refusal;
 
 /// More than any configuration has.
@@ -33,6 +34,18 @@ impl VmConfig {
     /// Reads a CPU configuration from a file of its own.
     pub(crate) fn read_cpu_config(&mut self, path: &Path) -> Result<(), Refusal> {
         read("CPU configuration", path, |text| self.put(CPU_CONFIG, None, text))
+    }
+
+    /// Reads a payload from a file, or from standard input if that is called `-`.
+    pub(crate) fn read_payload(path: &Path) -> Result<Payload, Refusal> {
+        if path != Path::new("-") {
+            return read("payload", path, |text| Payload::new(&parse(text)?));
+        }
+        let (path, mut text) = (Path::new("standard input"), Vec::new());
+        let read = std::io::stdin().lock().take(SIZE_MAX).read_to_end(&mut text);
+        let payload = read.map_err(Refusal::host("cannot read it"));
+        let payload = payload.and_then(|_| Payload::new(&parse(&text)?));
+        payload.map_err(|why| Refusal::ConfigFile { path: path.into(), why: Box::new(why) })
     }
 
     /// Reads the guest's metadata from a file.
@@ -104,7 +117,8 @@ fn read<T>(
     let file = file::open(path, Access::Read, Kind::Regular)
         .map_err(|source| Refusal::Open { what, source })?;
     let mut text = Vec::new();
-    std::io::Read::read_to_end(&mut std::io::Read::take(file, SIZE_MAX + 1), &mut text)
+    file.take(SIZE_MAX + 1)
+        .read_to_end(&mut text)
         .map_err(Refusal::host("cannot read it"))
         .map_err(failed)?;
     if text.len() as u64 > SIZE_MAX {

@@ -9,6 +9,7 @@ mod document;
 mod log;
 mod machine;
 mod metrics;
+mod payload;
 mod rate_limit_group;
 mod restored;
 mod sections;
@@ -28,6 +29,7 @@ pub use self::boot_source::{BootSource, DEMO_GUEST};
 pub use self::log::{LogLevel, LoggerConfig};
 pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
 pub use self::metrics::MetricsConfig;
+pub use self::payload::Payload;
 pub use self::rate_limit_group::RateLimitGroup;
 pub(crate) use self::rate_limit_group::SECTION as RATE_LIMIT_GROUPS;
 pub(crate) use self::sections::sections;
@@ -82,6 +84,8 @@ pub struct VmConfig {
     pub metrics: Option<MetricsConfig>,
     /// How the guest reaches its metadata, if it does.
     pub mmds: Option<mmds::Config>,
+    /// What this VM is given, and no clone of it.
+    pub payload: Option<Payload>,
     rate_limit_groups: Vec<RateLimitGroup>,
     devices: Vec<Box<dyn Recipe>>,
 }

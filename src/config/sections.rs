@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
 use super::{
-    BootSource, LoggerConfig, MachineConfig, MetricsConfig, RATE_LIMIT_GROUPS, RateLimitGroup,
-    SerialConfig, VmConfig,
+    BootSource, LoggerConfig, MachineConfig, MetricsConfig, Payload, RATE_LIMIT_GROUPS,
+    RateLimitGroup, SerialConfig, VmConfig, payload,
 };
 use crate::api::{Deprecated, DeprecatedValue, Id, Logged, Section};
 use crate::error::Refusal;
@@ -197,6 +197,25 @@ pub(super) const SECTIONS: &[Fixed] = &[
         put: |config, body| config.add_rate_limit_group(parse(body)?),
         patch: None,
         show: |config| json!(config.rate_limit_groups),
+    },
+    Fixed {
+        section: Section {
+            name: payload::SECTION,
+            path: payload::SECTION,
+            about: "What this VM is given and no clone of it: any JSON",
+            put: Some(|_| true.into()),
+            logged: Logged::Never,
+            ..Section::PLAIN
+        },
+        put: |config, body| {
+            let payload: Value = parse(body)?;
+            config.payload =
+                Some(&payload).filter(|p| !p.is_null()).map(Payload::new).transpose()?;
+            Ok(())
+        },
+        patch: None,
+        // It may be a secret.
+        show: |_| Value::Null,
     },
     Fixed {
         section: Section {

@@ -93,11 +93,11 @@ impl Controller {
     /// What is to be finished, and for how many microseconds the guest stood still for it.
     fn begin_freeze(&mut self) -> Result<(Freezing, u64), Refusal> {
         let live = self.live()?;
-        let start = Instant::now();
         if live.is_paused {
             return Ok((live.machine.freeze(&live.config)?, 0));
         }
-        live.machine.pause()?;
+        live.machine.pause_to_copy()?;
+        let start = Instant::now();
         let freezing = live.machine.freeze(&live.config);
         live.machine.run();
         let paused_us = micros_since(start);

@@ -6,7 +6,7 @@ use rustix::fs::MemfdFlags;
 use serde_json::Value;
 
 use crate::config::HugePages;
-use crate::memory::{Dump, Patch, Plan, Ram};
+use crate::memory::{Dump, Plan, Ram};
 use crate::snapshot::{
     Document, Image, MachineState, MemoryDocument, MemoryImage, SnapshotError, hex,
 };
@@ -39,7 +39,7 @@ impl Freezing {
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| SnapshotError::Copy(e.into()))?;
-        let id_at = ram.offset_of(arch::layout::GENERATION_ID);
+        let id_at = ram.offset_of(arch::layout::SNAPSHOT_ID);
         let document = Document {
             husk: env!("CARGO_PKG_VERSION").into(),
             arch: std::env::consts::ARCH.into(),
@@ -58,8 +58,8 @@ impl Freezing {
             Some(image) => Memory::There(image),
             None => {
                 let file = new_file(ram.len()).map_err(SnapshotError::Copy)?;
-                let patch = Patch { at: id_at, bytes: id };
-                let dump = ram.dump(&Plan::Full, patch, &file).map_err(SnapshotError::Copy)?;
+                let dump =
+                    ram.dump(&Plan::Full, ram.patch(id), &file).map_err(SnapshotError::Copy)?;
                 Memory::Copied(dump, file)
             }
         };

@@ -79,6 +79,9 @@ impl Machine {
             .map_err(SnapshotError::State)?;
         saved.vm.write(&self.vm, clock).map_err(SnapshotError::State)?;
         self.legacy.restore(&saved.legacy);
+        self.identity.go_back(saved.identity);
+        self.identity.renew(&self.ram.guest, &self.legacy.acpi, config.payload.as_ref())?;
+        self.vcpus.begin_with(saved.identity.first);
         let serial = lock(&parts.serial).set_state(saved.legacy.serial.clone());
         serial.map_err(|e| SnapshotError::Inconsistent(e.to_string()))?;
         for device in &self.devices {

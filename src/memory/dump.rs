@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
@@ -97,10 +98,23 @@ pub(crate) struct Dumped {
 }
 
 /// What is put over the guest's memory in the copy: a place in the image, and bytes within one page.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Patch {
     pub(crate) at: u64,
     pub(crate) bytes: [u8; 16],
+    /// Whole pages of the image that are left zero, whatever the guest has there.
+    pub(crate) blank: Range<u64>,
+}
+
+impl Patch {
+    /// Which of `count` pages from `start` are left zero, a bit each.
+    fn blank_pages(&self, start: u64, count: usize) -> u64 {
+        if self.blank.end <= start || start + (count * PAGE) as u64 <= self.blank.start {
+            return 0;
+        }
+        let pages = (0..count).zip((start..).step_by(PAGE));
+        pages.filter(|(_, at)| self.blank.contains(at)).fold(0, |bits, (n, _)| bits | 1 << n)
+    }
 }
 
 /// A copy in progress. Dropping it ends it.
@@ -338,7 +352,7 @@ impl Copier<'_> {
                     all,
                     // What nobody has written is as the image has it, or zero.
                     written: if base.is_some() { touched | vacated } else { all },
-                    present: touched | of_base,
+                    present: (touched | of_base) & !self.patch.blank_pages(start, chunk.len()),
                     before: before.pages(start, chunk.len()),
                 };
                 match self.plan {

@@ -22,6 +22,7 @@ use super::layers::{self, LayerDocument};
 use super::params::{LoadParams, Place};
 use super::{Overrides, SnapshotError};
 use crate::config::VmConfig;
+use crate::identity::IdentityState;
 use crate::memory::Ram;
 
 /// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
@@ -36,6 +37,8 @@ pub(crate) struct MachineState {
     pub(crate) vm: VmState,
     pub(crate) vcpus: Vec<VcpuState>,
     pub(crate) legacy: LegacyState,
+    #[serde(default)]
+    pub(crate) identity: IdentityState,
     pub(crate) devices: Vec<DeviceState>,
 }
 

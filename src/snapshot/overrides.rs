@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::SnapshotError;
-use crate::config::SerialConfig;
+use crate::config::{Payload, SerialConfig};
 
 /// What names the outside of a VM, where it is to be another than when the snapshot was made. Devices
 /// have the shape of `PUT /vm`, with the fields that change: `{"drives": [{"drive_id": "root",
@@ -28,6 +28,9 @@ pub struct Overrides {
     /// The guest's metadata, any JSON.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mmds: Option<Value>,
+    /// What this VM is given and no clone of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub payload: Option<Payload>,
     /// Devices: of each section an object, or an array of objects with an id, that are merged over what
     /// the snapshot says (RFC 7396).
     #[serde(flatten)]
@@ -63,7 +66,9 @@ impl Overrides {
             let row = virtio::model(section).ok_or_else(|| {
                 let known: Vec<_> = overridable().map(|row| row.name).collect();
                 let known = known.join(", ");
-                refused(format!("unknown field '{section}', expected id, serial, mmds, {known}"))
+                refused(format!(
+                    "unknown field '{section}', expected id, serial, mmds, payload, {known}"
+                ))
             })?;
             if row.outside.is_empty() {
                 return Err(refused(format!("{section}: it has nothing to do with the outside")));
@@ -156,6 +161,7 @@ impl JsonSchema for Overrides {
             "id": { "description": "The VM's id", "type": ["string", "null"] },
             "serial": { "anyOf": [generator.subschema_for::<SerialConfig>(), { "type": "null" }] },
             "mmds": { "description": "The guest's metadata: any JSON" },
+            "payload": { "description": "What this VM is given and no clone of it: any JSON" },
         });
         for row in overridable() {
             let one = one_schema(row, generator);
@@ -239,7 +245,7 @@ mod tests {
         for (overrides, words) in [
             (
                 json!({ "disks": [] }),
-                "overrides: unknown field 'disks', expected id, serial, mmds, drives, ",
+                "overrides: unknown field 'disks', expected id, serial, mmds, payload, drives, ",
             ),
             (json!({ "balloon": { "amount_mib": 2 } }), "overrides: balloon: it has nothing"),
             (json!({ "drives": {} }), "overrides: drives: want an array of objects"),

@@ -75,6 +75,7 @@ impl Restore {
         let mut config = self.image.config(&self.overrides)?;
         // What another process serves cannot be frozen in place; it is copied.
         config.machine.forkable &= self.handler.is_none();
+        config.payload.clone_from(&self.overrides.payload);
         config.machine.track_dirty_pages = self.track_dirty_pages;
         config.machine.huge_pages = self.huge_pages.unwrap_or(config.machine.huge_pages);
         Ok(config)

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::Duration;
 
+use arch::layout;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
@@ -22,7 +23,7 @@ use super::format::StateFile;
 use super::image::{Document, MachineState, MemoryDocument, hex};
 use super::layers;
 use super::params::{Place, SnapshotParams, SnapshotType};
-use crate::memory::{Changes, Dump, Dumped, Patch, Plan, Ram, Since, Tracker, Zeroes};
+use crate::memory::{Changes, Dump, Dumped, Plan, Ram, Since, Tracker, Zeroes};
 
 /// A snapshot whose files are there, and nothing in them.
 #[derive(Debug)]
@@ -52,8 +53,8 @@ impl Draft {
         ram: &Ram,
     ) -> Result<Saving, SnapshotError> {
         let Self { id, kind, place, files } = self;
-        let id_at = ram.offset_of(arch::layout::GENERATION_ID);
-        let patch = Patch { at: id_at, bytes: id };
+        let id_at = ram.offset_of(layout::SNAPSHOT_ID);
+        let patch = ram.patch(id);
         // Of any snapshot: the next one is of what changes from now on.
         let since = ram.collect().map_err(SnapshotError::Copy)?;
         let since = since.filter(|_| kind == SnapshotType::Diff);

@@ -1,8 +1,9 @@
 //! Does one thing for each byte on the serial port, so that a test decides what happens before a snapshot and what after
 //! it: `c` counts, and looks whether memory is as it was left; `b` reads the first sector of the first disk, `w` writes
 //! the count to its second, which `s` reads; `f` writes to the disk from its second page on until a write fails, and
-//! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first bytes
-//! of the pmem device and the vsock address; `x` resets the machine, `q` ends. `pages=N` is how much memory to look after.
+//! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first
+//! bytes of the pmem device and the vsock address; `i` shows who it is: generation id, VMClock's counter, payload; `x`
+//! resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
 #![no_main]
 
@@ -133,6 +134,7 @@ impl Job {
                 let Some(device) = &self.vsock else { return missing("vsock") };
                 println!("cid={}", device.config64(0));
             }
+            b'i' => identity(),
             b'x' => power::reboot(),
             b'q' => return Ok(false),
             _ => println!("unknown={what:#x}"),
@@ -152,6 +154,26 @@ impl Job {
         println!("count={}", self.count);
         Ok(())
     }
+}
+
+/// Where husk puts them.
+const GENERATION_ID: usize = 0xc200_0000;
+const VMCLOCK_COUNTER: usize = 0xc_1068;
+const PAYLOAD: usize = 0xd_0000;
+
+fn identity() {
+    let word = |at: usize| memory::mmio_read64(at);
+    let len = (word(PAYLOAD + 24) & 0xffff_ffff) as usize;
+    // SAFETY: husk says that the text is there.
+    let text = unsafe { core::slice::from_raw_parts((PAYLOAD + 64) as *const u8, len) };
+    println!(
+        "identity={:016x}{:016x} {} {} {}",
+        word(GENERATION_ID),
+        word(GENERATION_ID + 8),
+        word(VMCLOCK_COUNTER),
+        word(PAYLOAD + 16),
+        core::str::from_utf8(text).unwrap_or("?")
+    );
 }
 
 fn word(count: u64, page: usize) -> u64 {

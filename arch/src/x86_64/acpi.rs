@@ -1,7 +1,8 @@
 //! ACPI tables (ACPI 6.5): processors, interrupts, power, and every device that cannot be probed.
 //!
 //! The machine is hardware-reduced: no PM timer, no fixed events, no SMM. Power and sleep are four
-//! I/O ports ([`layout::ACPI_POWER`]); the power button is an event of a Generic Event Device.
+//! I/O ports ([`layout::ACPI_POWER`]); the power button and a new generation id are events of a Generic
+//! Event Device.
 use acpi_tables::aml::{self, EISAName, Name, Path, ResourceTemplate};
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -38,6 +39,8 @@ pub mod power_ports {
     pub const RESET_VALUE: u8 = 1;
     /// Bit of the event port that says the power button was pressed.
     pub const EVENT_POWER_BUTTON: u8 = 1;
+    /// Bit of the event port that says the VM has become another one.
+    pub const EVENT_GENERATION: u8 = 2;
 }
 
 /// All tables as they lie in memory from [`layout::ACPI`], the RSDP first.
@@ -116,6 +119,7 @@ fn dsdt(devices: &[VirtioMmio]) -> Vec<u8> {
     Name::new("_S5_".into(), &s5).to_aml_bytes(&mut body);
     let mut scope = Raw(Vec::new());
     power(&mut scope.0);
+    identity(&mut scope.0);
     legacy(&mut scope.0);
     for (index, device) in devices.iter().enumerate() {
         virtio(&mut scope.0, index, device);
@@ -154,10 +158,19 @@ fn power(out: &mut Vec<u8>) {
     // Reading the port takes the events; each is told to the device it belongs to.
     let (local, status, pressed) = (aml::Local(0), Path::new("EVTS"), Path::new("PWRB"));
     let take = aml::Store::new(&local, &status);
+    // First, and twice: that the id is looked at again says that the first notification has been
+    // served, as they are served in their order.
+    let is_other = aml::And::new(&aml::Local(1), &local, &power_ports::EVENT_GENERATION);
+    let (vgen, vclk) = (Path::new(GENERATION), Path::new(VMCLOCK));
+    let (vgen, vclk) = (aml::Notify::new(&vgen, &0x80u8), aml::Notify::new(&vclk, &0x80u8));
+    let payload = Path::new(PAYLOAD);
+    let payload = aml::Notify::new(&payload, &0x80u8);
+    let is_other_then = aml::If::new(&aml::Local(1), vec![&vgen, &vgen, &vclk, &payload]);
     let masked = aml::And::new(&aml::Local(1), &local, &power_ports::EVENT_POWER_BUTTON);
     let notify = aml::Notify::new(&pressed, &0x80u8);
     let is_pressed = aml::If::new(&aml::Local(1), vec![&notify]);
-    let method = aml::Method::new("_EVT".into(), 1, true, vec![&take, &masked, &is_pressed]);
+    let steps: Vec<&dyn Aml> = vec![&take, &is_other, &is_other_then, &masked, &is_pressed];
+    let method = aml::Method::new("_EVT".into(), 1, true, steps);
     let irq = interrupt(layout::ACPI_IRQ);
     let resources = ResourceTemplate::new(vec![&irq]);
     aml::Device::new(
@@ -169,6 +182,56 @@ fn power(out: &mut Vec<u8>) {
             &region,
             &field,
             &method,
+        ],
+    )
+    .to_aml_bytes(out);
+}
+
+const GENERATION: &str = "VGEN";
+const VMCLOCK: &str = "VCLK";
+const PAYLOAD: &str = "PYLD";
+
+/// What says that a VM has become another one: the generation id (Microsoft, "Virtual Machine
+/// Generation ID", 2012), VMClock (UAPI.13), and the payload, which is husk's.
+fn identity(out: &mut Vec<u8>) {
+    let low = u32::try_from(layout::GENERATION_ID).unwrap_or(0);
+    let place = aml::Package::new(vec![&low, &aml::ZERO]);
+    aml::Device::new(
+        GENERATION.into(),
+        vec![
+            &Name::new("_HID".into(), &"HUSK0002"),
+            &Name::new("_CID".into(), &"VM_Gen_Counter"),
+            &Name::new("_DDN".into(), &"VM_Gen_Counter"),
+            &Name::new("ADDR".into(), &place),
+        ],
+    )
+    .to_aml_bytes(out);
+    let page = |base: u64, len: u64| {
+        let (base, len) = (u32::try_from(base).unwrap_or(0), u32::try_from(len).unwrap_or(0));
+        aml::Memory32Fixed::new(false, base, len)
+    };
+    aml::Device::new(
+        VMCLOCK.into(),
+        vec![
+            &Name::new("_HID".into(), &"AMZNC10C"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&page(layout::VMCLOCK, layout::VMCLOCK_LEN)]),
+            ),
+        ],
+    )
+    .to_aml_bytes(out);
+    aml::Device::new(
+        PAYLOAD.into(),
+        vec![
+            &Name::new("_HID".into(), &"HUSK0001"),
+            &Name::new("_DDN".into(), &"husk payload"),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&page(layout::PAYLOAD, layout::PAYLOAD_LEN)]),
+            ),
         ],
     )
     .to_aml_bytes(out);

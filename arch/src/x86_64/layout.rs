@@ -4,9 +4,10 @@
 //!  0x0000_0000  boot structures: GDT, start info, zero page, page tables, command line
 //!  0x0003_0000  free RAM for small kernels
 //!  0x0009_fc00  MP table (where the EBDA of a PC lies)
-//!  0x000c_0000  the generation id; ACPI tables at 0xe0000
+//!  0x000c_0000  the snapshot's id, VMClock; the payload at 0xd0000, ACPI tables at 0xe0000
 //!  0x0010_0000  RAM: kernels; the initrd at the top
-//!  0xc000_0000  the hole: boot timer, virtio-mmio windows, I/O APIC, local APICs, KVM's own pages
+//!  0xc000_0000  the hole: boot timer, virtio-mmio windows, generation id, I/O APIC, local APICs,
+//!               KVM's own pages
 //!  0x1_0000_0000 the rest of RAM; above it, in steps of 2 GiB, memory that devices bring along
 //! ```
 use vm_memory::GuestAddress;
@@ -33,9 +34,17 @@ pub const CMDLINE_MAX: usize = 2048;
 pub(crate) const LOW_RAM_FREE: u64 = 0x3_0000;
 /// The MP table, and the end of what is RAM below 1 MiB.
 pub(crate) const MP_TABLE: u64 = 0x9_fc00;
-/// The VM's generation id, 16 bytes: other ones in every VM that a snapshot becomes. In a page of its
-/// own, behind bytes that no option ROM begins with.
-pub const GENERATION_ID: u64 = 0xc_0028;
+/// Where a memory file has the id of its snapshot, 16 bytes. In a page of its own, behind bytes that no
+/// option ROM begins with.
+pub const SNAPSHOT_ID: u64 = 0xc_0028;
+/// VMClock, a page.
+pub const VMCLOCK: u64 = 0xc_1000;
+/// Bytes of it.
+pub const VMCLOCK_LEN: u64 = 0x1000;
+/// What the user gives this VM and no clone of it.
+pub const PAYLOAD: u64 = 0xd_0000;
+/// Bytes of it.
+pub const PAYLOAD_LEN: u64 = 0x1_0000;
 /// ACPI tables, the RSDP first: kernels search from here in 16-byte steps.
 pub(crate) const ACPI: u64 = 0xe_0000;
 /// Where RAM goes on and kernels begin.
@@ -52,6 +61,8 @@ pub const BOOT_TIMER: u64 = HOLE;
 pub const VIRTIO_ACPI: u64 = 0xc100_0000;
 /// Virtio-mmio windows that the kernel command line names, 4 KiB each.
 pub const VIRTIO_CMDLINE: u64 = 0xc000_1000;
+/// The VM generation id, in a page that is not RAM, so that a guest's looking at it is seen.
+pub const GENERATION_ID: u64 = 0xc200_0000;
 /// The I/O APIC.
 pub const IO_APIC: u64 = 0xfec0_0000;
 /// Local APICs.

@@ -145,6 +145,11 @@ impl VcpuState {
         vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))
     }
 
+    /// Puts other general registers in their place: those of some instructions ago.
+    pub fn set_registers(&mut self, regs: kvm_regs) {
+        self.regs = regs;
+    }
+
     /// What the guest sees of the processor.
     pub fn cpuid(&self) -> &[kvm_cpuid_entry2] {
         &self.cpuid

@@ -31,6 +31,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// The power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1 << 0;
+/// The VM has become another one.
+pub const EVENT_GENERATION: u8 = 1 << 1;
 
 const SLP_TYP_SHIFT: u32 = 2;
 const SLP_TYP_MASK: u8 = 0b111;
@@ -69,7 +71,7 @@ impl Acpi {
 
     /// Goes on as saved; the guest is told again of what it has not read.
     pub fn set_state(&mut self, state: AcpiState) {
-        self.state.pending = state.pending & EVENT_POWER_BUTTON;
+        self.state.pending = state.pending & (EVENT_POWER_BUTTON | EVENT_GENERATION);
         if self.state.pending != 0 {
             self.line.raise();
         }
@@ -77,7 +79,16 @@ impl Acpi {
 
     /// Presses the power button: the guest is told, and decides.
     pub fn press_power_button(&mut self) {
-        self.state.pending |= EVENT_POWER_BUTTON;
+        self.happen(EVENT_POWER_BUTTON);
+    }
+
+    /// Tells the guest to look at the generation id.
+    pub fn announce_generation(&mut self) {
+        self.happen(EVENT_GENERATION);
+    }
+
+    fn happen(&mut self, event: u8) {
+        self.state.pending |= event;
         self.line.raise();
     }
 
@@ -151,6 +162,17 @@ mod tests {
         assert_eq!(data[0], 0);
         assert_eq!(line.load(Ordering::Relaxed), 2);
         assert_eq!(power.get(), (0, 0));
+    }
+
+    #[test]
+    fn events_are_told_together() {
+        let (mut acpi, line, _) = acpi();
+        acpi.announce_generation();
+        acpi.press_power_button();
+        let mut data = [0];
+        acpi.read(EVENTS, &mut data);
+        assert_eq!(data, [EVENT_GENERATION | EVENT_POWER_BUTTON]);
+        assert_eq!(line.load(Ordering::Relaxed), 2);
     }
 
     #[test]

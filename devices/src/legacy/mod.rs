@@ -3,6 +3,7 @@
 //! machine is [`Power`].
 pub mod acpi;
 pub mod boot_timer;
+pub mod generation;
 pub mod i8042;
 pub mod rtc;
 pub mod serial;

@@ -219,6 +219,12 @@ pub(super) const GROUPS: &[Group] = &[
         ],
     },
     Group {
+        name: "payload",
+        alias: None,
+        about: "What this VM is given and no clone of it",
+        verbs: &[put("set", "Set it", "/payload")],
+    },
+    Group {
         name: "metrics",
         alias: None,
         about: "Counters",
