@@ -51,6 +51,9 @@ pub(crate) struct Identity {
     pub(crate) started: Instant,
     /// What is counted besides the machine.
     pub(crate) counters: Arc<metrics::Counters>,
+    /// Whether `GET /` shows what varies from one VM to the next besides what Firecracker shows. Some of
+    /// its clients read a reply of certain lengths for ever, which its own replies never have.
+    pub(crate) tells_more: bool,
     /// Called when the user leaves the console.
     pub(crate) quit: Arc<dyn Fn() + Send + Sync>,
     /// Called with what leads to the serial port, a pseudo-terminal or a socket, before the guest runs.
@@ -561,8 +564,10 @@ impl Controller {
             live.is_paused = true;
             self.identity.counters.latencies.vmm_pause_vm().set(micros_since(start));
             self.hub.publish(What::Paused);
+            // What the guest did last comes first: it boots again, or has ended, before anybody asks.
+            self.heed_outcome();
         }
-        Ok(())
+        self.live().map(drop)
     }
 
     fn resume(&mut self) -> Result<(), Refusal> {
@@ -683,7 +688,7 @@ impl Controller {
 
     fn describe(&self) -> Value {
         let mut info = InstanceInfo::new(self.identity.id.clone(), self.state());
-        if let Phase::Live(live) = &self.phase {
+        if let (Phase::Live(live), true) = (&self.phase, self.identity.tells_more) {
             info.serial_path = live.serial_path.clone();
             info.boot = Some(live.boot);
         }

@@ -89,6 +89,7 @@ impl Vm {
             names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
             started: Instant::now(),
             counters: Arc::default(),
+            tells_more: true,
             quit: Arc::new(move || quit_writer.ring()),
             announce: |path| log::info!("serial console: {}", path.display()),
         };

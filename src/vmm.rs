@@ -168,6 +168,7 @@ mod tests {
             names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api" },
             started: Instant::now(),
             counters: Arc::default(),
+            tells_more: true,
             quit: Arc::new(|| ()),
             announce: |_| (),
         };

@@ -119,6 +119,7 @@ impl Launch {
             names: self.style.thread_names(),
             started,
             counters: Arc::default(),
+            tells_more: self.style == Style::Husk,
             quit: Arc::new(move || quit_writer.ring()),
             announce: |path| {
                 crate::logger::complain(&format!("serial console: {}", path.display()));

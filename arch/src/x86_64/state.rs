@@ -102,7 +102,7 @@ pub struct VcpuState {
 const XSAVE_ROW: usize = 16;
 
 impl VcpuState {
-    /// Reads the state of a vCPU that is not running, with the MSRs of [`msr_indices`].
+    /// Reads the state of a vCPU that is not running, with the MSRs of `HostCpu::msr_indices`.
     pub fn read(vm: &VmFd, vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, StateError> {
         let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
         let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;

@@ -6,7 +6,7 @@ use devices::virtio::mmio::Saved;
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::driver::{Buf, HIGH, Machine, OWN, Ring, Shown, ram};
+use crate::driver::{Buf, HIGH, Machine, OWN, Ring, Shown, pages_of, ram};
 use crate::samples::{open, refusal};
 
 const REQUEST: u64 = HIGH.0;
@@ -385,6 +385,7 @@ fn what_was_plugged_comes_back_when_the_machine_is_rewound() {
     assert_eq!(device.ask(PLUG, SLOT - BLOCK, 3), ACK);
     device.machine.transport.lock().unwrap().pause().unwrap();
     let saved = device.machine.transport.lock().unwrap().save();
+    let ram = pages_of(&device.machine.ram);
     device.machine.transport.lock().unwrap().resume().unwrap();
     let (sizes, pieces) = (device.sizes(), device.shown.pieces().len());
     assert_eq!(device.ask(UNPLUG, BLOCK, 1), ACK);
@@ -392,6 +393,10 @@ fn what_was_plugged_comes_back_when_the_machine_is_rewound() {
     let mut transport = device.machine.transport.lock().unwrap();
     transport.pause().unwrap();
     transport.rewind(&saved).unwrap();
+    // The rings go back with the device, or it would be asked the same again.
+    for (addr, bytes) in ram {
+        device.machine.ram.write_slice(&bytes, addr).unwrap();
+    }
     transport.resume().unwrap();
     drop(transport);
     assert_eq!((device.sizes(), device.shown.pieces().len()), (sizes, pieces));

@@ -8,7 +8,7 @@
 //!            base    the image ──────────────────────── never written
 //! ```
 //!
-//! Which granules a layer has is in memory ([`map::Map`]), and in the layer's file if that is kept. To
+//! Which granules a layer has is in memory (`map::Map`), and in the layer's file if that is kept. To
 //! freeze is to put a new top over the stack: it takes as long for a large layer as for an empty one.
 mod layer;
 mod map;
