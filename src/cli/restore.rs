@@ -7,11 +7,9 @@ use clap::Args;
 use devices::virtio::model::Model;
 use serde_json::{Map, Value, json};
 
-use super::fail;
-use super::launch::{self, Launch, Style, Timing};
 use super::limits::LimitArgs;
-use super::run::{LogArgs, MetricsArgs, MmdsArgs, PayloadArgs, huge_pages};
-use crate::config::{HugePages, OnReboot, SerialConfig, SerialTo, VmConfig};
+use super::run::{ProcessArgs, huge_pages};
+use crate::config::{HugePages, OnReboot, Payload, SerialConfig, SerialTo, VmConfig};
 use crate::error::Refusal;
 use crate::exit::ExitCode;
 use crate::request::Request;
@@ -24,6 +22,15 @@ use crate::{block, net, pmem, vsock};
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct RestoreArgs {
+    #[command(flatten)]
+    guest: GuestArgs,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+/// What is restored, and how.
+#[derive(Args, Debug)]
+struct GuestArgs {
     /// The snapshot: its directory, or its state file (then --memory says where the memory is)
     #[arg(value_name = "SNAPSHOT")]
     snapshot: PathBuf,
@@ -76,20 +83,6 @@ pub(super) struct RestoreArgs {
     /// What a guest's own reset does; it ends the VM if the kernel is not where it was
     #[arg(long, value_name = "ACTION", value_enum, default_value_t)]
     on_reboot: OnReboot,
-    /// Also listen on this Unix socket
-    #[arg(long, value_name = "SOCKET")]
-    api_sock: Option<PathBuf>,
-    /// A name for the VM, shown by the API
-    #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
-    id: String,
-    #[command(flatten)]
-    metrics: MetricsArgs,
-    #[command(flatten)]
-    payload: PayloadArgs,
-    #[command(flatten)]
-    mmds: MmdsArgs,
-    #[command(flatten)]
-    log: LogArgs,
 }
 
 const EXAMPLES: &str = "\
@@ -102,35 +95,23 @@ Exit codes: those of husk run, and 7: the snapshot is damaged, or not for this h
 
 impl RestoreArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
-        let launched = self.log.start().and_then(|()| {
+        let Self { process, guest } = self;
+        process.carry_out(started, |payload| {
             let mut config = VmConfig::default();
-            config.defaults.on_reboot = self.on_reboot;
-            let request = Request::Load(Box::new(self.params()?));
-            self.metrics.apply(&mut config)?;
-            let metadata = self.mmds.apply(&mut config, launch::BODY_LIMIT);
-            let api =
-                self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
-            let launch = Launch {
-                config,
-                first: Some(request),
-                api,
-                id: self.id,
-                style: Style::Husk,
-                timing: Timing::default(),
-                metadata,
-            };
-            launch.carry_out(started)
-        });
-        launched.unwrap_or_else(|e| fail(e.exit_code(), &e))
+            config.defaults.on_reboot = guest.on_reboot;
+            Ok((config, Request::Load(Box::new(guest.params(payload)?))))
+        })
     }
+}
 
-    fn params(&self) -> Result<LoadParams, Refusal> {
+impl GuestArgs {
+    fn params(&self, payload: Option<Payload>) -> Result<LoadParams, Refusal> {
         let mut overrides = Overrides {
             serial: self
                 .serial
                 .clone()
                 .map(|to| SerialConfig { to: Some(to), ..SerialConfig::default() }),
-            payload: self.payload.read()?,
+            payload,
             ..Overrides::default()
         };
         self.disk.iter().for_each(|disk| disk.add_to(&mut overrides));

@@ -189,6 +189,13 @@ impl LogArgs {
 pub(super) struct RunArgs {
     #[command(flatten)]
     guest: GuestArgs,
+    #[command(flatten)]
+    process: ProcessArgs,
+}
+
+/// What `run` and `restore` both take: what is of the process rather than of the guest.
+#[derive(Args, Debug)]
+pub(super) struct ProcessArgs {
     /// Also listen on this Unix socket
     #[arg(long, value_name = "SOCKET")]
     api_sock: Option<PathBuf>,
@@ -256,21 +263,34 @@ pub(super) struct CheckArgs {
 
 impl RunArgs {
     pub(super) fn carry_out(self, started: Instant) -> ExitCode {
-        let launched = self.log.start().and_then(|()| {
+        self.process.carry_out(started, |payload| {
             let mut config = self.guest.config()?;
-            config.payload = self.payload.read()?.or(config.payload);
+            config.payload = payload.or(config.payload);
+            Ok((config, Request::Start))
+        })
+    }
+}
+
+impl ProcessArgs {
+    /// Runs the VM that `prepare` makes of the payload, and the request that it begins with.
+    pub(super) fn carry_out(
+        self,
+        started: Instant,
+        prepare: impl FnOnce(Option<Payload>) -> Result<(VmConfig, Request), Refusal>,
+    ) -> ExitCode {
+        let launched = self.log.start().and_then(|()| {
+            let (mut config, first) = prepare(self.payload.read()?)?;
             self.metrics.apply(&mut config)?;
             let metadata = self.mmds.apply(&mut config, launch::BODY_LIMIT);
             let api =
                 self.api_sock.map(|path| launch::Api { path, body_limit: launch::BODY_LIMIT });
-            let timing = Timing::default();
             let launch = Launch {
                 config,
-                first: Some(Request::Start),
+                first: Some(first),
                 api,
                 id: self.id,
                 style: Style::Husk,
-                timing,
+                timing: Timing::default(),
                 metadata,
             };
             launch.carry_out(started)
