@@ -56,7 +56,10 @@ fn the_api_session_in_the_docs_runs() {
 
 #[test]
 fn the_sessions_about_snapshots_run() {
-    run(&shell("docs/snapshot.md", |_| true));
+    // The second looks into what the first has made.
+    run(&["docs/snapshot.md", "docs/snapshot-format.md"]
+        .map(|page| shell(page, |_| true))
+        .concat());
 }
 
 #[test]
