@@ -37,7 +37,7 @@ use serde_json::Value;
 
 use crate::bell::Bell;
 use crate::config::{SerialTo, VmConfig};
-use crate::controller::{Controller, Identity};
+use crate::controller::{Controller, Instance};
 use crate::error::{Refusal, chain};
 use crate::events::{Event, Sink};
 use crate::exit::Ending;
@@ -84,7 +84,7 @@ impl Vm {
         let (handle, requests) = Requests::channel()?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();
-        let identity = Identity {
+        let instance = Instance {
             id: "anonymous-instance".into(),
             names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
             started: Instant::now(),
@@ -97,7 +97,7 @@ impl Vm {
             .name("husk_vmm".into())
             .spawn(move || {
                 let mut signals = vmm::NoSignals(&quit);
-                let mut controller = Controller::new(identity, config);
+                let mut controller = Controller::new(instance, config);
                 vmm::serve(&mut controller, &requests, &quit, &mut signals)
             })
             .map_err(Refusal::host("cannot start the VMM thread"))?;

@@ -145,7 +145,7 @@ mod tests {
 
     use super::*;
     use crate::config::VmConfig;
-    use crate::controller::Identity;
+    use crate::controller::Instance;
     use crate::machine::ThreadNames;
     use crate::request::Request;
 
@@ -163,7 +163,7 @@ mod tests {
     }
 
     fn controller() -> Controller {
-        let identity = Identity {
+        let instance = Instance {
             id: "t".into(),
             names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api" },
             started: Instant::now(),
@@ -172,7 +172,7 @@ mod tests {
             quit: Arc::new(|| ()),
             announce: |_| (),
         };
-        Controller::new(identity, VmConfig::default())
+        Controller::new(instance, VmConfig::default())
     }
 
     /// Makes `count` requests; counts the replies.

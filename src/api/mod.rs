@@ -6,7 +6,8 @@
 //!  stream.rs        one connection: what it is doing and until when it may
 //!  request_line.rs  HTTP/1.0 to HTTP/1.1
 //!  http.rs          bytes to a question, the reply to bytes
-//!  route.rs         THE TABLE: method and path to Request
+//!  table.rs         THE TABLE: method and path to Request
+//!  route.rs         what a row is, and which one a method and a path mean
 //!  openapi.rs       the table as an OpenAPI document
 //!  deprecated.rs    what clients should no longer send
 //!  message.rs       the JSON of the fixed routes
@@ -29,6 +30,7 @@ pub(crate) mod route;
 mod server;
 mod socket;
 mod stream;
+mod table;
 
 pub(crate) use counters::RequestCounters;
 pub(crate) use deprecated::{Deprecated, DeprecatedValue};

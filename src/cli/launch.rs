@@ -13,7 +13,7 @@ use rustix::time::ClockId;
 use crate::api::{self, Server};
 use crate::bell::Bell;
 use crate::config::{self, VmConfig};
-use crate::controller::{Controller, Identity};
+use crate::controller::{Controller, Instance};
 use crate::error::{Refusal, chain};
 use crate::exit::{Ending, ExitCode};
 use crate::fork::{Household, Nursery};
@@ -114,7 +114,7 @@ impl Launch {
         let signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();
-        let identity = Identity {
+        let instance = Instance {
             id: self.id,
             names: self.style.thread_names(),
             started,
@@ -125,9 +125,9 @@ impl Launch {
                 crate::logger::complain(&format!("serial console: {}", path.display()));
             },
         };
-        let counters = identity.counters.clone();
+        let counters = instance.counters.clone();
         self.timing.report(started, &counters.api_server);
-        let mut controller = Controller::new(identity, self.config);
+        let mut controller = Controller::new(instance, self.config);
         controller.open_configured_metrics()?;
         if let Some(path) = &self.metadata {
             let metadata = VmConfig::read_metadata(path)?;

@@ -83,7 +83,7 @@ impl Controller {
         let nursery = self.nursery.clone().ok_or(ForkError::Library)?;
         let parent = Parent {
             config: self.config()?,
-            id: &self.identity.id,
+            id: &self.instance.id,
             api_sock: Some(&nursery.household.api_sock),
             children: self.children,
         };

@@ -88,7 +88,7 @@ impl Controller {
                     live.machine.run();
                 }
                 let took_us = micros_since(start);
-                self.identity.counters.latencies.rewind().set(took_us);
+                self.instance.counters.latencies.rewind().set(took_us);
                 self.hub.publish(What::Rewound { id, paused, took_us, bytes });
                 Ok(())
             }

@@ -1,0 +1,89 @@
+//! Snapshots of a VM that goes on: begun here, seen through by a thread of its own.
+use std::time::{Duration, Instant};
+
+use super::{Controller, Live, done};
+use crate::error::Refusal;
+use crate::events::{Poster, What};
+use crate::metrics::micros_since;
+use crate::request::Respond;
+use crate::snapshot::{Draft, Saving, SnapshotError, SnapshotParams, Writer, Written};
+
+/// How long a snapshot that is called off may take to clean up behind itself.
+const CLEANUP: Duration = Duration::from_millis(150);
+
+/// A snapshot that has begun.
+struct Begun {
+    saving: Saving,
+    writer: Writer,
+    /// For how long the guest stood still.
+    paused_us: u64,
+    /// Tells of it.
+    poster: Poster,
+}
+
+impl Controller {
+    /// Begins a snapshot; a thread of its own sees it through and answers, while the guest goes on.
+    pub(super) fn snapshot(&mut self, params: &SnapshotParams, respond: Respond) {
+        let start = Instant::now();
+        let Begun { saving, writer, paused_us, poster } = match self.begin_snapshot(params) {
+            Ok(begun) => begun,
+            Err(e) => return respond(Err(e)),
+        };
+        let written = self.live().map(|live| live.origin.written());
+        let latencies = self.instance.counters.latencies.clone();
+        let load_params = params.load_params();
+        let answer = move |saved: Result<Written, _>| {
+            respond(done(saved.map_err(Refusal::Snapshot).map(|Written { id, kind, bytes }| {
+                if let Ok(written) = written {
+                    written.tell(load_params);
+                }
+                let took_us = micros_since(start);
+                latencies.wrote_snapshot(kind).set(took_us);
+                poster.post(What::SnapshotCreated { id, kind, took_us, paused_us, bytes });
+            })));
+        };
+        self.saving = Some(writer.write(saving, Box::new(answer)));
+    }
+
+    /// What can be refused is, before the guest stands still; whatever fails, it then does what it did before.
+    fn begin_snapshot(&mut self, params: &SnapshotParams) -> Result<Begun, Refusal> {
+        if self.saving.as_ref().is_some_and(|writing| !writing.is_done()) {
+            return Err(SnapshotError::Busy.into());
+        }
+        let poster = self.hub.poster().map_err(Refusal::host("cannot make an eventfd"))?;
+        let Live { config, machine, is_paused, .. } = self.live()?;
+        if let Some(recipe) = config.devices().find(|recipe| recipe.needs_shared_memory()) {
+            let (model, id) = (recipe.model(), recipe.id().to_owned());
+            return Err(SnapshotError::Elsewhere { model, id }.into());
+        }
+        let draft = Draft::new(params, machine.ram().len())?;
+        let writer = Writer::spawn();
+        let writer = writer.map_err(Refusal::host("cannot start a thread to write a snapshot"))?;
+        let mut start = Instant::now();
+        if !*is_paused {
+            machine.pause_to_copy()?;
+            start = Instant::now();
+        }
+        let state = machine.settle(config).and_then(|()| machine.save());
+        let saving =
+            state.and_then(|state| Ok(draft.begin(config.to_json(), state, machine.ram())?));
+        let mut paused_us = 0;
+        if !*is_paused {
+            machine.run();
+            paused_us = micros_since(start);
+        }
+        Ok(Begun { saving: saving?, writer, paused_us, poster })
+    }
+
+    /// Waits so long for the snapshot that is being written, if there is one, and then calls it off. The process may end
+    /// after this: nothing that is half done is left.
+    pub(crate) fn settle(&mut self, patience: Duration) {
+        if let Some(writing) = self.saving.take()
+            && !writing.wait(patience)
+        {
+            log::warn!("a snapshot was not written in time: nothing of it is kept");
+            writing.call_off();
+            writing.wait(CLEANUP);
+        }
+    }
+}
