@@ -360,7 +360,7 @@ fn whoever_is_killed_takes_nobody_along() {
 
 /// Waits for what is about to be.
 #[track_caller]
-fn wait_until(is_so: impl Fn() -> bool) {
+pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
     let patience = std::time::Instant::now() + PATIENCE;
     while !is_so() {
         assert!(std::time::Instant::now() < patience, "it never was so");

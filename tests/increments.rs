@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{SeekFrom, seek};
 use serde_json::{Value, json};
 
+use crate::fork::wait_until;
+use crate::never_torn::Strace;
 use crate::util::*;
 
 const MIB: u64 = 1 << 20;
@@ -30,6 +32,11 @@ fn refusal(params: Value) -> String {
 /// The guest `pages` with 1,000 of them, and whether KVM remembers what it writes.
 fn pages(is_tracked: bool) -> TestVm {
     let vm = Husk::api().typing().start();
+    boot_pages(&vm, is_tracked);
+    vm
+}
+
+fn boot_pages(vm: &TestVm, is_tracked: bool) {
     let (api, kernel) = (vm.api(), guest("pages"));
     let args = "count=1000";
     api.put("/boot-source", json!({"kernel_image_path": kernel, "boot_args": args})).done();
@@ -37,7 +44,6 @@ fn pages(is_tracked: bool) -> TestVm {
     api.put("/machine-config", machine).done();
     api.act("InstanceStart").done();
     vm.expect("ready=1");
-    vm
 }
 
 /// Types commands, and gives what the guest says to the last.
@@ -212,6 +218,82 @@ fn what_others_merge_is_loaded() {
     drop(vm);
     [&base_state, &diff, &more].iter().for_each(|path| std::fs::remove_file(path).unwrap());
     assert_eq!(tell(&load_with(files(&state, &base)), "h"), sum);
+}
+
+/// What has changed is known until there is a snapshot of it.
+#[test]
+fn a_diff_that_fails_loses_nothing() {
+    let scratch = Scratch::new();
+    let small = scratch.path("small");
+    std::fs::create_dir(&small).unwrap();
+    let mount = format!("mount -t tmpfs -o size=1m tmpfs {}", small.display());
+    let start = || Husk::api().typing().after(&mount).start();
+    let [base, first, second] = ["base", "first", "second"].map(|name| scratch.path(name));
+    // Half of 1,000 pages do not fit there.
+    let does_not_fit = |vm: &TestVm, name: &str| {
+        let params = json!({"directory": small.join(name), "snapshot_type": "Diff"});
+        let fault = vm.api().put("/snapshot/create", params).fault();
+        assert!(fault.contains("No space left on device"), "{fault}");
+    };
+    let vm = start();
+    boot_pages(&vm, true);
+    tell(&vm, "w");
+    create(&vm, &base, "Full");
+    tell(&vm, "w");
+    does_not_fit(&vm, "one");
+    tell(&vm, "z");
+    // The process that copies is killed at its first page.
+    let strace = Strace::attach(&vm, &scratch, "pwrite64", "signal=KILL:when=1");
+    let params = json!({"directory": scratch.path("killed"), "snapshot_type": "Diff"});
+    let fault = vm.api().put("/snapshot/create", params).fault();
+    assert!(strace.detach() && fault.contains("ended before it was done"), "{fault}");
+    let sum = tell(&vm, "h");
+    create(&vm, &first, "Diff");
+    drop(vm);
+
+    for is_tracked in [true, false] {
+        let vm = start();
+        let params =
+            json!({"directory": first, "resume_vm": true, "track_dirty_pages": is_tracked});
+        vm.api().put("/snapshot/load", params).done();
+        assert_eq!(tell(&vm, "h"), sum);
+        tell(&vm, "w");
+        does_not_fit(&vm, "two");
+        tell(&vm, "z");
+        let sum = tell(&vm, "h");
+        create(&vm, &second, "Diff");
+        drop(vm);
+        assert_eq!(tell(&load(&second), "h"), sum, "{is_tracked}");
+    }
+}
+
+/// A snapshot is being written when the VM goes back to another: it is not the parent of what comes then.
+#[test]
+fn what_is_written_meanwhile_is_no_parent_after_going_back() {
+    let scratch = Scratch::new();
+    let [base, meanwhile, after] = ["base", "meanwhile", "after"].map(|name| scratch.path(name));
+    let vm = pages(true);
+    tell(&vm, "w");
+    let sum = tell(&vm, "h");
+    create(&vm, &base, "Full");
+    tell(&vm, "w");
+    let later = tell(&vm, "h");
+    // In the process that copies.
+    let strace = Strace::attach(&vm, &scratch, "pwrite64", "delay_enter=1000000:when=1");
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| create(&vm, &meanwhile, "Full"));
+        let copier = format!("/proc/{0}/task/{0}/children", vm.pid());
+        wait_until(|| !std::fs::read_to_string(&copier).unwrap().is_empty());
+        vm.api().put("/snapshot/rewind", json!({"directory": base})).done();
+        assert!(!writing.is_finished());
+        writing.join().unwrap();
+    });
+    assert!(strace.detach());
+    assert_eq!(tell(&vm, "h"), sum);
+    create(&vm, &after, "Diff");
+    drop(vm);
+    assert_eq!(tell(&load(&after), "h"), sum);
+    assert_eq!(tell(&load(&meanwhile), "h"), later);
 }
 
 /// A chain has an end, and each of its links can be loaded.

@@ -305,13 +305,13 @@ fn a_full_disk_leaves_the_old_and_the_guest() {
 }
 
 /// Follows a process, and does to it what `inject` says.
-struct Strace {
+pub(crate) struct Strace {
     child: Child,
     log: PathBuf,
 }
 
 impl Strace {
-    fn attach(vm: &TestVm, scratch: &Scratch, call: &str, inject: &str) -> Self {
+    pub(crate) fn attach(vm: &TestVm, scratch: &Scratch, call: &str, inject: &str) -> Self {
         let log = scratch.path("strace");
         let mut child = Command::new("strace")
             .args(["-f", "-o", log.to_str().unwrap(), "-e", &format!("trace={call}")])
@@ -329,12 +329,12 @@ impl Strace {
     }
 
     /// Lets go of the process; whether something was done to it.
-    fn detach(mut self) -> bool {
+    pub(crate) fn detach(mut self) -> bool {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, Signal::TERM).unwrap();
         self.child.wait().unwrap();
         let log = fs::read_to_string(&self.log).unwrap();
-        log.contains("INJECTED") || log.contains("DELAYED")
+        log.contains("INJECTED") || log.contains("DELAYED") || log.contains("killed by SIGKILL")
     }
 }
 

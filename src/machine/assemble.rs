@@ -153,7 +153,7 @@ fn place_memory(
     let memory = memory::place(vm, host, &mut ram, &mut parts.devices, saved)?;
     if let Some(image) = image {
         image.check_memory(&ram)?;
-        ram.tracker.begin(image.parent.clone());
+        ram.begin_tracking(image.parent.clone());
     }
     Ok((ram, memory))
 }

@@ -66,7 +66,7 @@ impl Machine {
         let Rest(parts) = &self.rest;
         let failed = Refusal::host("guest memory");
         let written = self.ram.rewind(&image.memory).map_err(failed)?;
-        self.ram.tracker.begin(image.parent.clone());
+        self.ram.begin_tracking(image.parent.clone());
         memory::forget_page_tables(&parts.kvm, &self.vm, &self.ram)
             .map_err(Refusal::host("the guest's page tables"))?;
         self.vcpus

@@ -10,7 +10,7 @@
 //!
 //! What was collected stays pending until a snapshot is there: one that fails loses nothing.
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use devices::memory::PAGE;
 use kvm_ioctls::VmFd;
@@ -51,12 +51,9 @@ impl Tracker {
         state.pending.fill(0);
     }
 
-    /// Memory is as an image has it, and mapped from it. What is no snapshot cannot be a parent.
-    pub(crate) fn begin(&self, parent: Option<Parent>) {
-        let mut state = self.lock();
-        state.parent = parent;
-        state.is_behind = true;
-        state.pending.fill(0);
+    /// Of memory that is as an image has it, and mapped from it. What is no snapshot cannot be a parent.
+    fn of_image(parent: Option<Parent>) -> Self {
+        Self(Mutex::new(State { parent, is_behind: true, pending: Vec::new() }))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -65,6 +62,12 @@ impl Tracker {
 }
 
 impl Ram {
+    /// Memory is as an image has it, and mapped from it. A snapshot that is being written is of what was
+    /// there before: that it is done is nothing to what is known from here on.
+    pub(crate) fn begin_tracking(&mut self, parent: Option<Parent>) {
+        self.tracker = Arc::new(Tracker::of_image(parent));
+    }
+
     /// Collects what has changed until now, while the VM stands still. `None` if there is no snapshot
     /// that it could be changes to.
     pub(crate) fn collect(&self) -> io::Result<Option<Since>> {
