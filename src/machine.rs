@@ -94,7 +94,10 @@ impl Machine {
     /// Lets the guest run. A device whose host side is lost stays behind, and its driver is told.
     pub(crate) fn run(&self) {
         self.ram.touch();
-        self.ram.run();
+        if !self.ram.run() {
+            // The outcome says so.
+            return;
+        }
         for Attached { model, id, transport, .. } in &self.devices {
             if let Err(e) = lock(transport).resume() {
                 log::error!("{model} {id}: cannot go on: {}", chain(&e));

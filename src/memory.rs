@@ -131,11 +131,9 @@ impl Ram {
         self.served.as_mut().map_or(Ok(()), |served| served.watch(outcome))
     }
 
-    /// The guest runs from now on.
-    pub(crate) fn run(&self) {
-        if let Some(served) = &self.served {
-            served.run();
-        }
+    /// The guest runs from now on. False if it must not, because its memory is gone.
+    pub(crate) fn run(&self) -> bool {
+        self.served.as_ref().is_none_or(Served::run)
     }
 
     /// Whether another process serves it.

@@ -168,9 +168,12 @@ impl Served {
         Ok(())
     }
 
-    /// From now on nobody may see zeros in place of a page.
-    pub(super) fn run(&self) {
+    /// From now on nobody may see zeros in place of a page. Whether the guest may run: not if there are
+    /// such pages, because who serves memory has just gone.
+    pub(super) fn run(&self) -> bool {
+        // Each side says what it does before it looks at the other: one of them sees it.
         self.shared.runs.store(true, Ordering::SeqCst);
+        !self.is_lost()
     }
 
     /// Whether the process that serves it is gone.
@@ -313,5 +316,31 @@ fn checked(result: libc::c_int) -> io::Result<()> {
     match result {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn served() -> Served {
+        let (socket, _) = UnixStream::pair().unwrap();
+        let faults = Bell::new().unwrap().as_fd().try_clone_to_owned().unwrap();
+        let shared = Shared {
+            faults,
+            ranges: Vec::new(),
+            runs: AtomicBool::new(false),
+            is_lost: AtomicBool::new(false),
+        };
+        Served { shared: Arc::new(shared), _socket: socket, peer: None, watcher: None }
+    }
+
+    #[test]
+    fn nobody_runs_once_pages_may_be_zeros() {
+        let outcome = Outcome::new().unwrap();
+        let served = served();
+        served.shared.lose(&outcome);
+        assert!(!served.run());
+        assert!(matches!(outcome.get(), Some(Ending::HostError { .. })));
     }
 }
