@@ -140,6 +140,35 @@ fn what_belongs_to_the_back_end_is_refused() {
     assert!(api.patch("/drives/a", patch).fault().contains("back end"));
 }
 
+/// Its state is in the other process, which has the guest's memory besides.
+#[test]
+fn a_vm_with_a_drive_of_another_process_is_not_copied() {
+    let scratch = Scratch::new();
+    let daemon = Daemon::start(&scratch, &scratch.sparse("disk.img", 16 * MIB));
+    let saved = scratch.path("saved");
+    let plain = Husk::guest("hello", "how=hang").listening().start();
+    plain.api().put("/snapshot/create", json!({"directory": saved})).done();
+    drop(plain);
+    let vm = daemon.disk(Husk::guest("hello", "how=hang")).listening().start();
+    let api = vm.api();
+    let directory = scratch.path("refused");
+    for state in ["Resumed", "Paused"] {
+        api.patch("/vm", json!({"state": state})).done();
+        for reply in [
+            api.put("/snapshot/create", json!({"directory": directory})),
+            api.put("/snapshot/create", json!({"directory": directory, "snapshot_type": "Diff"})),
+            api.request("POST", "/fork", r#"{"n": 1}"#),
+        ] {
+            let fault = reply.fault();
+            assert!(fault.contains("drives disk0") && fault.contains("another process"), "{fault}");
+        }
+        let fault = api.put("/snapshot/rewind", json!({"directory": saved})).fault();
+        assert!(fault.contains("another process"), "{fault}");
+        assert_eq!(api.state(), if state == "Paused" { state } else { "Running" });
+    }
+    assert!(!directory.exists());
+}
+
 #[test]
 fn a_silent_back_end_is_not_waited_for() {
     let scratch = Scratch::new();
