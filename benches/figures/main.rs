@@ -65,6 +65,7 @@ const GROUPS: &[Group] = &[
     Group { name: "restore", measure: restore::one },
     Group { name: "snapshot", measure: restore::snapshot },
     Group { name: "rewind", measure: restore::rewind },
+    Group { name: "diff", measure: restore::diff },
     Group { name: "prefault", measure: restore::first_request },
     Group { name: "serial", measure: serial::output },
     Group { name: "block", measure: block::reads },

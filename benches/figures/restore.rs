@@ -1,9 +1,9 @@
 //! How long it takes to save a VM, to restore it, to put it back, and what its first work after that takes.
 use std::fs::{self, File};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::api::Client;
 use crate::report::{Report, Samples, Target};
@@ -14,8 +14,9 @@ use crate::{Bench, Result, guest};
 const SIZES_MIB: [u64; 2] = [128, 8192];
 const SNAPSHOTS: usize = 15;
 const REWINDS: usize = 50;
-/// Pages that a guest writes before it is put back.
-const REWOUND_PAGES: u32 = 1000;
+const DIFFS: usize = 50;
+/// Pages that a guest writes before it is put back, or saved again.
+const WRITTEN_PAGES: u32 = 1000;
 /// Pages that a restored guest writes first.
 const FIRST_PAGES: u32 = 8000;
 /// `mov al, '!'; out 0x80, al; hlt`: what the floor's guest goes on with.
@@ -126,11 +127,11 @@ pub(crate) fn snapshot(bench: &Bench, report: &mut Report) -> Result<()> {
             let made = create(&mut client, &directory).map_err(|e| e.to_string());
             made.map(|_| client)
         });
-        let (mut gap, mut last) = (Duration::ZERO, std::time::Instant::now());
+        let (mut gap, mut last) = (Duration::ZERO, Instant::now());
         while !making.is_finished() {
             process.await_byte()?;
             gap = gap.max(last.elapsed());
-            last = std::time::Instant::now();
+            last = Instant::now();
         }
         client = making.join().map_err(|_| "the client panicked")??;
         gaps.push(gap);
@@ -142,7 +143,7 @@ pub(crate) fn snapshot(bench: &Bench, report: &mut Report) -> Result<()> {
 
 /// Putting a VM back whose guest has written 1,000 pages, as the API's client sees it.
 pub(crate) fn rewind(bench: &Bench, report: &mut Report) -> Result<()> {
-    let kernel = guest::writer(bench, REWOUND_PAGES)?;
+    let kernel = guest::writer(bench, WRITTEN_PAGES)?;
     let (mut process, mut client) = start(bench, &kernel, 1024)?;
     process.send_byte()?;
     process.await_byte()?;
@@ -160,6 +161,58 @@ pub(crate) fn rewind(bench: &Bench, report: &mut Report) -> Result<()> {
     let target = Target::AtMost(2.0);
     report.add_with_target("rewind of 1,000 written pages", "ms", Samples::millis(&times), target);
     Ok(())
+}
+
+/// A Diff of a guest that has written 1,000 pages since the last one: how long it takes, and what it takes on disk. And what
+/// it costs the guest that these pages are noted.
+pub(crate) fn diff(bench: &Bench, report: &mut Report) -> Result<()> {
+    let directory = saved(bench, "diffed", &guest::writer(bench, WRITTEN_PAGES)?, 1024, 1)?;
+    let socket = bench.scratch.join("diffed.sock");
+    let mut work = [Vec::new(), Vec::new()];
+    let (mut times, mut sizes) = (Vec::new(), Vec::new());
+    for (is_tracked, work) in [false, true].into_iter().zip(&mut work) {
+        let mut command = restore(&directory);
+        command.arg("--api-sock").arg(&socket).args(is_tracked.then_some("--track-dirty"));
+        let mut process = Running::start(&mut command)?;
+        let mut client = Client::connect(&socket)?;
+        // The first copies what it writes, and is a Diff of that.
+        for run in 0..=DIFFS {
+            let start = Instant::now();
+            process.send_byte()?;
+            process.await_byte()?;
+            let worked = start.elapsed();
+            let diff = bench.scratch.join(format!("diff{run}"));
+            if is_tracked {
+                let body = format!(
+                    "{{\"directory\": \"{}\", \"snapshot_type\": \"Diff\"}}",
+                    diff.display()
+                );
+                let took = client.call("PUT", "/snapshot/create", &body)?;
+                if run > 0 {
+                    times.push(took);
+                    sizes.push(held_kib(&diff)?);
+                }
+            }
+            if run > 0 {
+                work.push(worked);
+            }
+        }
+    }
+    report.add("Diff of 1,000 written pages", "ms", Samples::millis(&times));
+    report.add("the same on disk", "KiB", Samples::new(sizes));
+    let [plain, noted] = work.map(|times| Samples::micros(&times));
+    report.add("guest writes 1,000 pages that it has written before", "µs", plain);
+    report.add("the same after a Diff, with what is written noted", "µs", noted);
+    Ok(())
+}
+
+/// What the files of a directory take.
+fn held_kib(directory: &Path) -> Result<f64> {
+    let mut held = 0.0;
+    for entry in fs::read_dir(directory)? {
+        held += entry?.metadata()?.blocks() as f64 / 2.0;
+    }
+    Ok(held)
 }
 
 /// From process start to the end of a restored guest's first work, 8,000 pages to write, which the host has brought
