@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 use devices::backend::file::is_shortage;
 use devices::backend::unix::StalePolicy;
+use devices::sys::heap;
 use devices::virtio::model::{ID_LEN_MAX, is_id};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
@@ -176,6 +177,8 @@ impl Process {
     /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
     pub(super) fn run(self) -> ExitCode {
         let Self { mut controller, requests, quit, mut signals, server } = self;
+        // Arguments, their descriptions, the configuration's text: read, and of no use to a guest.
+        heap::give_back();
         let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
         // What was asked too late is told so, before the socket goes.
         for call in std::iter::from_fn(|| requests.next()).take(LATE) {

@@ -71,6 +71,7 @@ enum Command {
 /// Runs the binary: parses `args`, carries them out, says on standard error what went wrong.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let started = Instant::now();
+    devices::sys::heap::share();
     restore_terminal_on_panic();
     let args: Vec<OsString> = args.into_iter().collect();
     let name = args.first().map(|arg0| Path::new(arg0).file_name().unwrap_or(arg0).to_owned());
