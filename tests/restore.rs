@@ -108,6 +108,25 @@ fn a_guest_goes_on_in_another_process() {
     assert!(sums(&directory) == before, "a restored VM has changed its snapshot");
 }
 
+/// KVM lists most MSRs, but not these.
+#[test]
+fn memory_types_are_as_they_were() {
+    let scratch = Scratch::new();
+    let vm = steps().start();
+    vm.expect("ready=1");
+    let first = tell(&vm, "m", "mtrrs");
+    let directory = scratch.path("snapshot");
+    snapshot(&vm, &directory);
+    let changed = tell(&vm, "m", "mtrrs");
+    assert_ne!(changed, first);
+    let restored = restore(&directory).typing().start();
+    assert_eq!(tell(&restored, "m", "mtrrs"), changed);
+    for vm in [vm, restored] {
+        vm.type_in("q");
+        vm.wait().ok();
+    }
+}
+
 #[test]
 fn what_names_the_outside_can_be_another() {
     let scratch = Scratch::new();

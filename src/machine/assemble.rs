@@ -82,10 +82,13 @@ impl Machine {
             log::info!("assembled: {protocol} kernel at {addr:#x}, command line: {cmdline}");
             identity.write(&ram.guest, config.payload.as_ref())?;
         }
-        let fds = create_vcpus(&vm, &parts, config, topology, kernel.as_ref())?;
+        let fds = create_vcpus(&vm, topology)?;
+        if let Some(kernel) = &kernel {
+            set_up_vcpus(&fds, &parts, config, topology, kernel)?;
+        }
         if let Some(restore) = restore {
             let saved = &restore.image.document.machine;
-            saved.write(&vm, &fds, restore.clock())?;
+            saved.write(&vm, &fds, &parts.cpu, config, restore.clock())?;
             legacy.restore(&saved.legacy);
             identity.renew(&ram.guest, &legacy.acpi, config.payload.as_ref())?;
         }
@@ -240,23 +243,24 @@ fn command_line_at(config: &VmConfig, boot_us: u64) -> String {
     cmdline
 }
 
-fn create_vcpus(
-    vm: &VmFd,
+/// One for each place in `topology`, in its order.
+fn create_vcpus(vm: &VmFd, topology: Topology) -> Result<Vec<VcpuFd>, Refusal> {
+    let ids = topology.apic_ids().into_iter();
+    ids.map(|id| vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))).collect()
+}
+
+fn set_up_vcpus(
+    vcpus: &[VcpuFd],
     parts: &Parts,
     config: &VmConfig,
     topology: Topology,
-    kernel: Option<&Entry>,
-) -> Result<Vec<VcpuFd>, Refusal> {
-    topology
-        .apic_ids()
-        .into_iter()
-        .map(|id| {
-            let vcpu = vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
-            let entry = kernel.filter(|_| id == 0);
-            parts.cpu.configure(&vcpu, id, topology, entry).map_err(|e| setup(e, config.cpu()))?;
-            Ok(vcpu)
-        })
-        .collect()
+    kernel: &Entry,
+) -> Result<(), Refusal> {
+    for (vcpu, id) in vcpus.iter().zip(topology.apic_ids()) {
+        let entry = (id == 0).then_some(kernel);
+        parts.cpu.configure(vcpu, id, topology, entry).map_err(|e| setup(e, config.cpu()))?;
+    }
+    Ok(())
 }
 
 /// An address of the layout, all of which are below 4 GiB.

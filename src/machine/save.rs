@@ -1,11 +1,12 @@
 //! The state of a machine, as a snapshot has it: read, and put back.
-use arch::{Clock, HostCpu, VcpuState, VmState};
+use arch::{Clock, HostCpu, SetupError, Topology, VcpuState, VmState};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::{Legacy, Machine, Name, Rest, lock};
 use crate::config::VmConfig;
 use crate::error::Refusal;
 use crate::fork::Freezing;
+use crate::parts::setup;
 use crate::snapshot::{DeviceState, LegacyState, MachineState, SnapshotError};
 
 impl Machine {
@@ -79,25 +80,31 @@ impl Legacy {
 }
 
 impl MachineState {
-    /// Gives KVM its part of it.
+    /// Gives KVM its part of it: `vcpus`, which are new, go on where those of the snapshot stood.
     pub(super) fn write(
         &self,
         vm: &VmFd,
         vcpus: &[VcpuFd],
+        cpu: &HostCpu,
+        config: &VmConfig,
         clock: Clock,
-    ) -> Result<(), SnapshotError> {
+    ) -> Result<(), Refusal> {
         if vcpus.len() != self.vcpus.len() {
             let (is, want) = (self.vcpus.len(), vcpus.len());
             let why = format!("it has the state of {is} vCPUs, of which it should have {want}");
-            return Err(SnapshotError::Inconsistent(why));
+            return Err(SnapshotError::Inconsistent(why).into());
         }
-        for (state, vcpu) in self.vcpus.iter().zip(vcpus) {
-            state.write(vm, vcpu)?;
+        let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
+        for ((state, vcpu), id) in self.vcpus.iter().zip(vcpus).zip(topology.apic_ids()) {
+            cpu.restore(vm, vcpu, id, topology, state).map_err(|e| match e {
+                SetupError::State(e) => SnapshotError::from(e).into(),
+                e => setup(e, config.cpu()),
+            })?;
             // Tells the guest's watchdogs that the time until now was not its own. Refused where the
             // guest does not use kvm-clock.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(self.vm.write(vm, clock)?)
+        Ok(self.vm.write(vm, clock).map_err(SnapshotError::from)?)
     }
 
     /// Where the guest saw the memory that a device brought along.

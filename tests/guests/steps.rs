@@ -2,7 +2,8 @@
 //! it: `c` counts, and looks whether memory is as it was left; `b` reads the first sector of the first disk, `w` writes
 //! the count to its second, which `s` reads; `f` writes to the disk from its second page on until a write fails, and
 //! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first
-//! bytes of the pmem device and the vsock address; `i` shows who it is: generation id, VMClock's counter, payload; `x`
+//! bytes of the pmem device and the vsock address; `m` shows registers of the processor that KVM does not list, and
+//! changes them; `i` shows who it is: generation id, VMClock's counter, payload; `x`
 //! resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
 #![no_main]
@@ -134,6 +135,7 @@ impl Job {
                 let Some(device) = &self.vsock else { return missing("vsock") };
                 println!("cid={}", device.config64(0));
             }
+            b'm' => memory_types()?,
             b'i' => identity(),
             b'x' => power::reboot(),
             b'q' => return Ok(false),
@@ -154,6 +156,27 @@ impl Job {
         println!("count={}", self.count);
         Ok(())
     }
+}
+
+/// A memory type range, its mask, one of fixed size, the default.
+const MTRRS: [u32; 4] = [0x206, 0x207, 0x26f, 0x2ff];
+
+/// The next value of each has another type, or begins one page later.
+fn memory_types() -> Outcome {
+    let mut all = [0; 4];
+    for (value, index) in all.iter_mut().zip(MTRRS) {
+        let Ok(now) = ring0::rdmsr(index) else { rt::fail!("MSR {index:#x} cannot be read") };
+        *value = now;
+        let next = match index {
+            0x206 | 0x207 => now + 0x1000,
+            0x26f => now ^ 0x0606,
+            _ => now ^ 0x400,
+        };
+        // SAFETY: without devices that do DMA past the caches, KVM only keeps it.
+        let _ = unsafe { ring0::wrmsr(index, next) };
+    }
+    println!("mtrrs={all:x?}");
+    Ok(())
 }
 
 /// Where husk puts them.

@@ -6,6 +6,7 @@
 #![expect(unsafe_code, reason = "KVM writes as much of a vCPU's XSAVE area as it says it has")]
 
 use std::mem::size_of;
+use std::ops::RangeInclusive;
 
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -20,6 +21,9 @@ use super::{compat, raw};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
+/// The variable ranges, those of fixed size (Intel SDM vol. 4, table 2-2), the default.
+const MTRRS: [RangeInclusive<u32>; 5] =
+    [0x200..=0x20f, 0x250..=0x250, 0x258..=0x259, 0x268..=0x26f, 0x2ff..=0x2ff];
 /// By how many parts in a million the TSC may tick faster or slower than it did: what clocks differ
 /// by anyway.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -121,10 +125,14 @@ impl VcpuState {
         })
     }
 
-    /// Gives it to a vCPU that is not running, and has what a vCPU can have here.
+    /// Whether the guest can go on where `here` is what a vCPU can have.
+    pub(crate) fn check(&self, here: &CpuId) -> Result<(), StateError> {
+        compat::check(&self.cpuid, here)
+    }
+
+    /// Gives it to a vCPU that is not running, and of the same kind. For a new one there is
+    /// [`HostCpu::restore`](super::vcpu::HostCpu::restore).
     pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
-        let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
-        compat::check(&self.cpuid, &here)?;
         self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
@@ -167,10 +175,12 @@ impl VcpuState {
     }
 }
 
-/// The MSRs that are part of a vCPU's state.
+/// The MSRs that are part of a vCPU's state: those that KVM lists, and the MTRRs, which it does not.
 pub(crate) fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
     let list = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
     let mut indices = list.as_slice().to_vec();
+    let mtrrs = MTRRS.into_iter().flatten();
+    indices.extend(mtrrs.filter(|index| !list.as_slice().contains(index)));
     // The deadline is one of the TSC, and lost if that is written later.
     indices.sort_by_key(|index| match *index {
         MSR_TSC => 0,

@@ -2,11 +2,11 @@
 use std::ffi::c_ulong;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_lapic_state, kvm_msr_entry};
-use kvm_ioctls::{Cap, Kvm, VcpuFd};
+use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 
 use super::cpu_config::{Capability, CpuConfig, CpuError, MsrModifier};
 use super::kernel::Entry;
-use super::state::StateError;
+use super::state::{StateError, VcpuState};
 use super::template::CpuChoice;
 use super::{cpuid, regs, state};
 
@@ -80,6 +80,9 @@ pub enum SetupError {
     /// The CPU that was asked for cannot be had here.
     #[error("{0}")]
     Cpu(#[from] CpuError),
+    /// What a vCPU had cannot be had here.
+    #[error("{0}")]
+    State(#[from] StateError),
 }
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SetupError {
@@ -162,8 +165,7 @@ impl HostCpu {
             true => CpuError::CpuidRefused(e).into(),
             false => kvm("KVM_SET_CPUID2")(e),
         })?;
-        set_msrs(vcpu)?;
-        self.msrs.iter().try_for_each(|modifier| change_msr(vcpu, modifier))?;
+        self.write_msrs(vcpu)?;
         let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
         set_local_vector(&mut lapic, APIC_LVT0, DELIVER_EXTINT);
         set_local_vector(&mut lapic, APIC_LVT1, DELIVER_NMI);
@@ -175,6 +177,32 @@ impl HostCpu {
             vcpu.set_regs(&regs::regs(entry)).map_err(kvm("KVM_SET_REGS"))?;
         }
         Ok(())
+    }
+
+    /// Has the vCPU with `apic_id`, which has not run, go on where another stood.
+    pub fn restore(
+        &self,
+        vm: &VmFd,
+        vcpu: &VcpuFd,
+        apic_id: u8,
+        topology: Topology,
+        saved: &VcpuState,
+    ) -> Result<(), SetupError> {
+        let here = self.cpuid_for(apic_id, topology)?;
+        if saved.check(&here).is_err() {
+            // KVM may give a vCPU more than it says it supports.
+            vcpu.set_cpuid2(&here).map_err(kvm("KVM_SET_CPUID2"))?;
+            let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+            saved.check(&here)?;
+        }
+        // Some of them may not be part of what is saved.
+        self.write_msrs(vcpu)?;
+        Ok(saved.write(vm, vcpu)?)
+    }
+
+    fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), SetupError> {
+        set_msrs(vcpu)?;
+        self.msrs.iter().try_for_each(|modifier| change_msr(vcpu, modifier))
     }
 }
 
