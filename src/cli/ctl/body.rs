@@ -68,6 +68,18 @@ pub(super) fn named(field: &str, words: &[String]) -> Vec<String> {
     words
 }
 
+/// The words, of which the first may be a number: the value of `field`.
+pub(super) fn counted(field: &str, words: &[String]) -> Vec<String> {
+    let mut words = words.to_vec();
+    if let Some(first) = words.first_mut()
+        && !first.is_empty()
+        && first.bytes().all(|byte| byte.is_ascii_digit())
+    {
+        *first = format!("{field}={first}");
+    }
+    words
+}
+
 fn read_all(from: &str, source: impl Read) -> Result<Vec<u8>, BodyError> {
     let mut body = Vec::new();
     source
@@ -154,6 +166,21 @@ mod tests {
         assert_eq!(body(&["snapshot_path=a"]), Ok(json!({ "snapshot_path": "a" })));
         assert_eq!(body(&[r#"{"directory": "b"}"#]), Ok(json!({ "directory": "b" })));
         assert!(body(&["a", "b"]).unwrap_err().contains("'b' is neither"));
+    }
+
+    #[test]
+    fn the_first_word_may_be_a_number() {
+        let body = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
+            body(&counted("n", &words).iter().map(String::as_str).collect::<Vec<_>>())
+        };
+        assert_eq!(body(&["3"]), Ok(json!({ "n": 3 })));
+        assert_eq!(body(&["3", "paused=true"]), Ok(json!({ "n": 3, "paused": true })));
+        assert_eq!(body(&["n=3"]), Ok(json!({ "n": 3 })));
+        assert_eq!(body(&[]), Ok(json!({})));
+        assert!(body(&["3", "n=4"]).unwrap_err().contains("'n' is set twice"));
+        assert!(body(&["three"]).unwrap_err().contains("'three' is neither"));
+        assert!(body(&["-3"]).unwrap_err().contains("'-3' is neither"));
     }
 
     #[test]

@@ -45,6 +45,7 @@ Examples:
   husk ctl --api-sock husk.sock drive set root path_on_host=root.ext4 is_root_device=true
   husk ctl --api-sock husk.sock launch @vm.json
   husk ctl --api-sock husk.sock snapshot snapshots/warm
+  husk ctl --api-sock husk.sock fork 3 paused=true
   husk ctl --api-sock husk.sock --json get /vm/config
 
 Exit codes: 0 done, 2 wrong arguments, 3 husk refused, 4 no answer.";
@@ -95,6 +96,9 @@ fn describe(verb: &'static Verb) -> Command {
         Body::Words | Body::WithId(_) => command.arg(
             body.value_name("BODY").help("JSON, @FILE, - (standard input), or FIELD=VALUE ..."),
         ),
+        Body::Count(_) => command.arg(body.value_name("N").help(
+            "How many, one by default, then FIELD=VALUE ...; or JSON, @FILE, - (standard input)",
+        )),
         Body::In(_) => command.arg(body.value_name("DIR").required(true).help(
             "The directory as husk sees it, then FIELD=VALUE ...; or JSON, @FILE, - (standard input)",
         )),
@@ -160,6 +164,7 @@ impl Call {
                 Some(body::with_id(body::read(&self.words)?, field, id))
             }
             Body::In(field) => Some(body::read(&body::named(field, &self.words))?),
+            Body::Count(field) => Some(body::read(&body::counted(field, &self.words))?),
         })
     }
 }

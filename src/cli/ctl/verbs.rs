@@ -26,6 +26,8 @@ pub(super) enum Body {
     WithId(&'static str),
     /// The arguments, the first of which may be the value of this field by itself.
     In(&'static str),
+    /// The arguments, the first of which may be a number by itself: the value of this field.
+    Count(&'static str),
 }
 
 /// What to do with a reply.
@@ -62,8 +64,9 @@ pub(super) const VERBS: &[Verb] = &[
     state("resume", "Let it go on", r#"{"state": "Resumed"}"#),
     Verb {
         method: "POST",
+        body: Body::Count("n"),
         reply: Reply::Awaited,
-        ..put("fork", "Make children of the VM (n=3, overrides=[...], paused=true)", "/fork")
+        ..put("fork", "Make children of the VM: N, then paused=true, overrides=[...]", "/fork")
     },
     act("shutdown", "Press the power button", r#"{"action_type": "Shutdown"}"#),
     act("ctrl-alt-del", "Press Ctrl-Alt-Del", r#"{"action_type": "SendCtrlAltDel"}"#),
