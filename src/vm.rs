@@ -162,7 +162,7 @@ impl Vm {
         let overrides = overrides.into_iter();
         let overrides =
             overrides.map(|overrides| ChildOverrides { api_sock: None, overrides }).collect();
-        let params = ForkParams { n: Some(count), overrides, paused: false };
+        let params = ForkParams { n: Some(count), overrides, ..ForkParams::default() };
         let image = self.freeze()?;
         let config = image.config(&Overrides::default())?;
         let children = self.children.fetch_add(count.into(), Ordering::Relaxed);

@@ -33,6 +33,13 @@ fn tell(vm: &TestVm, what: &str, key: &str) -> String {
     line.trim_end().split_once('=').unwrap().1.to_owned()
 }
 
+/// One whose guest waits, and does nothing.
+fn idle() -> TestVm {
+    let vm = Husk::guest("hello", "how=hlt").memory(16).listening().arg("--forkable").start();
+    vm.expect("how=hlt");
+    vm
+}
+
 /// A parent that has counted to 2.
 fn parent(husk: Husk) -> TestVm {
     let vm = husk.start();
@@ -120,15 +127,21 @@ fn talking(scratch: &Scratch, name: &str) -> Value {
     json!({ "serial": { "to": { "Socket": scratch.path(name) } } })
 }
 
-/// Makes children that can be talked to.
+/// Makes children that can be talked to, and end with their parent: a test that is killed leaves none.
 #[track_caller]
 fn fork(api: &Api, scratch: &Scratch, names: &[&str]) -> Vec<Child> {
     let overrides: Vec<_> = names.iter().map(|name| talking(scratch, name)).collect();
-    let reply = api.request("POST", "/fork", &json!({ "overrides": overrides }).to_string());
-    let reply = reply.json();
-    let children: Vec<_> = reply["children"].as_array().unwrap().iter().map(Child::new).collect();
-    assert_eq!(children.len(), names.len(), "{reply}");
-    children
+    let reply = post(api, json!({ "overrides": overrides, "end_with_parent": true }));
+    let made = children(&reply);
+    assert_eq!(made.len(), names.len(), "{}", reply.body);
+    made
+}
+
+/// Makes children that can be talked to, and outlive their parent.
+#[track_caller]
+fn fork_for_good(api: &Api, scratch: &Scratch, names: &[&str]) -> Vec<Child> {
+    let overrides: Vec<_> = names.iter().map(|name| talking(scratch, name)).collect();
+    children(&post(api, json!({ "overrides": overrides })))
 }
 
 /// Parent and children have what was, and none of what another does from then on.
@@ -305,11 +318,16 @@ fn one_that_fails_ends_all() {
         let connected = UnixStream::connect(scratch.path(name));
         assert!(connected.is_err(), "{name} has a reader");
     }
-    let left = fs::read_dir(vm.socket().parent().unwrap()).unwrap();
-    let left: Vec<_> = left.map(|entry| entry.unwrap().file_name()).collect();
-    assert!(!left.iter().any(|name| name.to_string_lossy().contains(".sock.")), "{left:?}");
+    let left = siblings(&vm);
+    assert!(!left.iter().any(|name| name.contains(".sock.")), "{left:?}");
     let mut child = fork(&vm.api(), &scratch, &["c"]).remove(0);
     assert_eq!(child.tell("c", "count"), "3");
+}
+
+/// What is beside its API socket.
+fn siblings(vm: &TestVm) -> Vec<String> {
+    let entries = fs::read_dir(vm.socket().parent().unwrap()).unwrap();
+    entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
 }
 
 /// The process from which the children of `pid` come, if there is one.
@@ -326,7 +344,7 @@ fn zygote(pid: u32) -> Option<Pid> {
 #[test]
 fn whoever_is_killed_takes_nobody_along() {
     let (scratch, vm) = (Scratch::new(), parent(forkable()));
-    let mut first = fork(&vm.api(), &scratch, &["a", "b"]);
+    let mut first = fork_for_good(&vm.api(), &scratch, &["a", "b"]);
     // A child: nobody is left of it, and the others go on.
     let killed = first.remove(0);
     killed.signal(Signal::KILL);
@@ -339,7 +357,7 @@ fn whoever_is_killed_takes_nobody_along() {
     let pidfd = pidfd_open(old, PidfdFlags::empty()).unwrap();
     pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
     assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
-    let mut second = fork(&vm.api(), &scratch, &["c"]);
+    let mut second = fork_for_good(&vm.api(), &scratch, &["c"]);
     assert_eq!(second[0].tell("c", "count"), "4");
     assert_eq!(first[0].tell("c", "count"), "4");
     let new = zygote(vm.pid()).expect("another process that forks");
@@ -349,12 +367,31 @@ fn whoever_is_killed_takes_nobody_along() {
     vm.signal(Signal::KILL);
     assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
     assert_eq!(second[0].tell("c", "count"), "5");
-    let mut grand = fork(&second[0].api.clone(), &scratch, &["d"]);
+    let mut grand = fork_for_good(&second[0].api.clone(), &scratch, &["d"]);
     assert_eq!(grand[0].tell("c", "count"), "6");
     for child in [first, second, grand].into_iter().flatten() {
         child.signal(Signal::TERM);
         child.signal(Signal::TERM);
         assert!(child.ends_within(PATIENCE));
+    }
+}
+
+#[test]
+fn children_end_with_their_parent_if_they_are_to() {
+    for kills in [true, false] {
+        let (scratch, vm) = (Scratch::new(), parent(forkable()));
+        let mut free = fork_for_good(&vm.api(), &scratch, &["a"]);
+        let bound = fork(&vm.api(), &scratch, &["b", "c"]);
+        let grand = fork(&bound[0].api.clone(), &scratch, &["d"]);
+        match kills {
+            true => vm.signal(Signal::KILL),
+            false => vm.api().act("Kill").done(),
+        }
+        for child in bound.iter().chain(&grand) {
+            assert!(child.ends_within(PATIENCE), "{} goes on", child.pid);
+            assert!(!child.socket.exists(), "{} is left behind", child.socket.display());
+        }
+        assert_eq!(free[0].tell("c", "count"), "3");
     }
 }
 
@@ -370,8 +407,8 @@ pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
 
 #[test]
 fn a_hundred_children_at_once_and_one_by_one() {
-    let vm = parent(forkable());
-    let all = children(&post(&vm.api(), json!({ "n": 100 })));
+    let vm = idle();
+    let all = children(&post(&vm.api(), json!({ "n": 100, "end_with_parent": true })));
     let ids: BTreeSet<_> =
         all.iter().map(|c| c.api.get("/").json()["id"].as_str().unwrap().to_owned()).collect();
     assert_eq!(ids.len(), 100);

@@ -35,6 +35,7 @@ pub(crate) struct Spec {
     /// The guest's metadata.
     pub(crate) mmds: Option<Value>,
     pub(crate) is_paused: bool,
+    pub(crate) ends_with_parent: bool,
 }
 
 /// Children of one image.

@@ -21,6 +21,9 @@ pub struct ForkParams {
     /// Whether the children's guests stand still until they are resumed.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,
+    /// Whether children are sent SIGTERM when their parent ends, however it does. Otherwise they go on.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub end_with_parent: bool,
 }
 
 /// How a child differs from its parent.

@@ -43,8 +43,8 @@ pub(crate) fn plan(parent: Parent<'_>, params: &ForkParams) -> Result<Vec<Spec>,
                 return Err(ForkError::Child { number: index, why });
             }
             let api_sock = api_sock.or_else(|| parent.api_sock.map(|path| numbered(path, number)));
-            let is_paused = params.paused;
-            Ok(Spec { id, api_sock, config, mmds: overrides.mmds, is_paused })
+            let ForkParams { paused: is_paused, end_with_parent: ends_with_parent, .. } = *params;
+            Ok(Spec { id, api_sock, config, mmds: overrides.mmds, is_paused, ends_with_parent })
         })
         .collect()
 }

@@ -23,7 +23,7 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 
 use super::batch::{Batch, Newborn, Report};
 use crate::snapshot::MemoryImage;
@@ -87,9 +87,10 @@ impl Zygote {
 
 impl Drop for Zygote {
     fn drop(&mut self) {
-        // A process that copies memory may have this descriptor too: closing it would not do.
-        if let Err(e) = rustix::net::shutdown(&self.socket, rustix::net::Shutdown::Both) {
-            return log::debug!("the process that makes children is not waited for: {e}");
+        // It has nothing to finish, and may be stopped. A process that copies memory may have the socket too: closing
+        // that would not do.
+        if let Err(e) = self.process.kill() {
+            return log::warn!("cannot end the process that makes children: {e}");
         }
         if let Err(e) = self.process.wait() {
             log::warn!("cannot wait for the process that makes children: {e}");
@@ -114,6 +115,7 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
     rustix::process::setsid()?;
     rustix::thread::set_name(c"husk_zygote")?;
     reap_children(true);
+    let zygote = rustix::process::getpid();
     while let Some(Order { batch, memory, reports, go, layers }) = receive(&socket)? {
         let read = Batch::from_file(&batch).and_then(|(mut batch, extents)| {
             batch.adopt_layers(&layers)?;
@@ -132,7 +134,7 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
             // SAFETY: this process has one thread.
             match unsafe { libc::fork() } {
                 0 => {
-                    become_child()?;
+                    become_child(zygote, batch.children[index].ends_with_parent)?;
                     return Ok(Newborn::new(batch, memory, index, reports, go));
                 }
                 -1 => {
@@ -147,8 +149,16 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
     Ok(None)
 }
 
-fn become_child() -> io::Result<()> {
+fn become_child(zygote: Pid, ends_with_parent: bool) -> io::Result<()> {
     reap_children(false);
+    if ends_with_parent {
+        // The zygote ends when the VMM does.
+        rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
+        // It has ended before it could be heard of.
+        if rustix::process::getppid() != Some(zygote) {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+    }
     rustix::process::setsid()?;
     rustix::thread::set_name(c"husk")?;
     Ok(())
