@@ -8,6 +8,7 @@
 //! ```
 mod fork;
 mod live;
+mod owed;
 mod power;
 mod rewind;
 mod snapshot;
@@ -21,6 +22,7 @@ use std::time::Instant;
 use devices::mmds::Mmds;
 use serde_json::{Value, json};
 
+use self::owed::Owed;
 use self::rewind::Origin;
 use crate::boot::{BootPhases, Stopwatch};
 use crate::config::{Defaults, VmConfig};
@@ -88,8 +90,10 @@ pub(crate) struct Controller {
     nursery: Option<Nursery>,
     /// How many have been asked for.
     children: u64,
-    /// The snapshot that is being written.
-    saving: Option<Writing>,
+    /// Whoever waits for children.
+    forks: Vec<Owed>,
+    /// The snapshot that is being written, and whoever waits for it.
+    saving: Option<(Writing, Owed)>,
 }
 
 impl std::fmt::Debug for Controller {
@@ -114,6 +118,7 @@ impl Controller {
             waiting: Vec::new(),
             nursery: None,
             children: 0,
+            forks: Vec::new(),
             saving: None,
         }
     }

@@ -30,12 +30,13 @@ use crate::request::Reply;
 use crate::vcpu::Vcpus;
 
 /// How long the last output may take to reach its reader when a machine ends.
-const SERIAL_DEADLINE: Duration = Duration::from_millis(250);
+const SERIAL_DEADLINE: Duration = Duration::from_millis(150);
 /// How long a guest may take to look at the generation id when it is told to.
 const LOOK_MAX: Duration = Duration::from_millis(500);
-
-/// How long a machine may take to stop or to end whose memory another process serves.
+/// How long a machine may take to stop whose memory another process serves.
 const SERVED_DEADLINE: Duration = Duration::from_secs(2);
+/// How long it may take to end.
+const SERVED_END: Duration = Duration::from_millis(200);
 
 /// A machine. Dropping it stops it: vCPUs first, then KVM's VM, so that nothing needs to be hidden
 /// from the guest any more, then devices, then memory.
@@ -237,7 +238,6 @@ impl Machine {
         if !self.ram.is_served() {
             return what(self);
         }
-        let patience = if self.ram.is_lost() { SERIAL_DEADLINE } else { SERVED_DEADLINE };
         let (sender, receiver) = std::sync::mpsc::channel();
         let end = move || {
             what(self);
@@ -245,7 +245,7 @@ impl Machine {
             let _ = sender.send(());
         };
         match std::thread::Builder::new().name("husk_end".into()).spawn(end) {
-            Ok(_) if receiver.recv_timeout(patience).is_ok() => {}
+            Ok(_) if receiver.recv_timeout(SERVED_END).is_ok() => {}
             Ok(_) => log::warn!("threads of the microVM still wait for memory that nobody serves"),
             Err(e) => log::error!("cannot start a thread to end the microVM: {e}"),
         }

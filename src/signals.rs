@@ -1,22 +1,32 @@
-//! Signals that stop husk, as a descriptor to wait on; and the last words of a husk that crashes.
+//! Signals that stop husk, as a descriptor to wait on; what ends husk if it does not heed them in time; and the
+//! last words of a husk that crashes.
 //!
-//! SIGTERM, SIGINT, SIGHUP and SIGQUIT are blocked in every thread and read from a signalfd, so that
-//! nothing happens in a handler; but one that whoever started us ignores (`nohup`, a script's
-//! background job) stays ignored. SIGXFSZ is blocked for good: a disk image that hits a file size
+//! SIGTERM, SIGINT, SIGHUP and SIGQUIT are noted by a handler, for whoever waits; but one that whoever
+//! started us ignores (`nohup`, a script's background job) stays ignored. The handler also sets an alarm: what is
+//! promised of a signal must hold while the VMM thread waits for a file system, or for the process that serves
+//! guest memory. SIGXFSZ is blocked for good: a disk image that hits a file size
 //! limit gets EFBIG, and the guest an I/O error. SIGPIPE is ignored by Rust's runtime. What would end
 //! or stop us with the terminal raw is ignored here, or, where it means a crash, handled: the terminal
 //! is restored, the signal is named, and then it does what it always did.
-#![expect(unsafe_code, reason = "signal masks and signalfd have no safe wrapper in our libraries")]
+#![expect(unsafe_code, reason = "signal masks and handlers have no safe wrapper in our libraries")]
 
-use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, Ordering};
 
+use crate::bell::Bell;
+use crate::exit::Ending;
 use crate::vmm::Signals;
 
+/// When a husk that was told to stop is ended, whatever it does. 2 s are promised, and a process takes a moment.
+const LAST_RESORT_MS: i64 = 1950;
 const STOP: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
 /// SIGTSTP: whoever really wants us to stand still has SIGSTOP, and a guest can be paused.
-const IGNORED: [libc::c_int; 6] =
-    [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTTOU, libc::SIGTSTP, libc::SIGALRM, libc::SIGVTALRM];
+const IGNORED: [libc::c_int; 5] =
+    [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTTOU, libc::SIGTSTP, libc::SIGVTALRM];
 /// What a crash comes as, and what is said of it.
 const CRASH: [(libc::c_int, &str); 6] = [
     (libc::SIGABRT, ": crashed: SIGABRT\n"),
@@ -27,46 +37,164 @@ const CRASH: [(libc::c_int, &str); 6] = [
     (libc::SIGSYS, ": crashed: SIGSYS\n"),
 ];
 
-/// The process's stop signals. Made before any thread, so that all inherit the mask.
+/// What handlers work with. A process that is forked off has them too, and leaves them alone.
+static OWNER: AtomicI32 = AtomicI32::new(0);
+/// The signals that have come and have not been heeded, a bit each.
+static PENDING: AtomicU32 = AtomicU32::new(0);
+/// The first of them, and when it came: milliseconds of the monotonic clock.
+static FIRST: AtomicI32 = AtomicI32::new(0);
+static FIRST_AT_MS: AtomicI64 = AtomicI64::new(0);
+/// Rung when one has come.
+static BELL: OnceLock<Bell> = OnceLock::new();
+/// The API's socket, its device and its inode: removed if there is nobody left to do it.
+static SOCKET: OnceLock<(CString, (libc::dev_t, libc::ino_t))> = OnceLock::new();
+
+/// The process's stop signals.
 #[derive(Debug)]
-pub(crate) struct ProcessSignals(std::fs::File);
+pub(crate) struct ProcessSignals(&'static Bell);
 
 impl ProcessSignals {
     /// Takes the signals over.
     pub(crate) fn take() -> std::io::Result<Self> {
-        // SAFETY: `sigset_t` is plain data; `sigemptyset` gives it a value before it is used.
-        let mut stop: libc::sigset_t = unsafe { std::mem::zeroed() };
-        let mut blocked = stop;
-        // SAFETY: both sets are valid for writing, and the signal numbers exist.
-        unsafe {
-            libc::sigemptyset(&raw mut stop);
-            for signal in STOP.into_iter().filter(|signal| !is_ignored(*signal)) {
-                libc::sigaddset(&raw mut stop, signal);
+        // A second try of the same process finds the first one's.
+        let bell = match BELL.get() {
+            Some(bell) => bell,
+            None => {
+                let new = Bell::new()?;
+                BELL.get_or_init(|| new)
             }
-            blocked.clone_from(&stop);
-            libc::sigaddset(&raw mut blocked, libc::SIGXFSZ);
-        }
-        // SAFETY: the set has been filled in; the old mask is not asked for.
-        let failed = unsafe {
-            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const blocked, std::ptr::null_mut())
         };
-        if failed != 0 {
-            return Err(std::io::Error::from_raw_os_error(failed));
-        }
+        OWNER.store(std::process::id().cast_signed(), Ordering::Relaxed);
         for signal in IGNORED {
             // SAFETY: ignoring a signal runs no code of ours.
             unsafe { libc::signal(signal, libc::SIG_IGN) };
         }
         handle_crashes()?;
-        // SAFETY: a new descriptor for a set that has been filled in.
-        let fd =
-            unsafe { libc::signalfd(-1, &raw const stop, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
-        if fd < 0 {
-            return Err(std::io::Error::last_os_error());
+        handle(libc::SIGALRM, on_alarm, libc::SA_RESTART)?;
+        for signal in STOP.into_iter().filter(|signal| !is_ignored(*signal)) {
+            handle(signal, on_stop, libc::SA_RESTART)?;
         }
-        // SAFETY: the descriptor is new and nobody else's.
-        Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }.into()))
+        mask(libc::SIG_BLOCK, &[libc::SIGXFSZ])?;
+        // Whoever started us may have blocked them.
+        mask(libc::SIG_UNBLOCK, &[libc::SIGALRM])?;
+        mask(libc::SIG_UNBLOCK, &STOP)?;
+        Ok(Self(bell))
     }
+
+    /// Leaves it to the threads that are there to run handlers: this one may wait in the kernel for memory that
+    /// another process serves, and only SIGKILL gets it out of there.
+    pub(crate) fn leave_to_others() -> std::io::Result<()> {
+        mask(libc::SIG_BLOCK, &STOP)?;
+        mask(libc::SIG_BLOCK, &[libc::SIGALRM])
+    }
+
+    /// Names the API's socket, which is there.
+    pub(crate) fn remember_socket(path: &Path) {
+        let found = rustix::fs::lstat(path);
+        if let (Ok(path), Ok(found)) = (CString::new(path.as_os_str().as_bytes()), found) {
+            // One process listens once.
+            let _ = SOCKET.set((path, (found.st_dev, found.st_ino)));
+        }
+    }
+}
+
+fn mask(how: libc::c_int, signals: &[libc::c_int]) -> std::io::Result<()> {
+    // SAFETY: `sigset_t` is plain data, which `sigemptyset` fills in; the old mask is not asked for.
+    let failed = unsafe {
+        let mut set: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut set);
+        for signal in signals {
+            libc::sigaddset(&raw mut set, *signal);
+        }
+        libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut())
+    };
+    match failed {
+        0 => Ok(()),
+        errno => Err(std::io::Error::from_raw_os_error(errno)),
+    }
+}
+
+/// Has `handler` run when `signal` comes. It must be async-signal-safe.
+fn handle(
+    signal: libc::c_int,
+    handler: extern "C" fn(libc::c_int),
+    flags: libc::c_int,
+) -> std::io::Result<()> {
+    // SAFETY: `sigaction` is plain data; each handler says why it may run at any time.
+    let failed = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = handler as libc::sighandler_t;
+        action.sa_flags = flags;
+        libc::sigemptyset(&raw mut action.sa_mask);
+        libc::sigaction(signal, &raw const action, std::ptr::null_mut())
+    };
+    match failed {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
+/// Async-signal-safe: atomics and system calls only.
+extern "C" fn on_stop(signal: libc::c_int) {
+    // SAFETY: asks the kernel, nothing else.
+    if unsafe { libc::getpid() } != OWNER.load(Ordering::Relaxed) {
+        return;
+    }
+    // SAFETY: the thread's own errno, which whatever was interrupted may be about to read.
+    let errno = unsafe { *libc::__errno_location() };
+    PENDING.fetch_or(1 << signal, Ordering::Release);
+    if FIRST.compare_exchange(0, signal, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+        FIRST_AT_MS.store(now_ms(), Ordering::Relaxed);
+        let (tv_sec, tv_usec) = (LAST_RESORT_MS / 1000, LAST_RESORT_MS % 1000 * 1000);
+        let zero = libc::timeval { tv_sec: 0, tv_usec: 0 };
+        let once =
+            libc::itimerval { it_interval: zero, it_value: libc::timeval { tv_sec, tv_usec } };
+        // SAFETY: a timer that is filled in; the old one is not asked for.
+        unsafe { libc::setitimer(libc::ITIMER_REAL, &raw const once, std::ptr::null_mut()) };
+    }
+    if let Some(bell) = BELL.get() {
+        let one = 1_u64.to_ne_bytes();
+        // SAFETY: eight bytes to write to a descriptor that stays open.
+        unsafe { libc::write(bell.as_fd().as_raw_fd(), one.as_ptr().cast(), one.len()) };
+    }
+    // SAFETY: as above.
+    unsafe { *libc::__errno_location() = errno };
+}
+
+/// Ends a process that has not heeded a signal. Async-signal-safe: atomics and system calls only. An alarm that
+/// somebody else sends is ignored.
+extern "C" fn on_alarm(_: libc::c_int) {
+    let signal = FIRST.load(Ordering::Relaxed);
+    // SAFETY: asks the kernel, nothing else.
+    let is_ours = unsafe { libc::getpid() } == OWNER.load(Ordering::Relaxed);
+    // The timer may be a moment early by another clock.
+    let is_due = now_ms() - FIRST_AT_MS.load(Ordering::Relaxed) >= LAST_RESORT_MS - 20;
+    if signal == 0 || !is_ours || !is_due {
+        return;
+    }
+    devices::backend::console::restore_terminal();
+    if let Some((path, node)) = SOCKET.get() {
+        // SAFETY: `stat` is plain data, which the call fills in; the path ends with a zero.
+        unsafe {
+            let mut found: libc::stat = std::mem::zeroed();
+            if libc::lstat(path.as_ptr(), &raw mut found) == 0
+                && (found.st_dev, found.st_ino) == *node
+            {
+                libc::unlink(path.as_ptr());
+            }
+        }
+    }
+    say(": ended before it could heed a signal: something that it waits for does not answer\n");
+    let code = Ending::Signalled { signal }.exit_code();
+    // SAFETY: ends the process at once; nothing is left to be run in it.
+    unsafe { libc::_exit(code as libc::c_int) };
+}
+
+fn now_ms() -> i64 {
+    let mut now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: fills in plain data.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec * 1000 + now.tv_nsec / 1_000_000
 }
 
 /// Whether whoever started us wants `signal` ignored.
@@ -85,28 +213,24 @@ fn is_ignored(signal: libc::c_int) -> bool {
 /// Takes the place of Rust's own handler of SIGSEGV and SIGBUS, which tells a stack overflow from
 /// other crashes: what it says is worth less than a terminal that works. Its alternate stack is used.
 fn handle_crashes() -> std::io::Result<()> {
-    for (signal, _) in CRASH {
-        // SAFETY: `sigaction` is plain data. The handler is async-signal-safe, see there.
-        let failed = unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            action.sa_sigaction = on_crash as extern "C" fn(libc::c_int) as libc::sighandler_t;
-            // The default action is back once the handler runs: a crash in it is the end.
-            action.sa_flags = libc::SA_ONSTACK | libc::SA_RESETHAND;
-            libc::sigemptyset(&raw mut action.sa_mask);
-            libc::sigaction(signal, &raw const action, std::ptr::null_mut())
-        };
-        if failed != 0 {
-            return Err(std::io::Error::last_os_error());
-        }
-    }
-    Ok(())
+    // The default action is back once the handler runs: a crash in it is the end.
+    CRASH.iter().try_for_each(|(signal, _)| {
+        handle(*signal, on_crash, libc::SA_ONSTACK | libc::SA_RESETHAND)
+    })
 }
 
 /// Async-signal-safe: system calls only, no allocation, no lock that is waited for.
 extern "C" fn on_crash(signal: libc::c_int) {
     devices::backend::console::restore_terminal();
+    say(CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line));
+    // SAFETY: the default action, which SA_RESETHAND set, follows when the handler returns and the
+    // signal is no longer blocked.
+    unsafe { libc::raise(signal) };
+}
+
+/// The program's name and `line` on standard error, if that takes them. Async-signal-safe.
+fn say(line: &str) {
     let mut ready = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
-    let line = CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line);
     // A byte at a time: all that a terminal that is ready has room for.
     for byte in crate::logger::program().bytes().chain(line.bytes()) {
         // SAFETY: one descriptor to poll, and one byte to write.
@@ -117,9 +241,6 @@ extern "C" fn on_crash(signal: libc::c_int) {
             libc::write(libc::STDERR_FILENO, (&raw const byte).cast(), 1);
         }
     }
-    // SAFETY: the default action, which SA_RESETHAND set, follows when the handler returns and the
-    // signal is no longer blocked.
-    unsafe { libc::raise(signal) };
 }
 
 impl Signals for ProcessSignals {
@@ -128,13 +249,9 @@ impl Signals for ProcessSignals {
     }
 
     fn next(&mut self) -> Option<i32> {
-        let mut info = [0; size_of::<libc::signalfd_siginfo>()];
-        match self.0.read(&mut info) {
-            // The signal number is the first word.
-            Ok(len) if len == info.len() => {
-                Some(i32::from_ne_bytes([info[0], info[1], info[2], info[3]]))
-            }
-            _ => None,
-        }
+        self.0.hush();
+        let first = |pending: u32| (pending != 0).then(|| pending & (pending - 1));
+        let pending = PENDING.fetch_update(Ordering::Acquire, Ordering::Relaxed, first).ok()?;
+        Some(pending.trailing_zeros().cast_signed())
     }
 }

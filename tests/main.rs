@@ -18,6 +18,7 @@ mod contract;
 mod cpu;
 mod devices;
 mod docs;
+mod ends;
 mod events;
 mod firecracker;
 mod fork;

@@ -27,7 +27,7 @@ use crate::vmm;
 /// Firecracker's limit on the body of a request.
 pub(super) const BODY_LIMIT: usize = 51200;
 /// How long clients that are owed a last reply may take to read it.
-const LAST_WORDS: Duration = Duration::from_millis(200);
+const LAST_WORDS: Duration = Duration::from_millis(150);
 
 /// Most requests that are told that they came too late; clients that go on asking must not keep us.
 const LATE: usize = 1024;
@@ -226,6 +226,7 @@ fn serve_api(
         true => Refusal::host("the API")(std::io::Error::other(chain(&e))),
         false => Refusal::Socket(chain(&e)),
     })?;
+    ProcessSignals::remember_socket(&api.path);
     log::info!("Listening on API socket ({:?}).", api.path);
     let options = api::Options {
         thread_name: style.thread_names().api.to_owned(),
@@ -238,8 +239,11 @@ fn serve_api(
         body_limit: api.body_limit,
         ..api::Options::default()
     };
-    Server::spawn(listener, handle.clone(), options)
-        .map_err(Refusal::host("cannot start the API thread"))
+    let server = Server::spawn(listener, handle.clone(), options)
+        .map_err(Refusal::host("cannot start the API thread"))?;
+    // From here on whatever is asked for may keep this thread waiting.
+    ProcessSignals::leave_to_others().map_err(Refusal::host("cannot block signals"))?;
+    Ok(server)
 }
 
 /// Silence for a clean end, one line for any other.

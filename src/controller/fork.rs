@@ -5,6 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Controller;
+use super::owed::owe;
 use crate::error::Refusal;
 use crate::events::What;
 use crate::fork::{
@@ -53,8 +54,12 @@ impl Controller {
         };
         self.children += specs.len() as u64;
         let defaults = self.defaults();
+        let (owing, owed) = owe(respond);
+        self.forks.retain(|owed| !owed.is_settled());
+        self.forks.push(owed);
         see_through(move || {
             let count = specs.len();
+            let mut respond = None;
             let deliver = || -> Reply {
                 let image = freezing.finish()?;
                 let batch = Batch {
@@ -65,7 +70,11 @@ impl Controller {
                     layers: Vec::new(),
                     children: specs,
                 };
-                let children = Birth { batch, image }.deliver(&nursery)?;
+                let claim = || {
+                    respond = owing.claim();
+                    respond.is_some()
+                };
+                let children = Birth { batch, image }.deliver(&nursery, claim)?;
                 Ok(json!(Forked { paused_us, children }))
             };
             let reply = deliver();
@@ -73,7 +82,9 @@ impl Controller {
                 let took_us = micros_since(start);
                 poster.post(What::Forked { children: count, paused_us, took_us });
             }
-            respond(reply);
+            if let Some(respond) = respond.or_else(|| owing.claim()) {
+                respond(reply);
+            }
         });
     }
 
@@ -92,12 +103,12 @@ impl Controller {
 
     /// What is to be finished, and for how many microseconds the guest stood still for it.
     fn begin_freeze(&mut self) -> Result<(Freezing, u64), Refusal> {
+        self.stand_still()?;
+        let start = Instant::now();
         let live = self.live()?;
         if live.is_paused {
             return Ok((live.machine.freeze(&live.config)?, 0));
         }
-        live.machine.pause_to_copy()?;
-        let start = Instant::now();
         let freezing = live.machine.freeze(&live.config);
         live.machine.run();
         let paused_us = micros_since(start);

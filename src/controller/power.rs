@@ -27,6 +27,22 @@ impl Controller {
         self.live().map(drop)
     }
 
+    /// Stops a guest that runs, to be copied. One that had ended by then ends the VM, or boots again and is stopped.
+    pub(super) fn stand_still(&mut self) -> Result<(), Refusal> {
+        for _ in 0..2 {
+            let live = self.live()?;
+            if live.is_paused {
+                return Ok(());
+            }
+            live.machine.pause_to_copy()?;
+            if live.machine.ended().is_none() {
+                return Ok(());
+            }
+            self.heed_outcome();
+        }
+        Err(Refusal::Ended(Ending::Reset))
+    }
+
     pub(super) fn resume(&mut self) -> Result<(), Refusal> {
         let live = self.live()?;
         if live.is_paused {

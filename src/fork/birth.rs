@@ -84,8 +84,12 @@ fn is_gone(e: &io::Error) -> bool {
 }
 
 impl Birth {
-    /// Makes the children; waits until they run.
-    pub(crate) fn deliver(self, nursery: &Nursery) -> Result<Vec<Child>, ForkError> {
+    /// Makes the children; waits until they run. `may_live` is asked when all of them are there.
+    pub(crate) fn deliver(
+        self,
+        nursery: &Nursery,
+        may_live: impl FnOnce() -> bool,
+    ) -> Result<Vec<Child>, ForkError> {
         let Self { mut batch, image } = self;
         let process = ForkError::Process;
         let (reports, theirs) = pair().map_err(process)?;
@@ -98,7 +102,8 @@ impl Birth {
         // From here on the children alone have these ends.
         drop(order);
         let count = batch.children.len();
-        let arrivals = await_all(&reports, count);
+        let arrivals = await_all(&reports, count)
+            .and_then(|all| if may_live() { Ok(all) } else { Err(ForkError::Ended) });
         let word = if arrivals.is_ok() { LIVE } else { DIE };
         // A pipe has room for all of them. It may be that nobody is there to read.
         let told = rustix::io::retry_on_intr(|| rustix::io::write(&go, &vec![word; count]));

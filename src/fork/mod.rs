@@ -66,6 +66,9 @@ pub enum ForkError {
     /// A VM of a library has no processes for children.
     #[error("a VM in a library is forked by Vm::fork")]
     Library,
+    /// The VM ended meanwhile.
+    #[error("the microVM ended before its children ran")]
+    Ended,
     /// Children did not get as far as running.
     #[error("{missing} of {count} children ended before they were there")]
     Lost {
@@ -93,9 +96,11 @@ impl ForkError {
     /// The exit code of a process that ends for this reason.
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Field { .. } | Self::Child { .. } | Self::Unforkable(_) | Self::Library => {
-                ExitCode::Config
-            }
+            Self::Field { .. }
+            | Self::Child { .. }
+            | Self::Unforkable(_)
+            | Self::Library
+            | Self::Ended => ExitCode::Config,
             Self::Process(_) | Self::Lost { .. } | Self::Late { .. } => ExitCode::Host,
         }
     }

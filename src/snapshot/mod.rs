@@ -162,6 +162,11 @@ pub enum SnapshotError {
     /// The VM ended before the snapshot was there.
     #[error("the microVM ended before the snapshot was written")]
     Ended,
+    /// The VM ended while the files of the snapshot were being put in their places.
+    #[error(
+        "the microVM ended before the disk had taken the snapshot: `husk snapshot verify` tells whether it is there"
+    )]
+    Unsettled,
 }
 
 impl SnapshotError {
@@ -173,7 +178,7 @@ impl SnapshotError {
             }
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Open { .. } => ExitCode::Config,
-            Self::File { .. } | Self::Copy(_) | Self::Served(_) => ExitCode::Host,
+            Self::File { .. } | Self::Copy(_) | Self::Served(_) | Self::Unsettled => ExitCode::Host,
             _ => ExitCode::Snapshot,
         }
     }

@@ -9,8 +9,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::time::Duration;
+use std::sync::mpsc::{SyncSender, sync_channel};
 
 use arch::layout;
 use rustix::process::{Signal, pidfd_send_signal};
@@ -122,9 +121,9 @@ pub(crate) struct Written {
 
 impl Saving {
     /// Waits for the memory, then describes and names the files, unless that is called off.
-    fn finish(self, is_off: &AtomicBool) -> Result<Written, SnapshotError> {
+    fn finish(self, flags: &Flags) -> Result<Written, SnapshotError> {
         let Self { place, mut files, dump, mut document, parent, tracker } = self;
-        let check = || match is_off.load(Ordering::Acquire) {
+        let check = || match flags.is_off.load(Ordering::SeqCst) {
             true => Err(SnapshotError::Ended),
             false => Ok(()),
         };
@@ -134,7 +133,7 @@ impl Saving {
             parent.is_partial = is_partial;
             parent.hear(&witnesses);
         }
-        let of_layers = layers::write(&mut files, &mut document.machine, is_off)
+        let of_layers = layers::write(&mut files, &mut document.machine, &flags.is_off)
             .map_err(|e| check().err().unwrap_or(e))?;
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
         let state = StateFile::encode(&json, &extents);
@@ -143,6 +142,7 @@ impl Saving {
             Some(_) => SnapshotType::Diff,
             None => SnapshotType::Full,
         };
+        flags.is_committing.store(true, Ordering::SeqCst);
         check()?;
         let memory = place.memory(&document.id);
         files.commit(&state)?;
@@ -163,8 +163,6 @@ type Answer = Box<dyn FnOnce(Result<Written, SnapshotError>) + Send>;
 #[derive(Debug)]
 pub(crate) struct Writer {
     work: SyncSender<(Saving, Answer)>,
-    /// Disconnected when the answer has been given.
-    answered: Receiver<()>,
     flags: Arc<Flags>,
 }
 
@@ -172,6 +170,8 @@ pub(crate) struct Writer {
 struct Flags {
     /// Nobody wants it any more.
     is_off: AtomicBool,
+    /// It may be there at any moment, unless it was called off before this.
+    is_committing: AtomicBool,
     /// It is there, or will never be.
     is_done: AtomicBool,
 }
@@ -180,28 +180,26 @@ impl Writer {
     /// Starts the thread. It ends if the writer is dropped.
     pub(crate) fn spawn() -> std::io::Result<Self> {
         let (work, to_do) = sync_channel::<(Saving, Answer)>(1);
-        let (answering, answered) = sync_channel::<()>(0);
         let flags = Arc::new(Flags::default());
         let shared = flags.clone();
         std::thread::Builder::new().name("husk_snapshot".into()).spawn(move || {
             if let Ok((saving, answer)) = to_do.recv() {
-                let finished = saving.finish(&shared.is_off);
+                let finished = saving.finish(&shared);
                 // Whoever hears of it may ask for the next.
                 shared.is_done.store(true, Ordering::Release);
                 answer(finished);
-                drop(answering);
             }
         })?;
-        Ok(Self { work, answered, flags })
+        Ok(Self { work, flags })
     }
 
     /// Sees a snapshot through, and says how it went.
     pub(crate) fn write(self, saving: Saving, answer: Answer) -> Writing {
-        let Self { work, answered, flags } = self;
+        let Self { work, flags } = self;
         let copier = saving.dump.process();
         let sent = work.send((saving, answer));
         debug_assert!(sent.is_ok(), "the thread waits for it");
-        Writing { copier, answered, flags }
+        Writing { copier, flags }
     }
 }
 
@@ -210,7 +208,6 @@ impl Writer {
 pub(crate) struct Writing {
     /// The process that copies memory.
     copier: Option<OwnedFd>,
-    answered: Receiver<()>,
     flags: Arc<Flags>,
 }
 
@@ -220,18 +217,17 @@ impl Writing {
         self.flags.is_done.load(Ordering::Acquire)
     }
 
-    /// Waits until whoever asked for it has been answered. False if it takes longer than that.
-    pub(crate) fn wait(&self, patience: Duration) -> bool {
-        self.answered.recv_timeout(patience) == Err(RecvTimeoutError::Disconnected)
-    }
-
-    /// Calls it off: nothing of it is left, unless it was about to be done.
-    pub(crate) fn call_off(&self) {
-        self.flags.is_off.store(true, Ordering::Release);
+    /// Calls it off. What its end is then, unless it has been said: nothing of it is left, or nobody knows.
+    pub(crate) fn call_off(&self) -> SnapshotError {
+        self.flags.is_off.store(true, Ordering::SeqCst);
         if let Some(copier) = &self.copier
             && let Err(e) = pidfd_send_signal(copier, Signal::KILL)
         {
             log::debug!("the process that copies memory has ended: {e}");
+        }
+        match self.flags.is_committing.load(Ordering::SeqCst) {
+            true => SnapshotError::Unsettled,
+            false => SnapshotError::Ended,
         }
     }
 }
