@@ -123,7 +123,7 @@ mod tests {
     use vm_memory::{Bytes, FileOffset, GuestMemoryMmap};
 
     use super::*;
-    use crate::memory::{FileMemory, Leases, PluggedMemory};
+    use crate::memory::{Backing, FileMemory, Leases, PluggedMemory};
     use crate::sys::map::{ALIGNMENT, Access, Mapping};
 
     const PAGE: u64 = 4096;
@@ -183,6 +183,17 @@ mod tests {
         assert_eq!(zero_pages(&ram), [1, 2]);
         ram.write_obj(9u8, GuestAddress(PAGE)).unwrap();
         assert_eq!(ram.read_obj::<u16>(GuestAddress(PAGE)).unwrap(), 9);
+    }
+
+    #[test]
+    fn what_is_given_back_is_recorded_as_written() {
+        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+        let region = GuestRegionMmap::new(mapping(8, flags, None), GuestAddress(0)).unwrap();
+        let backing = Arc::new(Backing::of(&region.get_mmap()).recording());
+        let ram = GuestMemoryMmap::from_regions(vec![region]).unwrap();
+        let ram = GuestRam::backed(&ram, [backing.clone()]).unwrap();
+        discard(&ram, GuestAddress(PAGE), 3 * PAGE + 5).unwrap();
+        assert_eq!(backing.written().as_ref().unwrap().take(), [0b1110]);
     }
 
     #[test]

@@ -355,6 +355,19 @@ mod tests {
     }
 
     #[test]
+    fn what_husk_writes_is_recorded() {
+        let mapping = Mapping::anonymous(LEN, Pages::Normal, Access::ReadWrite).unwrap();
+        let mapping = mapping.recording();
+        let words = || mapping.backing().written().as_ref().unwrap().take();
+        mapping.slice(3 * 4096 + 8, 8192).unwrap().write_obj(7u8, 4096).unwrap();
+        assert_eq!(words()[0], 1 << 4);
+        let _: u8 = mapping.slice(0, 1).unwrap().read_obj(0).unwrap();
+        assert!(words().iter().all(|word| *word == 0));
+        mapping.discard(ALIGNMENT..ALIGNMENT + 2 * 4096, Access::ReadWrite).unwrap();
+        assert_eq!(words()[8], 3);
+    }
+
+    #[test]
     fn a_file_is_shared_and_padded() {
         let fd = rustix::fs::memfd_create("map", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let mut file = File::from(fd);
