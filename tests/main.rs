@@ -34,6 +34,7 @@ mod memory;
 mod metrics;
 mod mmds;
 mod never_torn;
+mod outside;
 mod overlay;
 mod restore;
 mod rewind;

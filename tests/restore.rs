@@ -254,8 +254,8 @@ fn what_is_refused_says_what_to_do() {
     let snapshot = directory_name.as_str();
     refused(&["/nonexistent"], 3, "state file: cannot open /nonexistent/state");
     refused(&[&state], 3, "--memory: ");
-    refused(&[&state], 3, "is a state file: say where its memory is");
-    refused(&[snapshot, "--memory", &memory], 3, "is a directory");
+    refused(&[&state], 3, "is a file: if it is a state file, say where its memory is");
+    refused(&[snapshot, "--memory", &memory], 3, "is a directory, and has the memory in it");
     refused(&[&state, "--memory", "/nonexistent"], 3, "memory file: cannot open /nonexistent");
     refused(&[&state, "--memory", &short], 7, "length: it has 4096 bytes, the state file wants");
     refused(&[&state, "--memory", &other], 7, "id: it belongs to snapshot");

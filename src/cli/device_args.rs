@@ -2,6 +2,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use devices::backend::tap::DESCRIPTOR;
+
 use super::limits::LimitArgs;
 use crate::{MmdsVersion, balloon, block, mem, net, pmem};
 
@@ -191,6 +193,13 @@ impl FromStr for HotplugArg {
     }
 }
 
+/// How a device is told of the descriptor with this number.
+pub(super) fn descriptor(number: &str) -> Result<String, String> {
+    let parsed: u32 =
+        number.parse().map_err(|_| format!("fd '{number}': want the number of a descriptor"))?;
+    Ok(format!("{DESCRIPTOR}{parsed}"))
+}
+
 /// `tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]]`, and limits with `rx-` or `tx-` before them
 #[derive(Clone, Debug)]
 pub(super) struct NetArg {
@@ -219,6 +228,7 @@ impl FromStr for NetArg {
         for word in s.split(',') {
             match word.split_once('=') {
                 Some(("tap", tap)) => net.tap = tap.into(),
+                Some(("fd", number)) => net.tap = descriptor(number)?,
                 Some(("mac", mac)) => net.mac = Some(mac.into()),
                 Some(("mtu", mtu)) => {
                     net.mtu = Some(mtu.parse().map_err(|e| format!("mtu '{mtu}': {e}"))?);
@@ -230,14 +240,14 @@ impl FromStr for NetArg {
                 Some((key, value)) if net.take_limit(key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of tap=, mac=, mtu=, id=, mmds=, rx-bw=, rx-ops=, rx-group=, \
+                        "'{word}' is not one of tap=, fd=, mac=, mtu=, id=, mmds=, rx-bw=, rx-ops=, rx-group=, \
                          tx-bw=, tx-ops=, tx-group="
                     ));
                 }
             }
         }
         if net.tap.is_empty() {
-            return Err("want tap=NAME".into());
+            return Err("want tap=NAME or fd=N".into());
         }
         Ok(net)
     }

@@ -7,6 +7,7 @@ use clap::Args;
 use devices::virtio::model::Model;
 use serde_json::{Map, Value, json};
 
+use super::device_args::descriptor;
 use super::limits::LimitArgs;
 use super::run::{ProcessArgs, huge_pages};
 use crate::config::{HugePages, OnReboot, Payload, SerialConfig, SerialTo, VmConfig};
@@ -50,8 +51,9 @@ struct GuestArgs {
     /// Another file for a pmem device: ID=PATH[,bw=N][,ops=N][,group=ID]
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<Other<pmem::Pmem>>,
-    /// Another tap or address for a network interface: ID=tap=NAME[,mac=MAC], and limits as in husk run; the
-    /// guest goes on with the address it knows until it asks again
+    /// Another tap or address for a network interface: ID=tap=NAME[,mac=MAC], and limits as in husk run; ID=fd=N takes
+    /// the descriptor N, of a tap or a packet socket, that husk is started with; the guest goes on with the address it
+    /// knows until it asks again
     #[arg(long, value_name = "NET")]
     net: Vec<Other<net::Net>>,
     /// Another socket or address for the vsock device: [uds=PATH][,cid=N]
@@ -135,14 +137,20 @@ impl GuestArgs {
         let file = self.memory.as_deref().map(backend(MemoryBackendType::File));
         let served = self.uffd.as_deref().map(backend(MemoryBackendType::Uffd));
         params.mem_backend = file.or(served);
+        let snapshot = self.snapshot.display();
+        let wrong = |why| Err(SnapshotError::Field { field: "--memory", why }.into());
         match self.snapshot.is_file() {
             true if params.mem_backend.is_none() => {
-                let why =
-                    format!("{} is a state file: say where its memory is", self.snapshot.display());
-                return Err(SnapshotError::Field { field: "--memory", why }.into());
+                return wrong(format!(
+                    "{snapshot} is a file: if it is a state file, say where its memory is; if it is in a snapshot's \
+                     directory, name that"
+                ));
             }
             false if self.memory.is_none() => {
                 params.directory = Some(self.snapshot.clone());
+            }
+            false if self.snapshot.is_dir() => {
+                return wrong(format!("{snapshot} is a directory, and has the memory in it"));
             }
             _ => params.snapshot_path = Some(self.snapshot.clone()),
         }
@@ -243,7 +251,7 @@ impl FromStr for Other<net::Net> {
     fn from_str(s: &str) -> Result<Self, String> {
         let mut net = Self::new();
         let (mut rx, mut tx) = (LimitArgs::default(), LimitArgs::default());
-        for word in net.named(s, "ID=tap=NAME[,mac=MAC], the ID as in the snapshot")? {
+        for word in net.named(s, "ID=tap=NAME[,mac=MAC] or ID=fd=N, the ID as in the snapshot")? {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             let is_limit = match key.split_once('-') {
                 Some(("rx", key)) => rx.take(key, value)?,
@@ -252,11 +260,12 @@ impl FromStr for Other<net::Net> {
             };
             match key {
                 "tap" if !value.is_empty() => net.set("host_dev_name", value),
+                "fd" => net.set("host_dev_name", descriptor(value)?),
                 "mac" if !value.is_empty() => net.set("guest_mac", value),
                 _ if is_limit => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of tap=, mac=, rx-bw=, rx-ops=, rx-group=, tx-bw=, \
+                        "'{word}' is not one of tap=, fd=, mac=, rx-bw=, rx-ops=, rx-group=, tx-bw=, \
                          tx-ops=, tx-group="
                     ));
                 }
@@ -307,6 +316,8 @@ mod tests {
             "tx_rate_limiter": { "bandwidth": { "size": 1, "one_time_burst": null, "refill_time": 100 },
                                  "ops": null } });
         assert_eq!(fields::<net::Net>("eth0=tap=tap1,mac=06:00:00:00:00:01,tx-bw=10"), Ok(net));
+        let net = json!({ "iface_id": "eth0", "host_dev_name": "fd:5" });
+        assert_eq!(fields::<net::Net>("eth0=fd=5"), Ok(net));
         assert_eq!(fields::<pmem::Pmem>("p=x"), Ok(json!({ "id": "p", "path_on_host": "x" })));
         let vsock = json!({ "guest_cid": 7, "uds_path": "v" });
         assert_eq!(fields::<vsock::Vsock>("uds=v,cid=7"), Ok(vsock));
@@ -321,6 +332,7 @@ mod tests {
             (fields::<pmem::Pmem>("p=a,io=sync"), "'io=sync' is not one of bw=N"),
             (fields::<net::Net>("tap7"), "want ID=tap=NAME"),
             (fields::<net::Net>("eth0=tap="), "'tap=' is not one of"),
+            (fields::<net::Net>("eth0=fd=tap0"), "fd 'tap0': want the number of a descriptor"),
             (fields::<net::Net>("eth0=mtu=9"), "'mtu=9' is not one of"),
             (fields::<vsock::Vsock>("cid=x"), "cid 'x': "),
             (fields::<vsock::Vsock>(""), "'' is not one of"),

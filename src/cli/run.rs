@@ -55,7 +55,7 @@ struct GuestArgs {
     /// Room for memory that is plugged while the guest runs, in MiB: TOTAL[,slot=MIB][,block=MIB]
     #[arg(long, value_name = "MEMORY")]
     hotplug_memory: Option<HotplugArg>,
-    /// A network interface: tap=NAME[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]] with limits
+    /// A network interface: tap=NAME or fd=N[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]] with limits
     /// [,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
     /// --metadata at 169.254.169.254, for guests with a token (V2) or any; rx is to the guest, tx from it
     #[arg(long, value_name = "NET")]

@@ -19,6 +19,7 @@ use super::chain::{CHAIN_MAX, Parent, ParentDocument};
 use super::extent::{Extent, Kind};
 use super::format::StateFile;
 use super::layers::{self, LayerDocument};
+use super::overrides::forget_descriptors;
 use super::params::{LoadParams, Place};
 use super::{Overrides, SnapshotError};
 use crate::config::VmConfig;
@@ -353,7 +354,9 @@ pub(super) fn read_state_file(path: &Path) -> Result<(StateFile, Document), Snap
 
 impl Document {
     fn read(file: &StateFile) -> Result<Self, SnapshotError> {
-        let document: Self = serde_json::from_slice(&file.json).map_err(SnapshotError::Document)?;
+        let mut document: Self =
+            serde_json::from_slice(&file.json).map_err(SnapshotError::Document)?;
+        forget_descriptors(&mut document.config);
         match document.arch == std::env::consts::ARCH {
             true => Ok(document),
             false => Err(SnapshotError::Arch(document.arch)),

@@ -2,6 +2,7 @@
 //! is said by the device table (`Model::OUTSIDE`); nothing here knows a device.
 use std::borrow::Cow;
 
+use devices::backend::tap::DESCRIPTOR;
 use devices::mmds::merge;
 use devices::virtio::{
     self,
@@ -52,6 +53,16 @@ impl Overrides {
         }
     }
 
+    /// Whether a device could be overridden, and is not.
+    pub(super) fn could_name(&self, section: &str, id: &str) -> bool {
+        let Some(row) = overridable().find(|row| row.name == section) else { return false };
+        match self.devices.get(section) {
+            None => true,
+            Some(Value::Array(all)) => all.iter().all(|device| device[row.id_field] != id),
+            Some(_) => false,
+        }
+    }
+
     /// Changes a configuration as `GET /vm/config` shows it.
     pub(crate) fn apply(&self, saved: &mut Value) -> Result<(), SnapshotError> {
         if let Some(id) = self.id.as_deref().filter(|id| !is_id(id)) {
@@ -83,6 +94,26 @@ impl Overrides {
                 }
             }
         })
+    }
+}
+
+/// Takes the numbers from descriptors that a process had: of this one they are others. What is left is refused unless
+/// an override says which it is to be.
+pub(super) fn forget_descriptors(saved: &mut Value) {
+    for row in overridable() {
+        // Indexing would make sections that there are not.
+        let devices = saved.get_mut(row.name).and_then(Value::as_array_mut);
+        for device in devices.into_iter().flatten() {
+            for field in row.descriptors {
+                let value = device.get_mut(*field);
+                let named = |value: &&mut Value| {
+                    value.as_str().is_some_and(|name| name.starts_with(DESCRIPTOR))
+                };
+                if let Some(value) = value.filter(named) {
+                    *value = DESCRIPTOR.into();
+                }
+            }
+        }
     }
 }
 
@@ -285,6 +316,37 @@ mod tests {
             let said = apply(overrides).unwrap_err();
             assert!(said.starts_with(words), "{said}");
             assert!(!said.contains(" at line "), "{said}");
+        }
+    }
+
+    #[test]
+    fn no_descriptor_of_another_process_is_taken() {
+        let mut config = json!({ "network-interfaces": [
+            { "iface_id": "a", "host_dev_name": "fd:7" },
+            { "iface_id": "b", "host_dev_name": "tap0" },
+        ], "drives": [{ "drive_id": "fd:", "path_on_host": "fd:7" }] });
+        let mut expected = config.clone();
+        forget_descriptors(&mut config);
+        expected["network-interfaces"][0]["host_dev_name"] = "fd:".into();
+        assert_eq!(config, expected);
+        let other = json!({ "network-interfaces": [{ "iface_id": "a", "host_dev_name": "fd:8" }] });
+        let other: Overrides = serde_json::from_value(other).unwrap();
+        other.apply(&mut config).unwrap();
+        assert_eq!(config["network-interfaces"][0]["host_dev_name"], "fd:8");
+    }
+
+    #[test]
+    fn what_is_not_overridden_could_be() {
+        let overrides = json!({ "drives": [{ "drive_id": "a" }], "vsock": {} });
+        let overrides: Overrides = serde_json::from_value(overrides).unwrap();
+        for (section, id, could) in [
+            ("drives", "a", false),
+            ("drives", "b", true),
+            ("vsock", "vsock", false),
+            ("pmem", "a", true),
+            ("balloon", "balloon", false),
+        ] {
+            assert_eq!(overrides.could_name(section, id), could, "{section} {id}");
         }
     }
 

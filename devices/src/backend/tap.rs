@@ -6,13 +6,16 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
 use crate::sys::rw::IoSlices;
-use crate::sys::tun;
+use crate::sys::{fd, tun};
 
 /// Bytes before each frame.
 pub const HEADER_BYTES: u32 = 12;
+
+/// What the name of a descriptor begins with.
+pub const DESCRIPTOR: &str = "fd:";
 
 /// What a reader of frames can take (`TUN_F_*`).
 pub mod offload {
@@ -48,9 +51,20 @@ pub enum TapError {
         "no permission to use tap '{0}'; create it for this user with: ip tuntap add {0} mode tap user NAME"
     )]
     NotOurs(String),
-    /// The descriptor is a tap with other settings.
-    #[error("the descriptor is not a tap with IFF_NO_PI and IFF_VNET_HDR")]
+    /// The descriptor is something else, or a tap with other settings.
+    #[error(
+        "the descriptor is neither a tap with IFF_NO_PI and IFF_VNET_HDR nor a packet socket \
+         (SOCK_DGRAM or SOCK_SEQPACKET)"
+    )]
     Unsuitable,
+    /// It could be anybody's descriptor.
+    #[error("'{0}' is no descriptor of this process; name a tap, or fd:N for the descriptor N")]
+    NoNumber(String),
+    /// There is no such descriptor.
+    #[error(
+        "'{0}': no such descriptor is open; whoever starts husk has to open it and leave it open"
+    )]
+    NoDescriptor(String),
     /// The host failed.
     #[error("cannot {what}")]
     Host {
@@ -80,9 +94,13 @@ impl Tap {
         [CSUM | TSO4 | TSO6 | ECN | UFO, CSUM | TSO4 | TSO6 | ECN, CSUM | TSO4 | TSO6, CSUM]
     };
 
-    /// Opens the tap called `name`, which must exist.
+    /// Opens the tap called `name`, which must exist; `fd:N` is the descriptor N of this process.
     pub fn open(name: &str) -> Result<Self, TapError> {
         check_name(name)?;
+        if let Some(number) = descriptor(name) {
+            let copy = fd::duplicate(number).map_err(|_| TapError::NoDescriptor(name.into()))?;
+            return Self::from_fd(copy);
+        }
         if !exists(name)? {
             return Err(TapError::Missing(name.into()));
         }
@@ -108,7 +126,12 @@ impl Tap {
             Ok(false) => Err(TapError::Unsuitable),
             // Not the tun driver: whoever is at the other end reads the headers.
             Err(e) if Errno::from_io_error(&e) == Some(Errno::NOTTY) => {
-                Ok(Self { file: fd.into(), offloads: 0 })
+                match sockopt::socket_type(&fd) {
+                    Ok(SocketType::DGRAM | SocketType::SEQPACKET) => {
+                        Ok(Self { file: fd.into(), offloads: 0 })
+                    }
+                    _ => Err(TapError::Unsuitable),
+                }
             }
             Err(e) => Err(failed("look at the tap")(e)),
         }
@@ -169,10 +192,19 @@ pub fn is_gone(e: &std::io::Error) -> bool {
 pub fn check_name(name: &str) -> Result<(), TapError> {
     let is_allowed = |c: char| c.is_ascii_alphanumeric() || ".-_".contains(c);
     let is_dots = name == "." || name == "..";
-    if (1..=tun::MAX_NAME_BYTES).contains(&name.len()) && name.chars().all(is_allowed) && !is_dots {
-        return Ok(());
+    let has_length = (1..=tun::MAX_NAME_BYTES).contains(&name.len());
+    match descriptor(name) {
+        Some(_) => Ok(()),
+        None if name.starts_with(DESCRIPTOR) => Err(TapError::NoNumber(name.into())),
+        None if has_length && name.chars().all(is_allowed) && !is_dots => Ok(()),
+        None => Err(TapError::Name(name.into())),
     }
-    Err(TapError::Name(name.into()))
+}
+
+/// What `fd:N` names. No interface is called so.
+fn descriptor(name: &str) -> Option<RawFd> {
+    let number = name.strip_prefix(DESCRIPTOR)?;
+    number.parse().ok().filter(|number| *number >= 0)
 }
 
 fn exists(name: &str) -> Result<bool, TapError> {
@@ -201,6 +233,19 @@ mod tests {
             e,
             "tap 'husk-none' does not exist; create it with: ip tuntap add husk-none mode tap"
         );
+    }
+
+    #[test]
+    fn takes_a_descriptor_by_its_number() {
+        let (fd, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        assert!(Tap::open(&format!("fd:{}", fd.as_raw_fd())).is_ok());
+        let null = File::open("/dev/null").unwrap();
+        let unsuitable = Tap::open(&format!("fd:{}", null.as_raw_fd()));
+        assert!(matches!(unsuitable, Err(TapError::Unsuitable)), "{unsuitable:?}");
+        assert!(matches!(Tap::open("fd:2147483647"), Err(TapError::NoDescriptor(_))));
+        for name in ["fd:", "fd:-1", "fd:x", "fd:2147483648"] {
+            assert!(matches!(Tap::open(name), Err(TapError::NoNumber(_))), "{name}");
+        }
     }
 
     #[test]

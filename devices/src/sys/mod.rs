@@ -1,6 +1,7 @@
 //! System calls that no library wraps for us. The only unsafe code of this crate, beside the plain
 //! data structures read from guest memory.
 pub mod discard;
+pub mod fd;
 pub mod heap;
 pub mod map;
 pub mod rw;

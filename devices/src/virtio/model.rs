@@ -133,6 +133,8 @@ pub trait Model: VirtioDevice + Sized + 'static {
     /// Fields that name what is outside the VM, or that the guest need not know: they may be others
     /// when a snapshot is restored.
     const OUTSIDE: &'static [&'static str] = &[];
+    /// Those of them in which `fd:N` is the descriptor N of the process.
+    const DESCRIPTORS: &'static [&'static str] = &[];
     /// What `GET` shows, if it is offered: the configuration before start, [`VirtioDevice::show`]
     /// afterwards.
     const SHOWN: Option<SchemaFn> = None;
@@ -501,6 +503,8 @@ pub struct Row {
     pub deprecated: &'static [&'static str],
     /// [`Model::OUTSIDE`].
     pub outside: &'static [&'static str],
+    /// [`Model::DESCRIPTORS`].
+    pub descriptors: &'static [&'static str],
     /// [`Model::ABOUT`].
     pub about: &'static str,
     /// [`Model::METRICS`].
@@ -530,6 +534,7 @@ pub const fn row<M: Model>() -> Row {
         is_removable: M::REMOVABLE,
         deprecated: M::DEPRECATED,
         outside: M::OUTSIDE,
+        descriptors: M::DESCRIPTORS,
         about: M::ABOUT,
         metrics: M::METRICS,
         other_metrics: M::OTHER_METRICS,

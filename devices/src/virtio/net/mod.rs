@@ -57,7 +57,8 @@ const QUEUE_SIZES: [u16; 2] = [256; 2];
 pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub iface_id: String,
-    /// The tap on the host. It must exist.
+    /// The tap on the host, which must exist; or `fd:N` for the descriptor N, of a tap or a packet socket, that husk has
+    /// been started with.
     pub host_dev_name: String,
     /// The guest's address, as in `06:00:AC:10:00:02`. Without one the guest makes one up.
     #[serde(default)]
@@ -237,6 +238,7 @@ impl Model for Net {
         "rx_rate_limit_group",
         "tx_rate_limit_group",
     ];
+    const DESCRIPTORS: &'static [&'static str] = &["host_dev_name"];
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;
@@ -286,7 +288,10 @@ fn refused(e: TapError) -> DeviceError {
             DeviceError::host(format!("host_dev_name: cannot {what}"))(source)
         }
         // The name is good; it is the host that does not have the tap, or not for us.
-        e @ (TapError::Missing(_) | TapError::InUse(_) | TapError::NotOurs(_)) => {
+        e @ (TapError::Missing(_)
+        | TapError::InUse(_)
+        | TapError::NotOurs(_)
+        | TapError::NoDescriptor(_)) => {
             DeviceError::host("host_dev_name")(std::io::Error::other(e.to_string()))
         }
         e => DeviceError::field("host_dev_name", e.to_string()),
