@@ -46,6 +46,9 @@ pub enum Refusal {
         /// What it said.
         source: DeviceError,
     },
+    /// A device cannot be had as the snapshot has it.
+    #[error("{}; this is what the snapshot says: name another in an override of it", chain(.0))]
+    AsSaved(Box<Refusal>),
     /// Two disks want to be the root disk.
     #[error("A root block device already exists!")]
     SecondRoot,
@@ -176,7 +179,7 @@ impl Refusal {
             Self::Boot(e) if !e.is_config() => ExitCode::Host,
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Console(e) if is_shortage(e) => ExitCode::Host,
-            Self::ConfigFile { why, .. } => why.exit_code(),
+            Self::ConfigFile { why, .. } | Self::AsSaved(why) => why.exit_code(),
             Self::Snapshot(e) => e.exit_code(),
             Self::Fork(e) => e.exit_code(),
             Self::Gone => ExitCode::Internal,

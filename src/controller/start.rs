@@ -200,7 +200,7 @@ impl Controller {
         config.defaults = before.defaults.clone();
         (config.logger, config.metrics) = (before.logger.clone(), before.metrics.clone());
         watch.phases.image_us = watch.lap();
-        self.start_with(config, watch, Some(restore))
+        self.start_with(config, watch, Some(restore)).map_err(|e| restore.explain(e))
     }
 
     pub(super) fn reboot(&mut self) {

@@ -2,6 +2,7 @@
 use std::path::{Path, PathBuf};
 
 use arch::Clock;
+use devices::virtio::model::DeviceError;
 
 use super::{Image, LoadParams, Overrides, SnapshotError};
 use crate::config::{HugePages, VmConfig};
@@ -79,6 +80,17 @@ impl Restore {
         config.machine.track_dirty_pages = self.track_dirty_pages;
         config.machine.huge_pages = self.huge_pages.unwrap_or(config.machine.huge_pages);
         Ok(config)
+    }
+
+    /// Says of what is refused, if it is not the overrides that ask for it, what to do about it.
+    pub(crate) fn explain(&self, refusal: Refusal) -> Refusal {
+        match &refusal {
+            Refusal::Device { source: DeviceError::Saved(_), .. } => refusal,
+            Refusal::Device { section, id, .. } if self.overrides.could_name(section, id) => {
+                Refusal::AsSaved(Box::new(refusal))
+            }
+            _ => refusal,
+        }
     }
 
     /// Whether pages are to be there before the guest asks. Not while it is noted which it asks for.
