@@ -20,7 +20,7 @@ use devices::backend::file::name_of;
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
 
 use super::SnapshotError;
-use super::image::{Summary, has_id};
+use super::opening::{Summary, has_id};
 use super::params::Place;
 use super::temporary::{Temporary, parent};
 

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::image::{Document, MemoryDocument, read_state_file};
+use super::document::{Document, MemoryDocument};
+use super::opening::read_state_file;
 use super::params::Place;
 use super::{DeviceState, Extent, Image, SnapshotError};
 

@@ -6,8 +6,8 @@ use devices::backend::overlay::{Description, Frozen};
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
+use super::document::{DeviceState, MachineState};
 use super::files::Files;
-use super::image::{DeviceState, MachineState};
 use super::temporary::parent;
 
 /// What a state says of such a file.

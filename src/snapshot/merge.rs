@@ -2,10 +2,10 @@
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
 
+use super::document::Document;
 use super::extent::checksum;
 use super::files::Files;
 use super::format::StateFile;
-use super::image::Document;
 use super::layers;
 use super::params::SnapshotParams;
 use super::{Extent, Image, Kind, SnapshotError};

@@ -8,6 +8,7 @@
 //!
 //! docs/snapshot.md says what is promised; [`format`] is the state file, byte by byte.
 mod chain;
+mod document;
 mod extent;
 mod files;
 mod format;
@@ -15,6 +16,7 @@ mod image;
 mod inspect;
 mod layers;
 mod merge;
+mod opening;
 mod overrides;
 mod params;
 mod restore;
@@ -31,12 +33,13 @@ use devices::backend::file::is_shortage;
 use devices::backend::overlay::LayerError;
 
 pub(crate) use self::chain::Parent;
+pub(crate) use self::document::{
+    DeviceState, Document, LegacyState, MachineState, MemoryDocument, hex,
+};
 pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub(crate) use self::format::VERSION;
 pub use self::image::Image;
-pub(crate) use self::image::{
-    DeviceState, Document, LegacyState, MachineState, MemoryDocument, MemoryImage, Segment, hex,
-};
+pub(crate) use self::image::{MemoryImage, Segment};
 pub(crate) use self::inspect::{Inspection, Named, Over, format_of};
 pub use self::overrides::Overrides;
 pub use self::params::{

@@ -17,9 +17,9 @@ use serde_json::Value;
 
 use super::SnapshotError;
 use super::chain::{Parent, over};
+use super::document::{Document, MachineState, MemoryDocument, hex};
 use super::files::Files;
 use super::format::StateFile;
-use super::image::{Document, MachineState, MemoryDocument, hex};
 use super::layers;
 use super::params::{Place, SnapshotParams, SnapshotType};
 use crate::memory::{Changes, Dump, Dumped, Plan, Ram, Since, Tracker, Zeroes};
