@@ -50,8 +50,8 @@ pub use fork::{CHILDREN_MAX, Child, ChildOverrides, ForkError, ForkParams, Forke
 pub use instance::{InstanceInfo, State};
 pub use request::{Handle, Reply, Request};
 pub use snapshot::{
-    Image, LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, Overrides,
-    RecordParams, Restore, RewindParams, SnapshotError, SnapshotParams, SnapshotType,
+    Compression, Image, LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride,
+    Overrides, RecordParams, Restore, RewindParams, SnapshotError, SnapshotParams, SnapshotType,
     VsockOverride,
 };
 pub use vm::Vm;

@@ -35,7 +35,7 @@ pub(crate) use self::track::{Since, Tracker};
 use crate::config::{HugePages, MachineConfig};
 use crate::error::Refusal;
 use crate::outcome::Outcome;
-use crate::snapshot::MemoryImage;
+use crate::snapshot::{Compression, MemoryImage};
 
 /// Guest RAM, mapped, and what devices have brought along.
 #[derive(Debug)]
@@ -152,14 +152,20 @@ impl Ram {
     }
 
     /// Begins to copy what `plan` wants of it to `target`, as it is now.
-    pub(crate) fn dump(&self, plan: &Plan, patch: Patch, target: &File) -> std::io::Result<Dump> {
+    pub(crate) fn dump(
+        &self,
+        plan: &Plan,
+        patch: Patch,
+        target: &File,
+        compression: Compression,
+    ) -> std::io::Result<Dump> {
         // The copier would see what is written from now on.
         if self.backings.iter().any(|backing| backing.behind() == Behind::Shared) {
             return Err(std::io::Error::other("others map guest memory, too"));
         }
         // The process that copies would find zeros where nobody has been yet.
         self.bring_in()?;
-        dump::begin(&self.pieces(), plan, patch, target)
+        dump::begin(&self.pieces(), dump::Order { plan, patch, target, compression })
     }
 
     /// Gives memory besides RAM the contents that the image has. It has been plugged, and nobody uses it
@@ -326,7 +332,7 @@ fn cannot_map(machine: &MachineConfig) -> String {
 }
 
 /// A guest larger than the host is a mistake, or soon an out-of-memory kill.
-fn check_host_has(size: u64) -> std::io::Result<()> {
+pub(crate) fn check_host_has(size: u64) -> std::io::Result<()> {
     let info = rustix::system::sysinfo();
     let total = info.totalram.saturating_mul(info.mem_unit.into());
     if size <= total {

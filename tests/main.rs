@@ -14,6 +14,7 @@ mod balloon;
 mod boot;
 mod cli;
 mod clients;
+mod compression;
 mod contract;
 mod cpu;
 mod devices;

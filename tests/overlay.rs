@@ -197,7 +197,16 @@ fn a_snapshot_holds_what_was_written_and_clones_go_on_from_it() {
     for _ in 0..2 {
         clones[0].api().put("/snapshot/create", json!({"directory": second})).done();
     }
-    only(&second, "overlay-disk0-");
+    let layer = only(&second, "overlay-disk0-");
+    let inspect = || Husk::new(["snapshot", "inspect"]).arg(&second);
+    let shown = inspect().wait().code(0).output;
+    assert!(shown.contains(&format!("overlay  {}, ", layer.display())), "{shown}");
+    let shown: serde_json::Value =
+        serde_json::from_str(&inspect().arg("--json").wait().code(0).output).unwrap();
+    let disk = shown["devices"].as_array().unwrap().iter().find(|d| d["id"] == "disk0").unwrap();
+    assert_eq!(disk["overlay"]["file"], json!(layer));
+    assert_eq!(disk["overlay"]["disk_bytes"], content.len());
+    assert!(disk["overlay"]["stored_bytes"].as_u64().unwrap() > 0, "{disk}");
     assert_eq!(tell(&clones[0], "cw", "wrote"), "4");
     let third = restore(&second).start();
     assert_eq!(tell(&third, "s", "second"), "3");

@@ -7,7 +7,9 @@ use clap::{Args, Subcommand};
 use super::{fail, print};
 use crate::error::chain;
 use crate::exit::ExitCode;
-use crate::snapshot::{Inspection, Named, Over, Overrides, SnapshotError, SnapshotParams};
+use crate::snapshot::{
+    Compression, Inspection, Named, Over, Overlay, Overrides, SnapshotError, SnapshotParams,
+};
 
 /// Look into a snapshot.
 #[derive(Args, Debug)]
@@ -24,6 +26,7 @@ Examples:
   husk snapshot verify warm
   husk snapshot verify vm.state vm.mem
   husk snapshot merge monday/11h -o monday/all
+  husk snapshot merge warm -o archive --compression zstd
 
 Exit codes: 0 it is sound, 3 it cannot be opened, 4 it cannot be read, 7 it is damaged, or not one
 for this husk.";
@@ -43,13 +46,16 @@ enum Verb {
         #[command(flatten)]
         which: Which,
     },
-    /// Make one that needs no other of a snapshot of what has changed
+    /// Make one that needs no other of a snapshot of what has changed, or is compressed in another way
     Merge {
         #[command(flatten)]
         which: Which,
         /// The directory for it, made if it is missing
         #[arg(short, long, value_name = "OUT")]
         output: PathBuf,
+        /// How its memory is compressed
+        #[arg(long, value_enum, default_value_t, value_name = "HOW")]
+        compression: Compression,
     },
 }
 
@@ -71,7 +77,9 @@ impl SnapshotArgs {
                 false => table(&found),
             }),
             Verb::Verify { which } => verify(&which.named()),
-            Verb::Merge { which, output } => merge(&which.named(), &output),
+            Verb::Merge { which, output, compression } => {
+                merge(&which.named(), &output, compression)
+            }
         };
         text.map_or_else(|e| fail(e.exit_code(), &e), |text| print(text.as_bytes()))
     }
@@ -91,8 +99,9 @@ fn verify(named: &Named) -> Result<String, SnapshotError> {
     Ok("the snapshot is sound\n".into())
 }
 
-fn merge(named: &Named, output: &Path) -> Result<String, SnapshotError> {
-    named.open()?.merge(&SnapshotParams::to_directory(output))?;
+fn merge(named: &Named, output: &Path, compression: Compression) -> Result<String, SnapshotError> {
+    let target = SnapshotParams { compression, ..SnapshotParams::to_directory(output) };
+    named.open()?.merge(&target)?;
     Ok(String::new())
 }
 
@@ -112,9 +121,10 @@ fn table(found: &Inspection) -> String {
             mib(memory.kept_bytes)
         ),
         format!(
-            "         {} MiB in the file, in {} extents",
+            "         {} MiB in the file, in {} extents, compression {}",
             mib(memory.stored_bytes),
-            memory.extents
+            memory.extents,
+            memory.compression.name()
         ),
     ];
     lines.iter().for_each(|line| text.push_str(&format!("{line}\n")));
@@ -124,6 +134,11 @@ fn table(found: &Inspection) -> String {
     for device in devices {
         // Writing to a string does not fail.
         let _ = writeln!(text, "device   {:<2} {} {}", device.place, device.model, device.id);
+        if let Some(Overlay { file, disk_bytes, stored_bytes }) = &device.overlay {
+            let stored = stored_bytes.map_or("it is missing".into(), |b| format!("{} MiB", mib(b)));
+            let (file, disk) = (file.display(), mib(*disk_bytes));
+            let _ = writeln!(text, "overlay  {file}, {stored} over a disk of {disk} MiB");
+        }
     }
     text
 }

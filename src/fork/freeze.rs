@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::config::HugePages;
 use crate::memory::{Dump, Plan, Ram};
 use crate::snapshot::{
-    Document, Image, MachineState, MemoryDocument, MemoryImage, SnapshotError, hex,
+    Compression, Document, Image, MachineState, MemoryDocument, MemoryImage, SnapshotError, hex,
 };
 
 /// An image whose state has been read. The VM may go on.
@@ -47,6 +47,7 @@ impl Freezing {
             memory: MemoryDocument {
                 file: None,
                 len: ram.len(),
+                compression: Compression::None,
                 id_at,
                 plugged: ram.plugged(),
                 parent: None,
@@ -58,8 +59,9 @@ impl Freezing {
             Some(image) => Memory::There(image),
             None => {
                 let file = new_file(ram.len()).map_err(SnapshotError::Copy)?;
-                let dump =
-                    ram.dump(&Plan::Full, ram.patch(id), &file).map_err(SnapshotError::Copy)?;
+                let dump = ram
+                    .dump(&Plan::Full, ram.patch(id), &file, Compression::None)
+                    .map_err(SnapshotError::Copy)?;
                 Memory::Copied(dump, file)
             }
         };

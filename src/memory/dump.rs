@@ -24,7 +24,7 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 
 use self::copier::Copier;
-pub(crate) use self::plan::{Changes, Patch, Piece, Plan, Zeroes};
+pub(crate) use self::plan::{Changes, Order, Patch, Piece, Plan, Zeroes};
 use crate::snapshot::{EXTENT_LEN, Extent};
 
 const PAGE: usize = 4096;
@@ -46,13 +46,8 @@ pub(crate) struct Dump {
     results: File,
 }
 
-/// Begins to copy what `plan` wants of `pieces` to `target`, as they are now.
-pub(crate) fn begin(
-    pieces: &[Piece],
-    plan: &Plan,
-    patch: Patch,
-    target: &File,
-) -> io::Result<Dump> {
+/// Begins to copy what is ordered of `pieces`, as they are now.
+pub(crate) fn begin(pieces: &[Piece], order: Order<'_>) -> io::Result<Dump> {
     let (results, to_parent) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     let parent = rustix::process::getpid();
     // SAFETY: the child runs `Copier` and nothing else; it takes no lock but the allocator's, which
@@ -60,7 +55,7 @@ pub(crate) fn begin(
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let status = Copier::run(parent, pieces, plan, patch, target, to_parent);
+            let status = Copier::run(parent, pieces, order, &to_parent);
             // SAFETY: ends the process at once; nothing is left to be run in it.
             unsafe { libc::_exit(status) }
         }

@@ -10,12 +10,12 @@ use devices::virtio::mmio::Saved;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::SnapshotError;
 use super::chain::ParentDocument;
 use super::extent::{Extent, Kind};
 use super::format::StateFile;
 use super::layers::LayerDocument;
 use super::overrides::forget_descriptors;
+use super::{Compression, SnapshotError, packed};
 use crate::identity::IdentityState;
 
 /// Memory is kept in pages of this size.
@@ -77,8 +77,11 @@ pub(crate) struct MemoryDocument {
     /// Its name, if it is in the same directory.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) file: Option<PathBuf>,
-    /// Bytes.
+    /// Bytes of memory, and of the file unless it is compressed.
     pub(crate) len: u64,
+    /// How it is compressed.
+    #[serde(default, skip_serializing_if = "Compression::is_none")]
+    pub(crate) compression: Compression,
     /// Where in it the snapshot's id is, 16 bytes.
     pub(crate) id_at: u64,
     /// What follows RAM: address and bytes of each region of memory that is plugged while the guest runs.
@@ -103,22 +106,26 @@ impl Document {
     /// Refuses numbers that could lead out of the memory file, or one device into the place of another.
     pub(super) fn check(&self, extents: &[Extent]) -> Result<(), SnapshotError> {
         let wrong = |why: String| Err(SnapshotError::Inconsistent(why));
-        let MemoryDocument { len, id_at, .. } = self.memory;
+        let MemoryDocument { len, compression, id_at, .. } = self.memory;
         if len % PAGE != 0 || id_at.checked_add(16).is_none_or(|end| end > len) {
             return wrong(format!("its id is at {id_at:#x} of {len:#x} bytes of memory"));
+        }
+        let is_packed = !compression.is_none();
+        if is_packed && (id_at != 0 || !packed::are_close(extents, compression)) {
+            let why = "what its compressed memory consists of does not follow each other";
+            return wrong(why.into());
         }
         let is_wrong = |extent: &&Extent| {
             let Extent { start, len: size, kind, at, stored, .. } = **extent;
             let is_kept = match kind {
-                Kind::Plain => stored == size,
+                // That of others has been looked at above.
+                Kind::Plain | Kind::Lz4 | Kind::Zstd if is_packed => true,
+                Kind::Plain => stored == size && at == start,
+                Kind::Lz4 | Kind::Zstd => false,
                 // There is nothing to be over.
                 Kind::Zero => stored == 0 && self.memory.parent.is_some(),
             };
-            start % PAGE != 0
-                || u64::from(size) % PAGE != 0
-                || extent.end() > len
-                || at != start
-                || !is_kept
+            start % PAGE != 0 || u64::from(size) % PAGE != 0 || extent.end() > len || !is_kept
         };
         if let Some(Extent { start, len: size, .. }) = extents.iter().find(is_wrong) {
             return wrong(format!("it has {size:#x} bytes of memory at {start:#x}, of {len:#x}"));

@@ -13,7 +13,7 @@ pub(crate) struct Extent {
     pub(crate) at: u64,
     /// Bytes in the file.
     pub(crate) stored: u32,
-    /// CRC-64/XZ of what it holds.
+    /// CRC-64/XZ of what it holds, and of how that is kept if it is compressed.
     pub(crate) sum: u64,
 }
 
@@ -25,6 +25,10 @@ pub(crate) enum Kind {
     Plain = 0,
     /// Not at all: zeroes, where another snapshot that this one goes over has something.
     Zero = 1,
+    /// As an LZ4 block, close behind the extent before.
+    Lz4 = 2,
+    /// As a Zstandard frame, close behind the extent before.
+    Zstd = 3,
 }
 
 /// The bytes of one extent in a file.
@@ -59,6 +63,8 @@ impl Extent {
         let kind = match half(3)? {
             0 => Kind::Plain,
             1 => Kind::Zero,
+            2 => Kind::Lz4,
+            3 => Kind::Zstd,
             _ => return None,
         };
         let extent = Self {

@@ -44,7 +44,7 @@ pub(super) struct Files {
 }
 
 impl Files {
-    /// Makes the files, the memory of `len` bytes, for the snapshot `id`. Refuses whatever must not be replaced.
+    /// Makes the files, the memory of `len` bytes at first, for the snapshot `id`. Refuses whatever must not be replaced.
     pub(super) fn create(
         place: Place,
         id: &str,

@@ -11,7 +11,7 @@ use super::extent::Extent;
 use super::layers;
 use super::opening::{open_memory, read_state_file};
 use super::params::{LoadParams, Place};
-use super::{Overrides, SnapshotError};
+use super::{Overrides, SnapshotError, packed};
 use crate::config::VmConfig;
 use crate::memory::Ram;
 
@@ -55,11 +55,13 @@ pub struct Image {
     pub(crate) parent: Option<Parent>,
 }
 
-/// The memory file of a snapshot.
+/// The memory file of a snapshot, or what was in it.
 #[derive(Clone, Debug)]
 pub(super) struct Own {
     pub(super) file: Arc<File>,
     pub(super) extents: Arc<[Extent]>,
+    /// Whether it is in memory, because the file is compressed. Then its sums have been compared.
+    pub(super) is_unpacked: bool,
     pub(super) rest: Rest,
 }
 
@@ -102,6 +104,15 @@ impl Image {
     fn without_memory(state: &Path) -> Result<Self, SnapshotError> {
         let (file, mut document) = read_state_file(state)?;
         document.check(&file.extents)?;
+        let compression = document.memory.compression;
+        if !compression.is_none() {
+            let why = format!(
+                "Uffd serves pages of a file, and this memory is compressed ({}): load it by File, or \
+                 have `husk snapshot merge` make one that is not",
+                compression.name()
+            );
+            return Err(SnapshotError::Field { field: "mem_backend", why });
+        }
         layers::open(state, &mut document.machine)?;
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
         let nothing = rustix::fs::memfd_create("husk-no-memory", flags)
@@ -128,7 +139,8 @@ impl Image {
                 let why = format!("it is snapshot {} by now", document.id);
                 return Err(SnapshotError::Inconsistent(why));
             }
-            let opened = open_memory(place, &document).and_then(|memory| {
+            document.check(&file.extents)?;
+            let opened = open_memory(place, &document, &file.extents).and_then(|memory| {
                 // What drives have written since the beginning: those under it have nothing to add.
                 if depth == 0 {
                     layers::open(&place.state(), &mut document.machine)?;
@@ -137,8 +149,8 @@ impl Image {
             });
             match opened {
                 Ok((memory, memory_path)) => {
-                    document.check(&file.extents)?;
-                    let own = Own::find(place, &document, memory, file.extents, depth)?;
+                    let own =
+                        Own::find(place, &document, (memory, &memory_path), file.extents, depth)?;
                     let memory = own.image(&memory_path)?;
                     let older = match &own.rest {
                         Rest::Parent(parent) => parent.parent.as_ref(),
@@ -210,22 +222,27 @@ impl Own {
     fn find(
         place: &Place,
         document: &Document,
-        file: File,
-        extents: Vec<Extent>,
+        (mut file, path): (File, &Path),
+        mut extents: Vec<Extent>,
         depth: usize,
     ) -> Result<Self, SnapshotError> {
+        let MemoryDocument { len, compression, .. } = document.memory;
+        let is_unpacked = !compression.is_none();
+        if is_unpacked {
+            (file, extents) = packed::unpack(path, &file, len, &extents)?;
+        }
         let rest = match &document.memory.parent {
             None => Rest::Zeroes,
             Some(parent) if !parent.is_partial => Rest::Zeroes,
             Some(parent) if parent.is_merged(&file) => Rest::Merged,
             Some(parent) => Rest::Parent(Arc::new(find_parent(place, parent, document, depth)?)),
         };
-        Ok(Self { file: Arc::new(file), extents: extents.into(), rest })
+        Ok(Self { file: Arc::new(file), extents: extents.into(), is_unpacked, rest })
     }
 
     /// All of the memory.
     fn image(&self, path: &Path) -> Result<MemoryImage, SnapshotError> {
-        let Self { file, extents, rest } = self;
+        let Self { file, extents, rest, .. } = self;
         match rest {
             Rest::Zeroes => Ok(MemoryImage::alone(file.clone(), extents)),
             Rest::Merged => MemoryImage::merged(file.clone(), extents)

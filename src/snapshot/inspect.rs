@@ -1,13 +1,16 @@
 //! What is in a snapshot, for people to read: without restoring it, and whether or not this host could.
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
 
 use super::document::{Document, MemoryDocument};
+use super::layers::LayerDocument;
 use super::opening::read_state_file;
 use super::params::Place;
-use super::{DeviceState, Extent, Image, SnapshotError};
+use super::temporary::parent;
+use super::{Compression, DeviceState, Extent, Image, SnapshotError};
 
 /// A snapshot that is named on a command line: by its directory, or its state file.
 #[derive(Debug)]
@@ -49,6 +52,8 @@ pub(crate) struct Memory {
     /// Bytes that these take in the file.
     pub(crate) stored_bytes: u64,
     pub(crate) extents: usize,
+    /// How it is compressed.
+    pub(crate) compression: Compression,
 }
 
 /// The snapshot that another goes over.
@@ -65,6 +70,20 @@ pub(crate) struct Device {
     pub(crate) model: String,
     pub(crate) id: String,
     pub(crate) place: usize,
+    /// What it has written over a file that others share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) overlay: Option<Overlay>,
+}
+
+/// A file with what a drive has written.
+#[derive(Debug, Serialize)]
+pub(crate) struct Overlay {
+    pub(crate) file: PathBuf,
+    /// Bytes of the disk.
+    pub(crate) disk_bytes: u64,
+    /// Bytes that the file takes; none if it is not there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stored_bytes: Option<u64>,
 }
 
 impl Named {
@@ -106,26 +125,36 @@ impl Named {
             kept_bytes: sum(|extent| extent.len),
             stored_bytes: sum(|extent| extent.stored),
             extents: file.extents.len(),
+            compression: document.memory.compression,
         };
-        let parent = document
+        let over = document
             .memory
             .parent
             .as_ref()
             .map(|parent| Over { id: parent.id.clone(), state: parent.place(&self.state).state() });
         let Document { husk, arch, id, config, machine, .. } = document;
-        let device = |DeviceState { model, id, place, .. }| Device { model, id, place };
+        let device = |DeviceState { model, id, place, layer, .. }| {
+            let overlay = layer.map(|layer| self.overlay(layer));
+            Device { model, id, place, overlay }
+        };
         Ok(Inspection {
             format: file.version,
             husk,
             arch,
             id,
-            parent,
+            parent: over,
             vcpus: machine.vcpus.len(),
             state_bytes: file.len(),
             memory,
             devices: machine.devices.into_iter().map(device).collect(),
             config,
         })
+    }
+
+    fn overlay(&self, LayerDocument { file, layer }: LayerDocument) -> Overlay {
+        let file = parent(&self.state).join(file.file_name().unwrap_or_default());
+        let stored_bytes = file.metadata().ok().map(|found| found.blocks() * 512);
+        Overlay { file, disk_bytes: layer.size, stored_bytes }
     }
 
     /// Where the memory file is that the state file names.

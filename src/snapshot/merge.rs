@@ -1,6 +1,9 @@
 //! A snapshot by itself made of one of what has changed, and of those that it goes over.
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::AtomicBool;
+
+use arch::layout;
 
 use super::document::Document;
 use super::extent::checksum;
@@ -8,7 +11,7 @@ use super::files::Files;
 use super::format::StateFile;
 use super::layers;
 use super::params::SnapshotParams;
-use super::{Extent, Image, Kind, SnapshotError};
+use super::{Compression, Extent, Image, Kind, Packer, SnapshotError};
 
 /// Bytes of a page.
 const PAGE: usize = 4096;
@@ -24,10 +27,17 @@ impl Image {
             let why = format!("{} is there already: name another", path.display());
             return Err(SnapshotError::Field { field: "output", why });
         }
-        let mut files = Files::create(place, id, self.document.memory.len, target.sync)?;
-        let extents = self.write_memory(files.memory());
-        let extents = extents.map_err(SnapshotError::file("cannot write", &path))?;
+        let compression = target.compression;
+        let len = if compression.is_none() { self.document.memory.len } else { 0 };
+        let mut files = Files::create(place, id, len, target.sync)?;
         let mut document = Document::clone(&self.document);
+        let extents = match compression {
+            Compression::None => self.write_memory(files.memory()),
+            _ => self.pack_memory(files.memory(), compression),
+        };
+        let extents = extents.map_err(SnapshotError::file("cannot write", &path))?;
+        document.memory.compression = compression;
+        document.memory.id_at = if compression.is_none() { layout::SNAPSHOT_ID } else { 0 };
         document.memory.file = files.memory_name();
         document.memory.parent = None;
         layers::write(&mut files, &mut document.machine, &AtomicBool::new(false))?;
@@ -35,25 +45,50 @@ impl Image {
         files.commit(&StateFile::encode(&json, &extents))
     }
 
-    /// Writes what of the memory is not zero.
-    fn write_memory(&self, to: &std::fs::File) -> std::io::Result<Vec<Extent>> {
+    /// Writes what of the memory is not zero, compressed.
+    fn pack_memory(&self, to: &File, compression: Compression) -> std::io::Result<Vec<Extent>> {
+        let id = u128::from_str_radix(&self.document.id, 16).map_err(std::io::Error::other)?;
+        let mut packer = Packer::begin(to, compression, &id.to_be_bytes())?;
         let mut extents = Vec::new();
+        self.each_piece(|start, kept| {
+            extents.push(packer.add(start, kept)?);
+            Ok(())
+        })?;
+        Ok(extents)
+    }
+
+    /// Writes what of the memory is not zero.
+    fn write_memory(&self, to: &File) -> std::io::Result<Vec<Extent>> {
+        let mut extents = Vec::new();
+        self.each_piece(|start, kept| {
+            for (n, page) in kept.chunks(PAGE).enumerate().filter(|(_, page)| is_full(page)) {
+                to.write_all_at(page, start + (n * PAGE) as u64)?;
+            }
+            let len = u32::try_from(kept.len()).unwrap_or(Extent::LEN_MAX);
+            let (kind, sum) = (Kind::Plain, checksum(kept));
+            extents.push(Extent { start, len, kind, at: start, stored: len, sum });
+            Ok(())
+        })?;
+        Ok(extents)
+    }
+
+    /// Gives `take` each piece that is not all zero: its place, and it from its first page to its last that are not.
+    fn each_piece(
+        &self,
+        mut take: impl FnMut(u64, &[u8]) -> std::io::Result<()>,
+    ) -> std::io::Result<()> {
         let mut bytes = Vec::new();
         for found in self.memory.extents.iter() {
             bytes.resize(usize::try_from(found.len).unwrap_or(0), 0);
             self.memory.read(found.start, &mut bytes)?;
-            let is_full = |page: &[u8]| page.iter().any(|byte| *byte != 0);
             let Some(first) = bytes.chunks(PAGE).position(is_full) else { continue };
             let last = bytes.chunks(PAGE).rposition(is_full).unwrap_or(first);
-            for (n, page) in bytes.chunks(PAGE).enumerate().filter(|(_, page)| is_full(page)) {
-                to.write_all_at(page, found.start + (n * PAGE) as u64)?;
-            }
-            let start = found.start + (first * PAGE) as u64;
-            let kept = &bytes[first * PAGE..(last + 1) * PAGE];
-            let len = u32::try_from(kept.len()).unwrap_or(Extent::LEN_MAX);
-            let (kind, sum) = (Kind::Plain, checksum(kept));
-            extents.push(Extent { start, len, kind, at: start, stored: len, sum });
+            take(found.start + (first * PAGE) as u64, &bytes[first * PAGE..(last + 1) * PAGE])?;
         }
-        Ok(extents)
+        Ok(())
     }
+}
+
+fn is_full(page: &[u8]) -> bool {
+    page.iter().any(|byte| *byte != 0)
 }

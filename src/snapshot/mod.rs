@@ -8,6 +8,7 @@
 //!
 //! docs/snapshot.md says what is promised; [`format`] is the state file, byte by byte.
 mod chain;
+mod compression;
 mod document;
 mod extent;
 mod files;
@@ -18,6 +19,7 @@ mod layers;
 mod merge;
 mod opening;
 mod overrides;
+mod packed;
 mod params;
 mod restore;
 mod rewind;
@@ -33,6 +35,7 @@ use devices::backend::file::is_shortage;
 use devices::backend::overlay::LayerError;
 
 pub(crate) use self::chain::Parent;
+pub use self::compression::Compression;
 pub(crate) use self::document::{
     DeviceState, Document, LegacyState, MachineState, MemoryDocument, hex,
 };
@@ -40,8 +43,9 @@ pub(crate) use self::extent::{EXTENT_LEN, Extent, Kind};
 pub(crate) use self::format::VERSION;
 pub use self::image::Image;
 pub(crate) use self::image::{MemoryImage, Segment};
-pub(crate) use self::inspect::{Inspection, Named, Over, format_of};
+pub(crate) use self::inspect::{Inspection, Named, Over, Overlay, format_of};
 pub use self::overrides::Overrides;
+pub(crate) use self::packed::Packer;
 pub use self::params::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,
     SnapshotType, VsockOverride,

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use devices::backend::file::{self, Access, OpenError};
 use serde::Deserialize;
 
-use super::SnapshotError;
 use super::document::{Document, MemoryDocument, hex};
+use super::extent::Extent;
 use super::format::StateFile;
 use super::params::Place;
+use super::{Compression, SnapshotError, packed};
 
 /// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
 const STATE_MAX: u64 = 4 << 30;
@@ -68,8 +69,13 @@ fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
 pub(super) fn open_memory(
     place: &Place,
     document: &Document,
+    extents: &[Extent],
 ) -> Result<(File, PathBuf), SnapshotError> {
-    let check = |path: PathBuf| Ok((check_memory(&path, document)?, path));
+    let len = match document.memory.compression {
+        Compression::None => document.memory.len,
+        Compression::Lz4 | Compression::Zstd => packed::len(extents),
+    };
+    let check = |path: PathBuf| Ok((check_memory(&path, document, len)?, path));
     match place {
         Place::Directory(directory) => {
             let path = directory.join(document.memory_name()?);
@@ -90,12 +96,12 @@ pub(super) fn open_memory(
     }
 }
 
-fn check_memory(path: &Path, document: &Document) -> Result<File, SnapshotError> {
+fn check_memory(path: &Path, document: &Document, want: u64) -> Result<File, SnapshotError> {
     let wrong = |why| Err(SnapshotError::Memory { path: path.into(), why });
     let failed = |source| SnapshotError::File { what: "cannot read", path: path.into(), source };
     let file = file::open(path, Access::Read, file::Kind::Regular)
         .map_err(|source| SnapshotError::Open { what: "memory file", source })?;
-    let (is, want) = (file.metadata().map_err(failed)?.len(), document.memory.len);
+    let is = file.metadata().map_err(failed)?.len();
     if is != want {
         return wrong(format!("length: it has {is} bytes, the state file wants {want}"));
     }

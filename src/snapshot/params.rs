@@ -7,7 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Overrides, SnapshotError};
+use super::{Compression, Overrides, SnapshotError};
 use crate::config::HugePages;
 use crate::error::Refusal;
 
@@ -38,6 +38,9 @@ pub struct SnapshotParams {
     /// How much of the memory it holds.
     #[serde(default)]
     pub snapshot_type: SnapshotType,
+    /// How the memory is compressed. husk only.
+    #[serde(default)]
+    pub compression: Compression,
     /// Whether it is to be on the disk before the answer comes, so that it outlives a crash of the host.
     #[serde(default = "yes", alias = "sync_snapshot_files")]
     pub sync: bool,
@@ -51,7 +54,8 @@ impl Default for SnapshotParams {
     fn default() -> Self {
         let (snapshot_path, mem_file_path, directory) = (None, None, None);
         let snapshot_type = SnapshotType::default();
-        Self { snapshot_path, mem_file_path, directory, snapshot_type, sync: true }
+        let compression = Compression::default();
+        Self { snapshot_path, mem_file_path, directory, snapshot_type, compression, sync: true }
     }
 }
 
@@ -59,6 +63,10 @@ impl SnapshotParams {
     /// All of the VM, in a directory.
     pub fn to_directory(directory: impl Into<PathBuf>) -> Self {
         Self { directory: Some(directory.into()), ..Self::default() }
+    }
+
+    fn is_compressed_diff(&self) -> bool {
+        self.snapshot_type == SnapshotType::Diff && !self.compression.is_none()
     }
 
     /// The form that was chosen.
@@ -69,6 +77,11 @@ impl SnapshotParams {
             (None, Some(state), Some(memory)) if state == memory => {
                 wrong("mem_file_path", "it is snapshot_path: they must be two files")
             }
+            (None, Some(_), Some(_)) if self.is_compressed_diff() => wrong(
+                "compression",
+                "a Diff in two files is for others to merge, who cannot read what is compressed: \
+                 name a directory",
+            ),
             (None, Some(state), Some(memory)) => {
                 Ok(Place::Files { state: state.clone(), memory: memory.clone() })
             }

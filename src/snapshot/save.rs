@@ -15,13 +15,13 @@ use arch::layout;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
-use super::SnapshotError;
 use super::chain::{Parent, over};
 use super::document::{Document, MachineState, MemoryDocument, hex};
 use super::files::Files;
 use super::format::StateFile;
 use super::layers;
 use super::params::{Place, SnapshotParams, SnapshotType};
+use super::{Compression, SnapshotError};
 use crate::memory::{Changes, Dump, Dumped, Plan, Ram, Since, Tracker, Zeroes};
 
 /// A snapshot whose files are there, and nothing in them.
@@ -29,6 +29,7 @@ use crate::memory::{Changes, Dump, Dumped, Plan, Ram, Since, Tracker, Zeroes};
 pub(crate) struct Draft {
     id: [u8; 16],
     kind: SnapshotType,
+    compression: Compression,
     place: Place,
     files: Files,
 }
@@ -40,8 +41,10 @@ impl Draft {
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| SnapshotError::Copy(e.into()))?;
-        let files = Files::create(place.clone(), &hex(&id), ram_len, params.sync)?;
-        Ok(Self { id, kind: params.snapshot_type, place, files })
+        let compression = params.compression;
+        let len = if compression.is_none() { ram_len } else { 0 };
+        let files = Files::create(place.clone(), &hex(&id), len, params.sync)?;
+        Ok(Self { id, kind: params.snapshot_type, compression, place, files })
     }
 
     /// Begins with the memory of a VM that stands still; it may go on when this returns.
@@ -51,8 +54,8 @@ impl Draft {
         machine: MachineState,
         ram: &Ram,
     ) -> Result<Saving, SnapshotError> {
-        let Self { id, kind, place, files } = self;
-        let id_at = ram.offset_of(layout::SNAPSHOT_ID);
+        let Self { id, kind, compression, place, files } = self;
+        let id_at = if compression.is_none() { ram.offset_of(layout::SNAPSHOT_ID) } else { 0 };
         let patch = ram.patch(id);
         // Of any snapshot: the next one is of what changes from now on.
         let since = ram.collect().map_err(SnapshotError::Copy)?;
@@ -60,10 +63,12 @@ impl Draft {
         // One that cannot is complete instead.
         let since = since.filter(|since| since.parent.allows(&place));
         let (plan, parent) = plan(since, &place);
-        let dump = ram.dump(&plan, patch, files.memory()).map_err(SnapshotError::Copy)?;
+        let dump = ram.dump(&plan, patch, files.memory(), compression);
+        let dump = dump.map_err(SnapshotError::Copy)?;
         let memory = MemoryDocument {
             file: files.memory_name(),
             len: ram.len(),
+            compression,
             id_at,
             plugged: ram.plugged(),
             parent: parent.as_ref().map(|parent| parent.document(&place.state())),

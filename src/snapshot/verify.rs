@@ -21,9 +21,9 @@ impl Image {
         let Some(own) = &self.own else { return Ok(()) };
         let wrong = |why: String| SnapshotError::Memory { path: self.memory_path.clone(), why };
         let failed = SnapshotError::file("cannot read", &self.memory_path);
-        own.find_damage(self.document.memory.len)
-            .map_err(failed)?
-            .map_or(Ok(()), |why| Err(wrong(why)))?;
+        let len = self.document.memory.len;
+        let damage = if own.is_unpacked { None } else { own.find_damage(len).map_err(failed)? };
+        damage.map_or(Ok(()), |why| Err(wrong(why)))?;
         super::layers::find_damage(&self.document.machine)?;
         match &own.rest {
             Rest::Parent(parent) => parent.verify(),

@@ -11,19 +11,21 @@ use crc64fast::Digest;
 use rustix::process::{Pid, Signal};
 
 use super::chunk::{CHUNK_PAGES, Chunk, Coverage, ENTRY, Patched, ZEROS, mask, runs, touched};
-use super::plan::{Changes, Patch, Piece, Plan, Zeroes};
+use super::plan::{Changes, Order, Piece, Plan, Zeroes};
 use super::{DONE, EXTENT, FAILED, PAGE, PARTIAL, RECORD_LEN, WITNESS, usize_of};
-use crate::snapshot::{EXTENT_LEN, Extent, Kind};
+use crate::snapshot::{Compression, EXTENT_LEN, Extent, Kind, Packer};
 
 /// Entries of the page map read at once.
 const BATCH: usize = 4096;
 
 /// The child's work.
 pub(super) struct Copier<'a> {
-    plan: &'a Plan,
-    target: &'a File,
-    to_parent: OwnedFd,
-    patch: Patch,
+    order: Order<'a>,
+    /// Writes the file, if it is compressed.
+    packer: Option<Packer<'a>>,
+    /// What is compressed next.
+    content: Vec<u8>,
+    to_parent: &'a OwnedFd,
     page_map: File,
     /// Entries of the page map.
     entries: Vec<u8>,
@@ -33,16 +35,18 @@ pub(super) struct Copier<'a> {
     is_partial: bool,
 }
 
-impl Copier<'_> {
+/// What of a chunk goes into the file. Of each set a bit is a page.
+struct Pages<'a> {
+    /// Those that are not zero.
+    full: u64,
+    /// Those of the others that are written.
+    zero: u64,
+    patched: Option<&'a Patched>,
+}
+
+impl<'a> Copier<'a> {
     /// Copies; the child's exit status.
-    pub(super) fn run(
-        parent: Pid,
-        pieces: &[Piece],
-        plan: &Plan,
-        patch: Patch,
-        target: &File,
-        pipe: OwnedFd,
-    ) -> i32 {
+    pub(super) fn run(parent: Pid, pieces: &[Piece], order: Order<'a>, pipe: &'a OwnedFd) -> i32 {
         let failed = |to_parent: &OwnedFd, e: &io::Error| {
             let mut record = [0; RECORD_LEN];
             record[0] = FAILED;
@@ -56,33 +60,34 @@ impl Copier<'_> {
         if tied.is_err() || rustix::process::getppid() != Some(parent) {
             return 1;
         }
-        close_others(&[target.as_raw_fd(), pipe.as_raw_fd()]);
-        // This process's own: what the parent does with its memory meanwhile does not matter.
-        let page_map = match File::open("/proc/self/pagemap") {
-            Ok(page_map) => page_map,
-            Err(e) => return failed(&pipe, &e),
-        };
-        let entries = vec![0; BATCH * ENTRY];
-        let mut copier = Copier {
-            plan,
-            target,
-            to_parent: pipe,
-            patch,
-            page_map,
-            entries,
-            records: Vec::new(),
-            is_partial: false,
+        close_others(&[order.target.as_raw_fd(), pipe.as_raw_fd()]);
+        let mut copier = match Self::new(order, pipe) {
+            Ok(copier) => copier,
+            Err(e) => return failed(pipe, &e),
         };
         match pieces.iter().try_for_each(|piece| copier.copy(piece)).and_then(|()| copier.end()) {
             Ok(()) => 0,
-            Err(e) => failed(&copier.to_parent, &e),
+            Err(e) => failed(pipe, &e),
         }
+    }
+
+    fn new(order: Order<'a>, to_parent: &'a OwnedFd) -> io::Result<Self> {
+        // This process's own: what the parent does with its memory meanwhile does not matter.
+        let page_map = File::open("/proc/self/pagemap")?;
+        let Order { target, compression, ref patch, .. } = order;
+        let packer = match compression {
+            Compression::None => None,
+            _ => Some(Packer::begin(target, compression, &patch.bytes)?),
+        };
+        let (content, records, entries) = (Vec::new(), Vec::new(), vec![0; BATCH * ENTRY]);
+        let is_partial = false;
+        Ok(Self { order, packer, content, to_parent, page_map, entries, records, is_partial })
     }
 
     fn copy(&mut self, piece: &Piece) -> io::Result<()> {
         let pages = usize_of(piece.len) / PAGE;
         let mut base = piece.base.as_deref().map(Coverage);
-        let mut before = match self.plan {
+        let mut before = match self.order.plan {
             Plan::Full => Coverage(&[]),
             Plan::Changes(changes) => Coverage(&changes.before),
         };
@@ -110,10 +115,11 @@ impl Copier<'_> {
                     all,
                     // What nobody has written is as the image has it, or zero.
                     written: if base.is_some() { touched | vacated } else { all },
-                    present: (touched | of_base) & !self.patch.blank_pages(start, chunk.len()),
+                    present: (touched | of_base)
+                        & !self.order.patch.blank_pages(start, chunk.len()),
                     before: before.pages(start, chunk.len()),
                 };
-                match self.plan {
+                match self.order.plan {
                     Plan::Full => self.copy_chunk(&here)?,
                     Plan::Changes(changes) => self.copy_changes(&here, changes)?,
                 }
@@ -137,15 +143,9 @@ impl Copier<'_> {
         }
         let first = full.trailing_zeros() as usize;
         let last = full.ilog2() as usize;
-        let mut digest = Digest::new();
-        for n in first..=last {
-            // A page that is not full is zero, and is not touched.
-            digest.write(if full & 1 << n != 0 { chunk.page(n, patched.as_ref()) } else { &ZEROS });
-        }
-        for (n, count) in runs(full) {
-            self.write(chunk, n, count, patched.as_ref())?;
-        }
-        self.record(EXTENT, &chunk.extent(first, last - first + 1, Kind::Plain, digest.sum64()))
+        let pages = Pages { full, zero: 0, patched: patched.as_ref() };
+        let extent = self.put(chunk, (first, last - first + 1), &pages)?;
+        self.record(EXTENT, &extent)
     }
 
     /// Copies those of some pages in a row that have changed; an extent is of such pages only.
@@ -175,25 +175,42 @@ impl Copier<'_> {
         let mut extents: Vec<_> = runs(data).map(|run| (run, Kind::Plain)).collect();
         extents.extend(runs(told).map(|run| (run, Kind::Zero)));
         extents.sort_unstable_by_key(|((first, _), _)| *first);
-        for ((first, count), kind) in extents {
-            let mut digest = Digest::new();
-            if kind == Kind::Plain {
-                for n in first..first + count {
-                    let is_zero = full & 1 << n == 0;
-                    digest.write(if is_zero { &ZEROS } else { chunk.page(n, patched.as_ref()) });
-                }
-                for (n, count) in runs(full & mask(first, count)) {
-                    self.write(chunk, n, count, patched.as_ref())?;
-                }
-                for (n, count) in runs(zero & mask(first, count)) {
-                    for n in n..n + count {
-                        self.target.write_all_at(&ZEROS, chunk.start + (n * PAGE) as u64)?;
-                    }
-                }
-            }
-            self.record(EXTENT, &chunk.extent(first, count, kind, digest.sum64()))?;
+        let pages = Pages { full, zero, patched: patched.as_ref() };
+        for (run, kind) in extents {
+            let extent = match kind {
+                Kind::Zero => chunk.extent(run.0, run.1, kind, 0),
+                _ => self.put(chunk, run, &pages)?,
+            };
+            self.record(EXTENT, &extent)?;
         }
         Ok(())
+    }
+
+    /// Puts `count` pages from the `first` on into the file; the extent that they are.
+    fn put(
+        &mut self,
+        chunk: &Chunk,
+        (first, count): (usize, usize),
+        pages: &Pages<'_>,
+    ) -> io::Result<Extent> {
+        let Pages { full, zero, patched } = *pages;
+        // A page that is not full is zero, and is not touched.
+        let page = |n: usize| if full & 1 << n != 0 { chunk.page(n, patched) } else { &ZEROS };
+        let at = |n: usize| chunk.start + (n * PAGE) as u64;
+        if let Some(packer) = &mut self.packer {
+            self.content.clear();
+            (first..first + count).for_each(|n| self.content.extend_from_slice(page(n)));
+            return packer.add(at(first), &self.content);
+        }
+        let mut digest = Digest::new();
+        (first..first + count).for_each(|n| digest.write(page(n)));
+        for (n, count) in runs(full & mask(first, count)) {
+            self.write(chunk, n, count, patched)?;
+        }
+        for (n, count) in runs(zero & mask(first, count)) {
+            (n..n + count).try_for_each(|n| self.order.target.write_all_at(&ZEROS, at(n)))?;
+        }
+        Ok(chunk.extent(first, count, Kind::Plain, digest.sum64()))
     }
 
     /// Says that pages of the other snapshot are not in this one, and sums up those that were asked
@@ -219,12 +236,12 @@ impl Copier<'_> {
 
     /// The page of the chunk that is patched, if one is.
     fn patched(&self, chunk: &Chunk) -> Option<Patched> {
-        let page = usize_of(self.patch.at.checked_sub(chunk.start)?) / PAGE;
+        let page = usize_of(self.order.patch.at.checked_sub(chunk.start)?) / PAGE;
         (page < CHUNK_PAGES && chunk.all & 1 << page != 0).then(|| {
             let mut bytes = [0; PAGE];
             bytes.copy_from_slice(chunk.page(page, None));
-            let at = usize_of(self.patch.at) % PAGE;
-            bytes[at..][..self.patch.bytes.len()].copy_from_slice(&self.patch.bytes);
+            let at = usize_of(self.order.patch.at) % PAGE;
+            bytes[at..][..self.order.patch.bytes.len()].copy_from_slice(&self.order.patch.bytes);
             (page, bytes)
         })
     }
@@ -240,8 +257,8 @@ impl Copier<'_> {
         let at = |n: usize| chunk.start + (n * PAGE) as u64;
         match patched {
             Some((one, _)) if (first..first + count).contains(one) => (first..first + count)
-                .try_for_each(|n| self.target.write_all_at(chunk.page(n, patched), at(n))),
-            _ => self.target.write_all_at(chunk.pages(first, count), at(first)),
+                .try_for_each(|n| self.order.target.write_all_at(chunk.page(n, patched), at(n))),
+            _ => self.order.target.write_all_at(chunk.pages(first, count), at(first)),
         }
     }
 
@@ -260,7 +277,7 @@ impl Copier<'_> {
     fn send(&mut self) -> io::Result<()> {
         let mut rest = &self.records[..];
         while !rest.is_empty() {
-            match rustix::io::write(&self.to_parent, rest) {
+            match rustix::io::write(self.to_parent, rest) {
                 Ok(count) => rest = &rest[count..],
                 Err(rustix::io::Errno::INTR) => {}
                 Err(e) => return Err(e.into()),

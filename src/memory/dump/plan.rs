@@ -1,9 +1,10 @@
 //! What of guest memory is copied, and how the copy differs from it.
+use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::PAGE;
-use crate::snapshot::Extent;
+use crate::snapshot::{Compression, Extent};
 
 /// A piece of guest memory to copy.
 #[derive(Clone, Debug)]
@@ -18,6 +19,15 @@ pub(crate) struct Piece {
     pub(crate) base: Option<Arc<[Extent]>>,
     /// Which pages of the image have zeroes over them, a bit each: nothing, if none have.
     pub(crate) vacated: Vec<u64>,
+}
+
+/// What is copied, and how it gets into a file.
+#[derive(Debug)]
+pub(crate) struct Order<'a> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) patch: Patch,
+    pub(crate) target: &'a File,
+    pub(crate) compression: Compression,
 }
 
 /// Which pages are copied.
