@@ -18,6 +18,7 @@ use std::sync::{Arc, Weak};
 
 use arch::{GuestRam, layout};
 use devices::memory::{Backing, Behind, GuestRegion};
+use devices::sys::map::Pages;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
@@ -165,7 +166,14 @@ impl Ram {
         }
         // The process that copies would find zeros where nobody has been yet.
         self.bring_in()?;
-        dump::begin(&self.pieces(), dump::Order { plan, patch, target, compression })
+        let mut dump =
+            dump::begin(&self.pieces(), dump::Order { plan, patch, target, compression })?;
+        // A guest that wrote a huge page of which the copier had not been would take another one from the host's pool;
+        // where there is none, the kernel takes the page from the copier, which dies of it (hugetlb_wp()).
+        if self.all.iter().any(|region| region.backing().pages() == Pages::Huge2M) {
+            dump.wait()?;
+        }
+        Ok(dump)
     }
 
     /// Gives memory besides RAM the contents that the image has. It has been plugged, and nobody uses it

@@ -44,6 +44,8 @@ pub(crate) struct Dumped {
 pub(crate) struct Dump {
     child: Option<Pid>,
     results: File,
+    /// What has been read of them.
+    bytes: Vec<u8>,
 }
 
 /// Begins to copy what is ordered of `pieces`, as they are now.
@@ -59,17 +61,17 @@ pub(crate) fn begin(pieces: &[Piece], order: Order<'_>) -> io::Result<Dump> {
             // SAFETY: ends the process at once; nothing is left to be run in it.
             unsafe { libc::_exit(status) }
         }
-        pid => Ok(Dump { child: Pid::from_raw(pid), results: File::from(results) }),
+        pid => {
+            Ok(Dump { child: Pid::from_raw(pid), results: File::from(results), bytes: Vec::new() })
+        }
     }
 }
 
 impl Dump {
     /// Waits until the copy is there; what it consists of.
     pub(crate) fn finish(mut self) -> io::Result<Dumped> {
-        let mut bytes = Vec::new();
-        let read = self.results.read_to_end(&mut bytes);
-        self.reap();
-        read?;
+        self.wait()?;
+        let bytes = std::mem::take(&mut self.bytes);
         let ended = || io::Error::other("the process that copies memory ended before it was done");
         let (records, _) = bytes.as_chunks::<RECORD_LEN>();
         let (last, records) = records.split_last().ok_or_else(ended)?;
@@ -92,6 +94,13 @@ impl Dump {
             }
         }
         Ok(dumped)
+    }
+
+    /// Waits until nothing is copied any more, whatever became of it.
+    pub(crate) fn wait(&mut self) -> io::Result<()> {
+        let read = self.results.read_to_end(&mut self.bytes);
+        self.reap();
+        read.map(drop)
     }
 
     /// The process that copies. `None` where the kernel has no descriptors of processes.
