@@ -23,6 +23,7 @@ mod ends;
 mod events;
 mod firecracker;
 mod fork;
+mod golden;
 mod identity;
 mod increments;
 mod input;
