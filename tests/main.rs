@@ -19,6 +19,7 @@ mod contract;
 mod cpu;
 mod devices;
 mod docs;
+mod documents;
 mod ends;
 mod events;
 mod firecracker;

@@ -395,7 +395,8 @@ impl TestVm {
         End { args: self.setup.args.clone(), status, output, errors, took, terminal }
     }
 
-    fn ends_within(&self, patience: Duration) -> bool {
+    /// Waits so long for its end; whether that came.
+    pub(crate) fn ends_within(&self, patience: Duration) -> bool {
         let deadline = Instant::now() + patience;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
