@@ -202,13 +202,24 @@ fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
             let outcomes = &outcomes;
             scope.spawn(move || {
                 let scratch = Scratch::new();
-                let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ u64::from(killer + 1) << 32);
+                let base = scratch.path("base");
+                let vm = warm().listening().start();
+                vm.expect("tick=");
+                vm.api().put("/snapshot/create", json!({ "directory": base })).done();
                 let place = forms(&scratch)[killer as usize % 2].clone();
-                let mut longest = Duration::ZERO;
+                let start = Instant::now();
+                vm.api().put("/snapshot/create", &place).done();
+                let longest = start.elapsed();
+                drop(vm);
+                let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ u64::from(killer + 1) << 32);
+                let mut before = sound(&place).unwrap();
                 for _ in 0..KILLS / KILLERS {
-                    let is_new = kill_once(&place, &mut random, &mut longest);
-                    outcomes[usize::from(is_new)].fetch_add(1, Ordering::Relaxed);
+                    kill_once(&base, &place, &mut random, longest);
+                    let after = sound(&place).unwrap_or_else(|e| panic!("torn: {e}"));
+                    outcomes[usize::from(after != before)].fetch_add(1, Ordering::Relaxed);
+                    before = after;
                 }
+                fs::remove_dir_all(&base).unwrap();
                 clean_up(&scratch, &place);
             });
         }
@@ -219,17 +230,10 @@ fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
     assert!(old > KILLS / 20 && new > KILLS / 20, "{old} old, {new} new");
 }
 
-/// Kills who writes a snapshot over another. Whether the new one is there; if not, the old one is.
-fn kill_once(place: &Value, random: &mut Random, longest: &mut Duration) -> bool {
-    let vm = warm().listening().start();
-    vm.expect("tick=");
+/// Kills who writes a snapshot over another. It was restored, which takes less time than a start.
+fn kill_once(base: &Path, place: &Value, random: &mut Random, longest: Duration) {
+    let vm = Husk::new(["restore"]).arg(base).listening().start();
     let api = vm.api();
-    if sound(place).is_err() {
-        let start = Instant::now();
-        api.put("/snapshot/create", place).done();
-        *longest = start.elapsed();
-    }
-    let before = sound(place).unwrap();
     let asked = std::thread::spawn({
         let (mut stream, body) = (api.connect(), place.to_string());
         let head = "PUT /snapshot/create HTTP/1.1\r\nHost: localhost\r\nContent-Length:";
@@ -240,8 +244,6 @@ fn kill_once(place: &Value, random: &mut Random, longest: &mut Duration) -> bool
     vm.signal(Signal::KILL);
     assert_eq!(vm.wait().signal(), Some(9));
     drop(asked.join().unwrap());
-    let after = sound(place).unwrap_or_else(|e| panic!("torn: {e}"));
-    after != before
 }
 
 /// What the killed ones have left behind is gone with the next snapshot.
@@ -395,6 +397,37 @@ fn a_failing_disk_leaves_one_of_both_and_the_guest() {
     assert_goes_on(&vm);
 }
 
+/// Flips each bit of a state file, on as many threads as there are processors.
+fn every_bit_of_the_state(directory: &Path, memory: &Path) {
+    let good = fs::read(directory.join("state")).unwrap();
+    let threads = std::thread::available_parallelism().unwrap().get();
+    let flipped = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        for share in 0..threads {
+            let (good, flipped) = (&good, &flipped);
+            scope.spawn(move || {
+                let scratch = Scratch::new();
+                fs::copy(memory, scratch.path(memory.file_name().unwrap().to_str().unwrap()))
+                    .unwrap();
+                fs::write(scratch.path("state"), good).unwrap();
+                Image::open(scratch.as_ref()).expect("a copy");
+                let state = File::options().write(true).open(scratch.path("state")).unwrap();
+                for at in (share..good.len()).step_by(threads) {
+                    for bit in 0..8 {
+                        state.write_all_at(&[good[at] ^ 1 << bit], at as u64).unwrap();
+                        let opened = Image::open(scratch.as_ref());
+                        assert!(opened.is_err(), "bit {bit} of byte {at} of the state");
+                        flipped.fetch_add(1, Ordering::Relaxed);
+                    }
+                    state.write_all_at(&[good[at]], at as u64).unwrap();
+                }
+                Image::open(scratch.as_ref()).expect("the copy again");
+            });
+        }
+    });
+    assert_eq!(flipped.into_inner() as usize, good.len() * 8);
+}
+
 /// What a load does not find, a reading of all of it does.
 #[test]
 fn every_damage_is_found() {
@@ -411,19 +444,20 @@ fn every_damage_is_found() {
         directory.join(names(&directory).iter().find(|name| name.starts_with("memory-")).unwrap());
     sound(&place).unwrap();
 
+    every_bit_of_the_state(&directory, &memory);
     let good = fs::read(&state).unwrap();
-    let bits = good.len() as u64 * 8;
-    // Each of the header, and many of the rest.
-    for bit in (0..512).chain((512..bits).step_by(4999)) {
-        let mut bad = good.clone();
-        bad[bit as usize / 8] ^= 1 << (bit % 8);
-        fs::write(&state, &bad).unwrap();
-        assert!(Image::open(&directory).is_err(), "bit {bit} of the state");
-    }
-    for len in (0..good.len()).step_by(4096) {
+    let word = |at: usize| u64::from_le_bytes(good[at..at + 8].try_into().unwrap()) as usize;
+    let (json, extents) = (64 + word(16), word(24));
+    assert_eq!(good.len(), json + 40 * extents);
+    let boundaries = (0..=64).chain((64..json).step_by(512)).chain((json..good.len()).step_by(8));
+    for len in boundaries {
         fs::write(&state, &good[..len]).unwrap();
         assert!(Image::open(&directory).is_err(), "{len} bytes of the state");
     }
+    // The state of another one.
+    fs::copy(other["snapshot_path"].as_str().unwrap(), &state).unwrap();
+    let said = verify(&place).wait().code(3).errors;
+    assert!(said.contains("its memory file is elsewhere"), "{said}");
     fs::write(&state, &good).unwrap();
 
     let file = File::options().read(true).write(true).open(&memory).unwrap();
@@ -455,4 +489,89 @@ fn every_damage_is_found() {
     fs::remove_file(&memory).unwrap();
     let said = verify(&place).wait().refused(7);
     assert!(said.contains("the snapshot is incomplete"), "{said}");
+}
+
+/// A limit on the size of files, for every one at which some of a snapshot is there: SIGXFSZ must end nobody.
+#[test]
+fn a_limit_on_files_leaves_the_old_and_the_guest() {
+    let scratch = Scratch::new();
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    let pid = rustix::process::Pid::from_raw(vm.pid().cast_signed());
+    let limit = |current| {
+        let limit = rustix::process::Rlimit { current, maximum: None };
+        rustix::process::prlimit(pid, rustix::process::Resource::Fsize, limit).unwrap();
+    };
+    for place in forms(&scratch) {
+        for compression in ["none", "lz4", "zstd"] {
+            let mut body = place.clone();
+            body["compression"] = compression.into();
+            vm.api().put("/snapshot/create", &body).done();
+            let old = sound(&place).unwrap();
+            let directory = place["directory"].as_str().map_or(scratch.as_ref(), Path::new);
+            let before = names(directory);
+            let (mut refused, mut kib) = (0, 0);
+            loop {
+                limit(Some(kib << 10));
+                let reply = vm.api().put("/snapshot/create", &body);
+                limit(None);
+                if reply.status == 204 {
+                    break;
+                }
+                let fault = reply.fault();
+                assert!(fault.contains("File too large"), "{compression}, {kib} KiB: {fault}");
+                assert_eq!(sound(&place).as_ref(), Ok(&old), "{compression}, {kib} KiB");
+                assert_eq!(vm.api().state(), "Running");
+                assert_eq!(names(directory), before, "{compression}, {kib} KiB");
+                (refused, kib) = (refused + 1, kib + 1 + kib / 4);
+            }
+            assert!(refused > 2, "{compression}: {refused} refused, then {kib} KiB are enough");
+            assert_ne!(sound(&place).unwrap(), old);
+        }
+        restore(&place);
+    }
+    assert_goes_on(&vm);
+}
+
+/// The process that copies dies of somebody else: whoever asked is told, and nothing else is different.
+#[test]
+fn a_copier_that_is_killed_leaves_the_old_and_the_guest() {
+    let scratch = Scratch::new();
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    for place in forms(&scratch) {
+        vm.api().put("/snapshot/create", &place).done();
+        let old = sound(&place).unwrap();
+        let directory = place["directory"].as_str().map_or(scratch.as_ref(), Path::new);
+        let before = names(directory);
+        // Each of its writes takes long enough to be found at it.
+        let strace = Strace::attach(&vm, &scratch, "pwrite64", "delay_enter=100000");
+        let asked = std::thread::spawn({
+            let (api, place) = (vm.api(), place.clone());
+            move || api.put("/snapshot/create", place)
+        });
+        let copier = loop {
+            let children = format!("/proc/{0}/task/{0}/children", vm.pid());
+            let of_threads = fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap();
+            let of_threads = of_threads.flatten().map(|task| task.path().join("children"));
+            let all = of_threads.chain([PathBuf::from(children)]);
+            let found = all.filter_map(|path| fs::read_to_string(path).ok());
+            let pid = found.flat_map(|pids| pids.split_whitespace().next()?.parse().ok()).next();
+            assert!(!asked.is_finished(), "the snapshot is there, and nobody copied");
+            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
+                break pid;
+            }
+            std::thread::yield_now();
+        };
+        rustix::process::kill_process(copier, Signal::KILL).unwrap();
+        let fault = asked.join().unwrap().fault();
+        assert!(fault.contains("the process that copies memory ended"), "{fault}");
+        strace.detach();
+        assert_eq!(sound(&place), Ok(old));
+        assert_eq!(vm.api().state(), "Running");
+        let left = names(directory).into_iter().filter(|name| name != "strace");
+        assert!(left.eq(before.into_iter().filter(|name| name != "strace")), "{directory:?}");
+        restore(&place);
+    }
+    assert_goes_on(&vm);
 }
