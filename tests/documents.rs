@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::util::*;
 
 /// What is opened in this process.
-const OPENED: u64 = 3000;
+const OPENED: u64 = 1500;
 /// What is loaded by husk, into one process as long as that goes on.
 const LOADED: u64 = 250;
 /// Nothing is set aside by what a document says of itself.
