@@ -184,7 +184,13 @@ extern "C" fn on_alarm(_: libc::c_int) {
             }
         }
     }
-    say(": ended before it could heed a signal: something that it waits for does not answer\n");
+    say(match signal {
+        libc::SIGHUP => ": stopped by SIGHUP: ",
+        libc::SIGINT => ": stopped by SIGINT: ",
+        libc::SIGQUIT => ": stopped by SIGQUIT: ",
+        _ => ": stopped by SIGTERM: ",
+    });
+    put("something that husk waits for does not answer\n");
     let code = Ending::Signalled { signal }.exit_code();
     // SAFETY: ends the process at once; nothing is left to be run in it.
     unsafe { libc::_exit(code as libc::c_int) };
@@ -228,11 +234,17 @@ extern "C" fn on_crash(signal: libc::c_int) {
     unsafe { libc::raise(signal) };
 }
 
-/// The program's name and `line` on standard error, if that takes them. Async-signal-safe.
-fn say(line: &str) {
+/// The program's name and `text` on standard error. Async-signal-safe.
+fn say(text: &str) {
+    put(crate::logger::program());
+    put(text);
+}
+
+/// `text` on standard error, if that takes it. Async-signal-safe.
+fn put(text: &str) {
     let mut ready = libc::pollfd { fd: libc::STDERR_FILENO, events: libc::POLLOUT, revents: 0 };
     // A byte at a time: all that a terminal that is ready has room for.
-    for byte in crate::logger::program().bytes().chain(line.bytes()) {
+    for byte in text.bytes() {
         // SAFETY: one descriptor to poll, and one byte to write.
         unsafe {
             if libc::poll(&raw mut ready, 1, 0) <= 0 {
