@@ -171,6 +171,7 @@ impl Vm {
         let vms = specs.into_iter().enumerate().map(|(number, spec)| {
             let (image, mut overrides) = (image.with_config(spec.config), Overrides::default());
             (overrides.id, overrides.mmds) = (Some(spec.id), spec.mmds);
+            overrides.payload = spec.payload;
             let failed = |e: Refusal| ForkError::Child { number, why: chain(&e) };
             let vm = Self::prepare(VmConfig::default())?;
             let restore = Restore { overrides, is_paused: true, ..Restore::new(&image) };

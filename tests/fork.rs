@@ -186,6 +186,25 @@ fn post(api: &Api, body: Value) -> Reply {
     api.request("POST", "/fork", &body.to_string())
 }
 
+#[test]
+fn each_child_is_given_a_payload_of_its_own() {
+    let (scratch, vm) = (Scratch::new(), parent(forkable()));
+    let names = ["a", "b"];
+    let overrides = names.map(|name| {
+        let mut overrides = talking(&scratch, name);
+        overrides["payload"] = json!({ "name": name });
+        overrides
+    });
+    let reply = post(&vm.api(), json!({ "overrides": overrides })).json();
+    let children = reply["children"].as_array().unwrap().iter().map(Child::new);
+    for (mut child, name) in children.zip(names) {
+        let identity = child.tell("i", "identity");
+        let own = json!({ "name": name }).to_string();
+        assert!(identity.ends_with(&own), "{identity}");
+        child.kill();
+    }
+}
+
 /// The children of a reply.
 fn children(reply: &Reply) -> Vec<Child> {
     reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()

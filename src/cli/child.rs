@@ -55,6 +55,7 @@ fn begin(newborn: &Newborn, started: Instant) -> Result<(Process, Option<PathBuf
     let mut restore = Restore::new(image);
     restore.is_paused = true;
     restore.overrides.mmds.clone_from(&spec.mmds);
+    restore.overrides.payload.clone_from(&spec.payload);
     let mut config = VmConfig::default();
     config.defaults.clone_from(defaults);
     let api = spec.api_sock.clone().map(|path| Api { path, body_limit: household.body_limit });

@@ -10,7 +10,7 @@ use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::config::{Defaults, LoggerConfig};
+use crate::config::{Defaults, LoggerConfig, Payload};
 use crate::snapshot::{Document, EXTENT_LEN, Extent, Image, MemoryImage};
 
 /// What children have of the process that their parent runs in.
@@ -34,6 +34,8 @@ pub(crate) struct Spec {
     pub(crate) config: Value,
     /// The guest's metadata.
     pub(crate) mmds: Option<Value>,
+    /// What the guest is given.
+    pub(crate) payload: Option<Payload>,
     pub(crate) is_paused: bool,
     pub(crate) ends_with_parent: bool,
 }

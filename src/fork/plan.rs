@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ChildOverrides, ForkError, ForkParams, Spec};
 use crate::config::{SerialTo, VmConfig};
+use crate::snapshot::Overrides;
 
 /// What children are the children of.
 #[derive(Clone, Copy, Debug)]
@@ -44,7 +45,8 @@ pub(crate) fn plan(parent: Parent<'_>, params: &ForkParams) -> Result<Vec<Spec>,
             }
             let api_sock = api_sock.or_else(|| parent.api_sock.map(|path| numbered(path, number)));
             let ForkParams { paused: is_paused, end_with_parent: ends_with_parent, .. } = *params;
-            Ok(Spec { id, api_sock, config, mmds: overrides.mmds, is_paused, ends_with_parent })
+            let Overrides { mmds, payload, .. } = overrides;
+            Ok(Spec { id, api_sock, config, mmds, payload, is_paused, ends_with_parent })
         })
         .collect()
 }
