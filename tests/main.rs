@@ -8,6 +8,7 @@
     reason = "numbers in tests are small, and a wrong one fails the test"
 )]
 
+mod acpi;
 mod api;
 mod attack;
 mod balloon;
