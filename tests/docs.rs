@@ -38,7 +38,7 @@ fn run(script: &str) {
     let prelude = "\
 set -euo pipefail
 PATH=$PWD/bin:$PATH
-trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
+trap 'for s in *.sock*; do husk ctl --api-sock $s kill || true; done 2>/dev/null; kill $(jobs -p) 2>/dev/null || true' EXIT
 curl() { command curl --silent --show-error --fail-with-body --max-time 60 \"$@\"; }
 ";
     let mut command = Command::new("bash");
@@ -60,6 +60,11 @@ fn the_sessions_about_snapshots_run() {
     run(&["docs/snapshot.md", "docs/snapshot-format.md"]
         .map(|page| shell(page, |_| true))
         .concat());
+}
+
+#[test]
+fn the_session_about_forks_runs() {
+    run(&shell("docs/fork.md", |_| true));
 }
 
 #[test]
