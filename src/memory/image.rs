@@ -107,11 +107,12 @@ pub(super) fn map_again(
 /// Copies again what of the image is copied rather than mapped over `region`.
 pub(super) fn copy_again(image: &MemoryImage, start: u64, region: &GuestRegion) -> io::Result<()> {
     let shortest = shortest_mapped(&image.over);
-    let copied = |segment: &Segment| segment.len < shortest;
-    for segment in clipped(&image.over, start, region.len()).filter(copied) {
-        let to = region.host() + (segment.start - start);
-        // SAFETY: the segment is clipped to the region, which nobody uses now.
-        unsafe { put(&segment, to)? };
+    for (whole, part) in clipped(&image.over, start, region.len()) {
+        if whole.len < shortest {
+            let to = region.host() + (part.start - start);
+            // SAFETY: the part is clipped to the region, which nobody uses now.
+            unsafe { put(&part, to)? };
+        }
     }
     Ok(())
 }
@@ -122,14 +123,17 @@ pub(super) fn copy_again(image: &MemoryImage, start: u64, region: &GuestRegion) 
 /// The range is guest memory that nobody uses yet.
 unsafe fn over(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::Result<()> {
     let shortest = shortest_mapped(&image.over);
-    for segment in clipped(&image.over, start, len) {
-        let to = host + (segment.start - start);
-        // SAFETY: the segment is clipped to the range.
+    for (whole, part) in clipped(&image.over, start, len) {
+        let to = host + (part.start - start);
+        // By the whole segment, however little of it is in the range: `copy_again` has to know what
+        // became of it.
+        let is_mapped = whole.len >= shortest;
+        // SAFETY: the part is clipped to the range.
         unsafe {
-            match &segment.from {
-                Some(file) if segment.len >= shortest => map(file, segment.start, to, segment.len)?,
-                None if segment.len >= shortest => map_zeroes(to, segment.len)?,
-                _ => put(&segment, to)?,
+            match &part.from {
+                Some(file) if is_mapped => map(file, part.start, to, part.len)?,
+                None if is_mapped => map_zeroes(to, part.len)?,
+                _ => put(&part, to)?,
             }
         }
     }
@@ -145,14 +149,15 @@ fn shortest_mapped(over: &[Segment]) -> u64 {
     shortest
 }
 
-/// The parts of segments in `len` bytes at `start`.
-fn clipped(over: &[Segment], start: u64, len: u64) -> impl Iterator<Item = Segment> {
+/// The segments in `len` bytes at `start`, and the part of each that is there.
+fn clipped(over: &[Segment], start: u64, len: u64) -> impl Iterator<Item = (&Segment, Segment)> {
     let end = start + len;
     let first = over.partition_point(move |segment| segment.end() <= start);
     let here = over.iter().skip(first).take_while(move |segment| segment.start < end);
     here.map(move |segment| {
         let from = segment.start.max(start);
-        Segment { start: from, len: segment.end().min(end) - from, from: segment.from.clone() }
+        let len = segment.end().min(end) - from;
+        (segment, Segment { start: from, len, from: segment.from.clone() })
     })
 }
 
@@ -198,10 +203,10 @@ unsafe fn copy_all(image: &MemoryImage, start: u64, host: u64, len: u64) -> io::
         // SAFETY: the extent is clipped to the range.
         unsafe { copy(&image.file, from, host + (from - start), count)? };
     }
-    for segment in clipped(&image.over, start, len) {
-        let to = host + (segment.start - start);
-        // SAFETY: the segment is clipped to the range.
-        unsafe { put(&segment, to)? };
+    for (_, part) in clipped(&image.over, start, len) {
+        let to = host + (part.start - start);
+        // SAFETY: the part is clipped to the range.
+        unsafe { put(&part, to)? };
     }
     Ok(())
 }

@@ -171,3 +171,78 @@ fn has_two_dimensional_paging() -> bool {
         .into_iter()
         .any(says_yes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use devices::sys::discard::discard as give_back;
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::config::MachineConfig;
+    use crate::snapshot::Segment;
+
+    const PAGES: u64 = 256;
+    const PAGE_LEN: usize = 4096;
+
+    /// A file in memory of which every page is full of `byte`.
+    fn full_of(byte: u8) -> Arc<File> {
+        let fd = rustix::fs::memfd_create("rewind", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let file = File::from(fd);
+        let bytes = vec![byte; usize::try_from(PAGES * PAGE).unwrap()];
+        file.write_all_at(&bytes, 0).unwrap();
+        Arc::new(file)
+    }
+
+    /// An image of 1s, over which lie long and short segments of 2s and of zeroes.
+    fn image() -> MemoryImage {
+        let later = full_of(2);
+        let segment = |first: u64, count: u64, from: Option<&Arc<File>>| Segment {
+            start: first * PAGE,
+            len: count * PAGE,
+            from: from.cloned(),
+        };
+        let over = [
+            segment(32, 32, Some(&later)),
+            segment(96, 32, None),
+            segment(160, 2, Some(&later)),
+            segment(192, 2, None),
+        ];
+        MemoryImage { file: full_of(1), extents: Arc::default(), over: over.into() }
+    }
+
+    /// The pages of guest memory: the byte that each is full of.
+    fn content(ram: &Ram) -> Vec<u8> {
+        let page = |n: u64| {
+            let mut bytes = [0; PAGE_LEN];
+            ram.all.read_slice(&mut bytes, GuestAddress(n * PAGE)).unwrap();
+            assert!(bytes.iter().all(|byte| *byte == bytes[0]), "page {n} is mixed");
+            bytes[0]
+        };
+        (0..PAGES).map(page).collect()
+    }
+
+    /// A page that was given back and written again is neither left zero nor what lies under a segment.
+    #[test]
+    fn what_a_balloon_took_comes_back_of_every_segment() {
+        let image = image();
+        let machine = MachineConfig { mem_size_mib: (PAGES * PAGE) >> 20, ..Default::default() };
+        let mut ram = super::super::map(&machine, Sharing::Private, Some(&image)).unwrap();
+        let saved = content(&ram);
+        assert_eq!([0, 32, 63, 96, 160, 162, 193].map(|n| saved[n]), [1, 2, 2, 0, 2, 1, 0]);
+        for round in 0..2 {
+            for first in [8, 40, 104, 160, 192] {
+                let addr = GuestAddress(first * PAGE);
+                assert_eq!(give_back(&ram.all, addr, 2 * PAGE).unwrap(), 2 * PAGE);
+                // The other one stays as it was given back.
+                ram.all.write_slice(&[7; PAGE_LEN], addr).unwrap();
+            }
+            // Once more, when what was mapped over has been written at most.
+            for again in 0..2 {
+                ram.rewind(&image).unwrap();
+                assert_eq!(content(&ram), saved, "round {round}, rewind {again}");
+            }
+        }
+    }
+}
