@@ -127,6 +127,22 @@ fn memory_types_are_as_they_were() {
     }
 }
 
+/// One that was on its way when the VM was saved is in no interrupt controller's state.
+#[test]
+fn interrupts_that_are_not_acknowledged_come_again() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("snapshot");
+    let vm = steps().disk(scratch.file("disk", [b'd'; 4096])).start();
+    vm.expect("ready=1");
+    // The byte after the command stays in the port.
+    tell(&vm, "lq", "lost");
+    snapshot(&vm, &directory);
+    drop(vm);
+    let vm = restore(&directory).start();
+    assert_eq!(vm.expect("told=").trim_end(), "told=true,true");
+    vm.wait().ok();
+}
+
 #[test]
 fn what_names_the_outside_can_be_another() {
     let scratch = Scratch::new();

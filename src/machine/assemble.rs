@@ -90,6 +90,9 @@ impl Machine {
             let saved = &restore.image.document.machine;
             saved.write(&vm, &fds, &parts.cpu, config, restore.clock())?;
             legacy.restore(&saved.legacy);
+            // What devices raised before the interrupt controllers had their state is gone.
+            devices.iter().for_each(|device| lock(&device.transport).tell_again());
+            lock(&parts.serial).tell_again();
             identity.renew(&ram.guest, &legacy.acpi, config.payload.as_ref())?;
         }
         parts.identity = Some(identity.current());

@@ -3,24 +3,32 @@
 //! the count to its second, which `s` reads; `f` writes to the disk from its second page on until a write fails, and
 //! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first
 //! bytes of the pmem device and the vsock address; `m` shows registers of the processor that KVM does not list, and
-//! changes them; `i` shows who it is: generation id, VMClock's counter, payload; `x`
+//! changes them; `i` shows who it is: generation id, VMClock's counter, payload; `l`
+//! lets the interrupts of the disk and of one more byte get lost, and says when both have come after all; `x`
 //! resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
 #![no_main]
 
 use rt::block::{Block, SECTOR};
-use rt::virtio::{self, Buffer, Device, Queue};
-use rt::{BootInfo, Failure, Outcome, clock, ensure, memory, options, power, println, ring0};
+use rt::virtio::{self, Buffer, Device, Queue, reg};
+use rt::{
+    BootInfo, Failure, Outcome, acpi, clock, ensure, fail, interrupts, memory, options, power,
+    println, ring0,
+};
 
 rt::entry!(run);
 
 const DATA: u16 = 0x3f8;
+const INTERRUPT_ENABLE: u16 = DATA + 1;
 const LINE_STATUS: u16 = DATA + 5;
 const DATA_READY: u8 = 1;
 const PAGE: usize = 4096;
 const TIMEOUT_US: u64 = 10_000_000;
+/// ISA IRQ 4, which is the I/O APIC's input 4.
+const SERIAL_IRQ: u32 = 4;
 
 struct Job {
+    boot: &'static BootInfo,
     count: u64,
     area: &'static mut [u8],
     disk: Option<Block>,
@@ -54,6 +62,7 @@ fn run(boot: &'static BootInfo) -> Outcome {
     };
     let pages = options::number(boot.cmdline, "pages", 1024) as usize;
     let mut job = Job {
+        boot,
         count: 0,
         area: memory::allocate(pages * PAGE),
         disk,
@@ -69,8 +78,12 @@ fn run(boot: &'static BootInfo) -> Outcome {
 }
 
 fn input() -> u8 {
-    while ring0::in8(LINE_STATUS) & DATA_READY == 0 {}
+    while !has_input() {}
     ring0::in8(DATA)
+}
+
+fn has_input() -> bool {
+    ring0::in8(LINE_STATUS) & DATA_READY != 0
 }
 
 impl Job {
@@ -137,11 +150,32 @@ impl Job {
             }
             b'm' => memory_types()?,
             b'i' => identity(),
+            b'l' => self.lose_interrupts()?,
             b'x' => power::reboot(),
             b'q' => return Ok(false),
             _ => println!("unknown={what:#x}"),
         }
         Ok(true)
+    }
+
+    /// The I/O APIC forgets an edge that comes while its input is masked, as it was until now: only the devices know
+    /// that they wait.
+    fn lose_interrupts(&mut self) -> Outcome {
+        let Some(io_apic) = acpi::io_apic(self.boot) else { fail!("no I/O APIC") };
+        let Some(disk) = &mut self.disk else { fail!("no disk") };
+        disk.queue.want_interrupts(true);
+        disk.read(0, self.sector)?;
+        let has_raised = || disk.device.read(reg::INTERRUPT_STATUS) != 0;
+        ensure!(clock::wait_until(TIMEOUT_US, has_raised), "no interrupt status");
+        ring0::out8(INTERRUPT_ENABLE, 1);
+        ensure!(clock::wait_until(TIMEOUT_US, has_input), "no input");
+        interrupts::enable(io_apic, disk.device.irq, 0);
+        interrupts::enable(io_apic, SERIAL_IRQ, 1);
+        println!("lost={}", interrupts::count(0) + interrupts::count(1));
+        let have_come = || interrupts::count(0) > 0 && interrupts::count(1) > 0;
+        clock::wait_until(TIMEOUT_US, have_come);
+        println!("told={},{}", interrupts::count(0) > 0, interrupts::count(1) > 0);
+        Ok(())
     }
 
     /// Each page holds the count and its own number, so a page that is old or another's is found.
@@ -165,7 +199,7 @@ const MTRRS: [u32; 4] = [0x206, 0x207, 0x26f, 0x2ff];
 fn memory_types() -> Outcome {
     let mut all = [0; 4];
     for (value, index) in all.iter_mut().zip(MTRRS) {
-        let Ok(now) = ring0::rdmsr(index) else { rt::fail!("MSR {index:#x} cannot be read") };
+        let Ok(now) = ring0::rdmsr(index) else { fail!("MSR {index:#x} cannot be read") };
         *value = now;
         let next = match index {
             0x206 | 0x207 => now + 0x1000,

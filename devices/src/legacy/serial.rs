@@ -40,6 +40,8 @@ const LINE_STATUS: u64 = 5;
 const MODEM_CONTROL_LOOP: u8 = 1 << 4;
 const INTERRUPT_ENABLE_VALID: u8 = 0x0f;
 const INTERRUPT_ID_VALID: u8 = 0x07;
+/// Room to send, or something to read.
+const INTERRUPT_ID_PENDING: u8 = 0x06;
 const LINE_STATUS_DATA_READY: u8 = 1 << 0;
 const LINE_STATUS_IDLE: u8 = 0x60;
 
@@ -160,6 +162,14 @@ impl Serial {
     pub fn set_state(&mut self, state: SerialState) -> Result<(), SerialError> {
         let line = self.uart.interrupt_evt().0.clone();
         self.go_on(state, line)
+    }
+
+    /// Raises the interrupt again if the guest has not seen to it, once the interrupt controllers have
+    /// their state: see [`MmioTransport::tell_again`](crate::virtio::mmio::MmioTransport::tell_again).
+    pub fn tell_again(&self) {
+        if self.uart.state().interrupt_identification & INTERRUPT_ID_PENDING != 0 {
+            self.uart.interrupt_evt().0.raise();
+        }
     }
 
     /// The same in another machine, interrupting through `line`. If it is refused, nothing has changed.
@@ -672,8 +682,12 @@ mod tests {
             Serial::from_state(read, Box::new(line.clone()), Console::none().unwrap()).unwrap();
 
         assert_eq!(serial.lock().unwrap().state(), state);
-        assert_eq!(line.load(Ordering::Relaxed), 1, "the guest is told again");
+        let told = line.load(Ordering::Relaxed);
+        serial.lock().unwrap().tell_again();
+        assert_eq!(line.load(Ordering::Relaxed), told + 1, "the guest is told again");
         assert_eq!(received(&serial), b"waiting");
+        serial.lock().unwrap().tell_again();
+        assert_eq!(line.load(Ordering::Relaxed), told + 1, "there is nothing any more");
         assert_eq!(inb(&serial, 7), 0x5a);
     }
 

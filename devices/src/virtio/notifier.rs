@@ -167,12 +167,17 @@ impl Notifier {
         self.isr.store(0, Ordering::SeqCst);
     }
 
-    /// Takes over saved registers and raises the line again if an interrupt was not acknowledged.
+    /// Takes over saved registers.
     pub(super) fn restore(&self, status: u32, isr: u32, generation: u32) {
         self.status.store(status, Ordering::SeqCst);
         self.isr.store(isr, Ordering::SeqCst);
         self.generation.store(generation, Ordering::SeqCst);
-        if isr != 0 {
+    }
+
+    /// Raises the line again if an interrupt was not acknowledged. A driver that has had it finds
+    /// nothing new, as after any interrupt that two causes share.
+    pub(super) fn tell_again(&self) {
+        if self.isr() != 0 {
             self.interrupt_for_config();
         }
     }

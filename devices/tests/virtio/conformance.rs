@@ -270,6 +270,10 @@ fn a_restored_device_goes_on_where_it_was() {
         let m = Machine::with(second.device, mem, Some(&saved)).unwrap();
         assert_eq!((m.status(), m.get(0x60)), (15, isr), "{}", name);
         assert_eq!(ring.used_idx(), 20);
+        // What was not acknowledged comes when it can get through, and not before.
+        assert_eq!(m.irq.counts(), (0, 0), "{name}");
+        m.transport.lock().unwrap().tell_again();
+        assert_eq!(m.irq.counts(), (0, 1), "{name}");
         m.transport.lock().unwrap().resume().unwrap();
         m.irq.wait("used buffers", || ring.used_idx() == 21);
         ring.set_used_event(21);

@@ -154,7 +154,8 @@ pub struct MmioTransport {
 
 impl MmioTransport {
     /// Connects `device` to its driver, memory and I/O thread. Boot and restore are one path;
-    /// `saved` is the only difference. A restored device is paused.
+    /// `saved` is the only difference. A restored device is paused, and has not told its driver yet
+    /// what that may have missed: [`Self::tell_again`].
     pub fn new(
         device: Box<dyn VirtioDevice>,
         mem: GuestRam,
@@ -315,7 +316,15 @@ impl MmioTransport {
         let left = self.device.rewind()?;
         self.notifier.reset();
         self.restore(saved)?;
+        self.tell_again();
         Ok(if saved.files().is_some() { Left::Nothing } else { left })
+    }
+
+    /// Raises the interrupt of a restored device again if its driver has not acknowledged it: when it
+    /// was saved, it may have been on its way to interrupt controllers that did not have it yet. Those
+    /// must have their state by now, which takes the place of all that they are told before.
+    pub fn tell_again(&self) {
+        self.notifier.tell_again();
     }
 
     /// Tells the driver that the configuration space is another.
