@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -125,6 +126,61 @@ fn memory_types_are_as_they_were() {
         vm.type_in("q");
         vm.wait().ok();
     }
+}
+
+/// How far the guest's clocks may be from what a test can know of them.
+const CLOCK_SLACK: Duration = Duration::from_millis(100);
+
+/// The guest's kvm-clock and its TSC, but for a TSC that is the host's: where KVM has no hardware to offset it.
+fn clocks(vm: &TestVm) -> Vec<Duration> {
+    let count = if Path::new("/sys/module/kvm_pvm").exists() { 1 } else { 2 };
+    let line = tell(vm, "t", "time");
+    let words = line.split_whitespace().take(count);
+    words.map(|us| Duration::from_micros(us.parse().unwrap())).collect()
+}
+
+#[test]
+fn clocks_stand_still_or_catch_up() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("snapshot");
+    let vm = steps().start();
+    vm.expect("ready=1");
+    let start = Instant::now();
+    let first = clocks(&vm);
+    let first_by = start.elapsed();
+    snapshot(&vm, &directory);
+    drop(vm);
+    let until = start.elapsed();
+    let stand_still = |vm: &TestVm, since: Instant| {
+        for (now, first) in clocks(vm).iter().zip(&first) {
+            let (passed, most) = (*now - *first, until + since.elapsed() + CLOCK_SLACK);
+            assert!(passed <= most, "{passed:?} have passed, want {most:?} at most");
+        }
+    };
+    let catch_up = |vm: &TestVm| {
+        let least = start.elapsed() - first_by - CLOCK_SLACK;
+        for (now, first) in clocks(vm).iter().zip(&first) {
+            let (passed, most) = (*now - *first, start.elapsed() + CLOCK_SLACK);
+            assert!((least..=most).contains(&passed), "{passed:?}, want {least:?} to {most:?}");
+        }
+    };
+    let pass = || std::thread::sleep(Duration::from_millis(500));
+    pass();
+    let mut since = Instant::now();
+    let vm = restore(&directory).listening().typing().start();
+    stand_still(&vm, since);
+    // Soon enough for KVM to think that TSCs are to be synchronized, and more than once.
+    for _ in 0..2 {
+        pass();
+        since = Instant::now();
+        vm.api().put("/snapshot/rewind", json!({})).done();
+        stand_still(&vm, since);
+    }
+    vm.api().put("/snapshot/rewind", json!({ "clock_realtime": true })).done();
+    catch_up(&vm);
+    drop(vm);
+    let vm = restore(&directory).arg("--clock-realtime").typing().start();
+    catch_up(&vm);
 }
 
 /// One that was on its way when the VM was saved is in no interrupt controller's state.

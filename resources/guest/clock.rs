@@ -64,24 +64,42 @@ pub fn start() -> Source {
 /// Nanoseconds: since the creation of the VM (kvm-clock) or since [`start`] (TSC).
 pub fn now_ns() -> u64 {
     if !HAS_KVM_CLOCK.load(Ordering::Relaxed) {
-        let ticks = tsc() - TSC_START.load(Ordering::Relaxed);
-        return scale(ticks, 1_000_000, TSC_KHZ.load(Ordering::Relaxed).max(1));
+        return ticks_to_ns(tsc() - TSC_START.load(Ordering::Relaxed));
     }
+    let (time, tsc) = read();
+    time.system_time_ns + time.scale(tsc.wrapping_sub(time.tsc_timestamp))
+}
+
+/// How long the TSC takes for so many ticks.
+pub fn ticks_to_ns(ticks: u64) -> u64 {
+    match HAS_KVM_CLOCK.load(Ordering::Relaxed) {
+        true => read().0.scale(ticks),
+        false => scale(ticks, 1_000_000, TSC_KHZ.load(Ordering::Relaxed).max(1)),
+    }
+}
+
+/// The page, and the TSC while that was so.
+fn read() -> (TimeInfo, u64) {
     loop {
         // SAFETY: KVM changes the fields between two changes of `version`, odd meanwhile; all loads are volatile.
-        let (before, time, after) = unsafe {
+        let (before, time, now, after) = unsafe {
             let before = (&raw const TIME.version).read_volatile();
             let time = (&raw const TIME).read_volatile();
-            (before, time, (&raw const TIME.version).read_volatile())
+            (before, time, tsc(), (&raw const TIME.version).read_volatile())
         };
         if before == after && before & 1 == 0 {
-            let ticks = tsc().wrapping_sub(time.tsc_timestamp);
-            let ticks = match time.tsc_shift {
-                shift @ 0.. => ticks << shift,
-                shift => ticks >> -shift,
-            };
-            return time.system_time_ns + scale(ticks, time.tsc_to_system_mul.into(), 1 << 32);
+            return (time, now);
         }
+    }
+}
+
+impl TimeInfo {
+    fn scale(&self, ticks: u64) -> u64 {
+        let ticks = match self.tsc_shift {
+            shift @ 0.. => ticks << shift,
+            shift => ticks >> -shift,
+        };
+        scale(ticks, self.tsc_to_system_mul.into(), 1 << 32)
     }
 }
 

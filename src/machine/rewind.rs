@@ -69,15 +69,17 @@ impl Machine {
         self.ram.begin_tracking(image.parent.clone());
         memory::forget_page_tables(&parts.kvm, &self.vm, &self.ram)
             .map_err(Refusal::host("the guest's page tables"))?;
+        let passed = saved.vm.passed(clock);
         self.vcpus
             .each(|n, vcpu| {
-                let state = saved.vcpus.get(n).map_or(Ok(()), |state| state.write(&self.vm, vcpu));
+                let Some(state) = saved.vcpus.get(n) else { return Ok(()) };
+                state.write(&self.vm, vcpu, passed)?;
                 // As in a restore.
                 let _ = vcpu.kvmclock_ctrl();
-                state
+                Ok(())
             })
             .map_err(SnapshotError::State)?;
-        saved.vm.write(&self.vm, clock).map_err(SnapshotError::State)?;
+        saved.vm.write(&self.vm, passed).map_err(SnapshotError::State)?;
         self.legacy.restore(&saved.legacy);
         self.identity.go_back(saved.identity);
         self.identity.renew(&self.ram.guest, &self.legacy.acpi, config.payload.as_ref())?;

@@ -95,8 +95,9 @@ impl MachineState {
             return Err(SnapshotError::Inconsistent(why).into());
         }
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
+        let passed = self.vm.passed(clock);
         for ((state, vcpu), id) in self.vcpus.iter().zip(vcpus).zip(topology.apic_ids()) {
-            cpu.restore(vm, vcpu, id, topology, state).map_err(|e| match e {
+            cpu.restore(vm, vcpu, id, topology, state, passed).map_err(|e| match e {
                 SetupError::State(e) => SnapshotError::from(e).into(),
                 e => setup(e, config.cpu()),
             })?;
@@ -104,7 +105,7 @@ impl MachineState {
             // guest does not use kvm-clock.
             let _ = vcpu.kvmclock_ctrl();
         }
-        Ok(self.vm.write(vm, clock).map_err(SnapshotError::from)?)
+        Ok(self.vm.write(vm, passed).map_err(SnapshotError::from)?)
     }
 
     /// Where the guest saw the memory that a device brought along.

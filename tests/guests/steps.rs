@@ -3,7 +3,8 @@
 //! the count to its second, which `s` reads; `f` writes to the disk from its second page on until a write fails, and
 //! tells how many bytes that were; `r` takes random bytes; `n`, `p` and `v` show the address of the interface, the first
 //! bytes of the pmem device and the vsock address; `m` shows registers of the processor that KVM does not list, and
-//! changes them; `i` shows who it is: generation id, VMClock's counter, payload; `l`
+//! changes them; `i` shows who it is: generation id, VMClock's counter, payload; `t`
+//! tells the time: microseconds by the clock, and by the TSC alone; `l`
 //! lets the interrupts of the disk and of one more byte get lost, and says when both have come after all; `x`
 //! resets the machine, `q` ends. `pages=N` is how much memory to look after.
 #![no_std]
@@ -24,6 +25,7 @@ const LINE_STATUS: u16 = DATA + 5;
 const DATA_READY: u8 = 1;
 const PAGE: usize = 4096;
 const TIMEOUT_US: u64 = 10_000_000;
+const MSR_TSC: u32 = 0x10;
 /// ISA IRQ 4, which is the I/O APIC's input 4.
 const SERIAL_IRQ: u32 = 4;
 
@@ -150,6 +152,10 @@ impl Job {
             }
             b'm' => memory_types()?,
             b'i' => identity(),
+            b't' => {
+                let tsc = ring0::rdmsr(MSR_TSC).unwrap_or(0);
+                println!("time={} {}", clock::now_us(), clock::ticks_to_ns(tsc) / 1000);
+            }
             b'l' => self.lose_interrupts()?,
             b'x' => power::reboot(),
             b'q' => return Ok(false),

@@ -7,6 +7,7 @@
 
 use std::mem::size_of;
 use std::ops::RangeInclusive;
+use std::time::{Duration, SystemTime};
 
 use kvm_bindings::{
     CpuId, KVM_CLOCK_REALTIME, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
@@ -130,9 +131,9 @@ impl VcpuState {
         compat::check(&self.cpuid, here)
     }
 
-    /// Gives it to a vCPU that is not running, and of the same kind. For a new one there is
-    /// [`HostCpu::restore`](super::vcpu::HostCpu::restore).
-    pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
+    /// Gives it to a vCPU that is not running, and of the same kind, for whose guest time has `passed`.
+    /// For a new one there is [`HostCpu::restore`](super::vcpu::HostCpu::restore).
+    pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd, passed: Duration) -> Result<(), StateError> {
         self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
         vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
@@ -142,8 +143,20 @@ impl VcpuState {
         vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
         vcpu.set_debug_regs(&self.debugregs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
-        write_msrs(vcpu, &self.msrs)?;
+        write_msrs(vcpu, &self.msrs_after(passed))?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// The MSRs, with a TSC that has ticked for as long as time has `passed`.
+    fn msrs_after(&self, passed: Duration) -> Vec<(u32, u64)> {
+        let ticks = passed.as_nanos() * u128::from(self.tsc_khz) / 1_000_000;
+        // More than the counter holds are centuries.
+        let ticks = u64::try_from(ticks).unwrap_or(u64::MAX);
+        let after = |&(index, value): &(u32, u64)| match index {
+            MSR_TSC => (index, value.wrapping_add(ticks)),
+            _ => (index, value),
+        };
+        self.msrs.iter().map(after).collect()
     }
 
     /// Gives a vCPU what the guest sees of the processor. One that has run takes only what it has.
@@ -291,10 +304,10 @@ pub struct VmState {
 #[serde(transparent)]
 struct Pit(#[serde(with = "raw")] kvm_pit_state2);
 
-/// What the guest's clock shows when a saved VM goes on.
+/// What the guest's clocks show when a saved VM goes on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Clock {
-    /// What it showed when it was saved: no time has passed.
+    /// What they showed when it was saved: no time has passed.
     #[default]
     GoesOn,
     /// That, and the time that has passed since.
@@ -310,17 +323,35 @@ impl VmState {
             Ok::<_, StateError>(chip)
         };
         let pit = has_pit.then(|| vm.get_pit2().map(Pit).map_err(kvm("KVM_GET_PIT2")));
+        let mut clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        // KVM tells only where its clock is the host's TSC, and since Linux 5.16.
+        if clock.flags & KVM_CLOCK_REALTIME == 0 {
+            clock.realtime = realtime_ns();
+        }
         Ok(Self {
             pic_master: chip(KVM_IRQCHIP_PIC_MASTER)?,
             pic_slave: chip(KVM_IRQCHIP_PIC_SLAVE)?,
             io_apic: chip(KVM_IRQCHIP_IOAPIC)?,
             pit: pit.transpose()?,
-            clock: vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?,
+            clock,
         })
     }
 
-    /// Gives it to a VM none of whose vCPUs run.
-    pub fn write(&self, vm: &VmFd, clock: Clock) -> Result<(), StateError> {
+    /// How much time has passed for a guest whose clocks are to be like `clock`.
+    pub fn passed(&self, clock: Clock) -> Duration {
+        match (clock, self.clock.realtime) {
+            (Clock::GoesOn, _) => Duration::ZERO,
+            (Clock::CatchesUp, 0) => {
+                log::warn!("the guest's clocks go on: the snapshot does not say when it was made");
+                Duration::ZERO
+            }
+            // A host's clock may have been set back: the guest's are not.
+            (Clock::CatchesUp, saved) => Duration::from_nanos(realtime_ns().saturating_sub(saved)),
+        }
+    }
+
+    /// Gives it to a VM none of whose vCPUs run, for whose guest time has `passed`.
+    pub fn write(&self, vm: &VmFd, passed: Duration) -> Result<(), StateError> {
         for (chip_id, chip) in [
             (KVM_IRQCHIP_PIC_MASTER, self.pic_master),
             (KVM_IRQCHIP_PIC_SLAVE, self.pic_slave),
@@ -331,13 +362,68 @@ impl VmState {
         if let Some(Pit(pit)) = &self.pit {
             vm.set_pit2(pit).map_err(kvm("KVM_SET_PIT2"))?;
         }
-        let catches_up = clock == Clock::CatchesUp && self.clock.flags & KVM_CLOCK_REALTIME != 0;
-        let data = kvm_clock_data {
-            flags: if catches_up { KVM_CLOCK_REALTIME } else { 0 },
-            clock: self.clock.clock,
-            realtime: self.clock.realtime,
-            ..Default::default()
+        // KVM would add the time itself, but from Linux 5.16 on only, and not to the TSCs.
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
+        let clock = self.clock.clock.saturating_add(passed);
+        vm.set_clock(&kvm_clock_data { clock, ..Default::default() }).map_err(kvm("KVM_SET_CLOCK"))
+    }
+}
+
+/// Nanoseconds since 1970.
+fn realtime_ns() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vcpu(tsc_khz: u32, msrs: &[(u32, u64)]) -> VcpuState {
+        VcpuState {
+            cpuid: Vec::new(),
+            tsc_khz,
+            mp_state: kvm_mp_state::default(),
+            regs: kvm_regs::default(),
+            sregs: kvm_sregs::default(),
+            xsave: Vec::new(),
+            xcrs: kvm_xcrs::default(),
+            debugregs: kvm_debugregs::default(),
+            lapic: kvm_lapic_state::default(),
+            msrs: msrs.to_vec(),
+            events: kvm_vcpu_events::default(),
+        }
+    }
+
+    #[test]
+    fn only_the_tsc_ticks_while_time_passes() {
+        let state = vcpu(2_000_000, &[(MSR_TSC, 7), (0x277, 8), (MSR_TSC_DEADLINE, 9)]);
+        let tsc_after = |passed| {
+            let msrs = state.msrs_after(passed);
+            assert_eq!(msrs[1..], [(0x277, 8), (MSR_TSC_DEADLINE, 9)]);
+            msrs[0].1
         };
-        vm.set_clock(&data).map_err(kvm("KVM_SET_CLOCK"))
+        assert_eq!(tsc_after(Duration::ZERO), 7);
+        assert_eq!(tsc_after(Duration::from_micros(3)), 6007);
+        assert_eq!(tsc_after(Duration::from_hours(24 * 365)), 7 + 63_072_000_000_000_000);
+        assert_eq!(tsc_after(Duration::MAX), 6);
+    }
+
+    #[test]
+    fn time_passes_since_it_was_saved_if_that_is_known() {
+        let saved = |realtime| VmState {
+            pic_master: kvm_irqchip::default(),
+            pic_slave: kvm_irqchip::default(),
+            io_apic: kvm_irqchip::default(),
+            pit: None,
+            clock: kvm_clock_data { realtime, ..Default::default() },
+        };
+        let hour = Duration::from_hours(1);
+        let ago = saved(realtime_ns() - 3_600_000_000_000);
+        assert!((hour..2 * hour).contains(&ago.passed(Clock::CatchesUp)));
+        assert_eq!(ago.passed(Clock::GoesOn), Duration::ZERO);
+        for unknown in [0, realtime_ns() + 3_600_000_000_000] {
+            assert_eq!(saved(unknown).passed(Clock::CatchesUp), Duration::ZERO);
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Giving a vCPU its identity and its first registers.
 use std::ffi::c_ulong;
+use std::time::Duration;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
@@ -179,7 +180,8 @@ impl HostCpu {
         Ok(())
     }
 
-    /// Has the vCPU with `apic_id`, which has not run, go on where another stood.
+    /// Has the vCPU with `apic_id`, which has not run, go on where another stood, for whose guest time
+    /// has `passed`.
     pub fn restore(
         &self,
         vm: &VmFd,
@@ -187,6 +189,7 @@ impl HostCpu {
         apic_id: u8,
         topology: Topology,
         saved: &VcpuState,
+        passed: Duration,
     ) -> Result<(), SetupError> {
         let here = self.cpuid_for(apic_id, topology)?;
         if saved.check(&here).is_err() {
@@ -197,7 +200,7 @@ impl HostCpu {
         }
         // Some of them may not be part of what is saved.
         self.write_msrs(vcpu)?;
-        Ok(saved.write(vm, vcpu)?)
+        Ok(saved.write(vm, vcpu, passed)?)
     }
 
     fn write_msrs(&self, vcpu: &VcpuFd) -> Result<(), SetupError> {
