@@ -73,6 +73,9 @@ impl Machine {
         self.vcpus
             .each(|n, vcpu| {
                 let Some(state) = saved.vcpus.get(n) else { return Ok(()) };
+                if n == 0 {
+                    state.forget_tsc(vcpu)?;
+                }
                 state.write(&self.vm, vcpu, passed)?;
                 // As in a restore.
                 let _ = vcpu.kvmclock_ctrl();

@@ -96,6 +96,9 @@ impl MachineState {
         }
         let topology = Topology::new(config.machine.vcpu_count, config.machine.smt);
         let passed = self.vm.passed(clock);
+        if let (Some(state), Some(vcpu)) = (self.vcpus.first(), vcpus.first()) {
+            state.forget_tsc(vcpu).map_err(SnapshotError::from)?;
+        }
         for ((state, vcpu), id) in self.vcpus.iter().zip(vcpus).zip(topology.apic_ids()) {
             cpu.restore(vm, vcpu, id, topology, state, passed).map_err(|e| match e {
                 SetupError::State(e) => SnapshotError::from(e).into(),

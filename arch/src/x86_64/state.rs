@@ -28,6 +28,8 @@ const MTRRS: [RangeInclusive<u32>; 5] =
 /// By how many parts in a million the TSC may tick faster or slower than it did: what clocks differ
 /// by anyway.
 const TSC_TOLERANCE_PPM: u64 = 250;
+/// What a TSC is set to first differs in this bit from what it is then: that is decades.
+const TSC_FAR: u64 = 1 << 62;
 
 /// Why a state could not be read, or does not fit here.
 #[derive(Debug, thiserror::Error)]
@@ -132,7 +134,8 @@ impl VcpuState {
     }
 
     /// Gives it to a vCPU that is not running, and of the same kind, for whose guest time has `passed`.
-    /// For a new one there is [`HostCpu::restore`](super::vcpu::HostCpu::restore).
+    /// For a new one there is [`HostCpu::restore`](super::vcpu::HostCpu::restore). The first of a VM has
+    /// [forgotten its TSC](Self::forget_tsc).
     pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd, passed: Duration) -> Result<(), StateError> {
         self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
@@ -145,6 +148,17 @@ impl VcpuState {
         vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
         write_msrs(vcpu, &self.msrs_after(passed))?;
         vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+    }
+
+    /// Has the TSC of the `first` vCPU of a VM be what it is set to next, by the state that this is.
+    ///
+    /// KVM takes a value that is within a second of what it expects for an attempt to synchronize vCPUs,
+    /// and keeps what it has (kvm_synchronize_tsc() in arch/x86/kvm/x86.c). So the other vCPUs follow the
+    /// first one, which is what we want of it; the first must not follow what the VM had until now: a
+    /// guest that goes back again at once would keep a TSC that has gone on.
+    pub fn forget_tsc(&self, first: &VcpuFd) -> Result<(), StateError> {
+        let tsc = self.msrs.iter().find(|(index, _)| *index == MSR_TSC);
+        tsc.map_or(Ok(()), |(index, value)| write_msrs(first, &[(*index, value ^ TSC_FAR)]))
     }
 
     /// The MSRs, with a TSC that has ticked for as long as time has `passed`.
