@@ -65,7 +65,7 @@ pub(crate) struct Parts {
     pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
     /// What the devices share.
     pub(crate) env: Env,
-    /// The machine's, from its first assembly.
+    /// That of the machine that was reset, for the next one.
     pub(crate) identity: Option<Current>,
     pub(crate) counters: MachineCounters,
 }

@@ -83,6 +83,14 @@ fn clones_are_told_apart_and_given_their_own() {
     one.expect("ready=1");
     assert_eq!(who(&one), first, "a clone stays who it is over a reset");
 
+    // One that goes back is another VM again, and stays that one, too.
+    other.api().put("/snapshot/rewind", json!({})).done();
+    let back = who(&other);
+    assert_eq!((&*back.counter, back.id == second.id), ("2", false));
+    other.type_in("x");
+    other.expect("ready=1");
+    assert_eq!(who(&other), back, "a rewind is not undone by a reset");
+
     // The clone of a clone.
     let again = scratch.path("again");
     one.api().put("/snapshot/create", json!({ "directory": again })).done();

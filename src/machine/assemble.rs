@@ -95,7 +95,6 @@ impl Machine {
             lock(&parts.serial).tell_again();
             identity.renew(&ram.guest, &legacy.acpi, config.payload.as_ref())?;
         }
-        parts.identity = Some(identity.current());
         let counters = parts.counters.vcpus.clone();
         let unclaimed = Unclaimed::default();
         let world = World { pio, mmio, outcome: outcome.clone(), unclaimed, counters };
@@ -110,7 +109,8 @@ impl Machine {
     /// Takes the machine apart, so that it can be put together again: devices stop, and give back
     /// what they opened.
     pub(crate) fn dismantle(self) -> Result<Parts, Refusal> {
-        let Self { vcpus, devices, rest: Rest(mut parts), .. } = self;
+        let Self { vcpus, devices, identity, rest: Rest(mut parts), .. } = self;
+        parts.identity = Some(identity.current());
         // The vCPUs own the buses, and with them the other references to the transports.
         drop(vcpus);
         for Attached { model, id, transport, counters, watch, .. } in devices {
