@@ -136,8 +136,7 @@ fn handle(
 
 /// Async-signal-safe: atomics and system calls only.
 extern "C" fn on_stop(signal: libc::c_int) {
-    // SAFETY: asks the kernel, nothing else.
-    if unsafe { libc::getpid() } != OWNER.load(Ordering::Relaxed) {
+    if !is_owner() {
         return;
     }
     // SAFETY: the thread's own errno, which whatever was interrupted may be about to read.
@@ -165,11 +164,9 @@ extern "C" fn on_stop(signal: libc::c_int) {
 /// somebody else sends is ignored.
 extern "C" fn on_alarm(_: libc::c_int) {
     let signal = FIRST.load(Ordering::Relaxed);
-    // SAFETY: asks the kernel, nothing else.
-    let is_ours = unsafe { libc::getpid() } == OWNER.load(Ordering::Relaxed);
     // The timer may be a moment early by another clock.
     let is_due = now_ms() - FIRST_AT_MS.load(Ordering::Relaxed) >= LAST_RESORT_MS - 20;
-    if signal == 0 || !is_ours || !is_due {
+    if signal == 0 || !is_owner() || !is_due {
         return;
     }
     devices::backend::console::restore_terminal();
@@ -194,6 +191,13 @@ extern "C" fn on_alarm(_: libc::c_int) {
     let code = Ending::Signalled { signal }.exit_code();
     // SAFETY: ends the process at once; nothing is left to be run in it.
     unsafe { libc::_exit(code as libc::c_int) };
+}
+
+/// Whether this is the process that took the signals, and was not forked off it. Async-signal-safe.
+fn is_owner() -> bool {
+    // SAFETY: asks the kernel, nothing else.
+    let this = unsafe { libc::getpid() };
+    this == OWNER.load(Ordering::Relaxed)
 }
 
 fn now_ms() -> i64 {
@@ -227,8 +231,11 @@ fn handle_crashes() -> std::io::Result<()> {
 
 /// Async-signal-safe: system calls only, no allocation, no lock that is waited for.
 extern "C" fn on_crash(signal: libc::c_int) {
-    devices::backend::console::restore_terminal();
-    say(CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line));
+    // One that copies memory may lose the pages of a file; the console goes on.
+    if is_owner() {
+        devices::backend::console::restore_terminal();
+        say(CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line));
+    }
     // SAFETY: the default action, which SA_RESETHAND set, follows when the handler returns and the
     // signal is no longer blocked.
     unsafe { libc::raise(signal) };

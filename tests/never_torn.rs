@@ -539,7 +539,7 @@ fn a_copier_that_is_killed_leaves_the_old_and_the_guest() {
     let scratch = Scratch::new();
     let vm = warm().listening().start();
     vm.expect("tick=");
-    for place in forms(&scratch) {
+    for (place, signal) in forms(&scratch).into_iter().zip([Signal::KILL, Signal::BUS]) {
         vm.api().put("/snapshot/create", &place).done();
         let old = sound(&place).unwrap();
         let directory = place["directory"].as_str().map_or(scratch.as_ref(), Path::new);
@@ -563,7 +563,7 @@ fn a_copier_that_is_killed_leaves_the_old_and_the_guest() {
             }
             std::thread::yield_now();
         };
-        rustix::process::kill_process(copier, Signal::KILL).unwrap();
+        rustix::process::kill_process(copier, signal).unwrap();
         let fault = asked.join().unwrap().fault();
         assert!(fault.contains("the process that copies memory ended"), "{fault}");
         strace.detach();
@@ -574,4 +574,7 @@ fn a_copier_that_is_killed_leaves_the_old_and_the_guest() {
         restore(&place);
     }
     assert_goes_on(&vm);
+    vm.api().act("Kill").done();
+    let end = vm.wait().code(0);
+    assert!(!end.errors.contains("crashed"), "{}", end.errors);
 }
