@@ -19,6 +19,7 @@ mod plan;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
@@ -57,7 +58,10 @@ pub(crate) fn begin(pieces: &[Piece], order: Order<'_>) -> io::Result<Dump> {
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
-            let status = Copier::run(parent, pieces, order, &to_parent);
+            // A panic ends here: further out are the destructors of the VM, of which this is no more than
+            // a copy.
+            let run = AssertUnwindSafe(|| Copier::run(parent, pieces, order, &to_parent));
+            let status = catch_unwind(run).unwrap_or(1);
             // SAFETY: ends the process at once; nothing is left to be run in it.
             unsafe { libc::_exit(status) }
         }
@@ -138,4 +142,27 @@ const PARTIAL: u8 = 4;
 
 fn usize_of(n: u64) -> usize {
     usize::try_from(n).expect("guest memory is mapped, so its size is an address")
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::mmap::MmapRegion;
+
+    use super::*;
+    use crate::snapshot::Compression;
+
+    #[test]
+    fn a_copier_that_panics_ends_there() {
+        let page: MmapRegion = MmapRegion::new(PAGE).unwrap();
+        let target = rustix::fs::memfd_create("dump", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+        let (host, len) = (page.as_ptr().addr() as u64, PAGE as u64);
+        let piece = Piece { host, len, start: 0, base: None, vacated: Vec::new() };
+        // It does not fit into its page.
+        let patch = Patch { at: len - 1, bytes: [1; 16], blank: 0..0 };
+        let (plan, compression) = (Plan::Full, Compression::None);
+        let order = Order { plan: &plan, patch, target: &target.into(), compression };
+        let mut dump = begin(&[piece], order).unwrap();
+        let (_, status) = waitpid(dump.child.take(), WaitOptions::empty()).unwrap().unwrap();
+        assert_eq!(status.exit_status(), Some(1), "{status:?}");
+    }
 }
