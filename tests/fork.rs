@@ -13,6 +13,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::Timespec;
 use serde_json::{Value, json};
 
+use crate::never_torn::Strace;
 use crate::util::*;
 
 /// 16 MiB for the guest `steps`, which does what it is told.
@@ -208,6 +209,19 @@ fn each_child_is_given_a_payload_of_its_own() {
 /// The children of a reply.
 fn children(reply: &Reply) -> Vec<Child> {
     reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()
+}
+
+/// RAM is a file in memory until it is frozen, and what is written to it must not go elsewhere if that fails.
+#[test]
+fn a_fork_that_the_host_refuses_half_way_loses_nothing() {
+    let (scratch, vm) = (Scratch::new(), parent(forkable()));
+    let strace = Strace::attach(&vm, &scratch, "madvise", "error=ENOMEM");
+    post(&vm.api(), json!({})).fault();
+    assert!(strace.detach());
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    let mut child = fork(&vm.api(), &scratch, &["a"]).remove(0);
+    assert_eq!(child.tell("c", "count"), "4");
+    assert_eq!(tell(&vm, "c", "count"), "4");
 }
 
 #[test]

@@ -38,11 +38,15 @@ impl Ram {
         let extents = extents(file)?.into();
         let regions: Vec<_> = self.guest.iter().collect();
         for (count, region) in regions.iter().enumerate() {
-            if let Err(e) = remap(region, MapFlags::PRIVATE, pages) {
-                // Nobody has written since, so nothing is lost on the way back.
-                for region in &regions[..count] {
-                    remap(region, MapFlags::SHARED, pages)
+            let advise = |region: &&GuestRegionMmap<()>| advise_as_ram(&region.get_mmap(), pages);
+            if let Err(e) = remap(region, MapFlags::PRIVATE).and_then(|()| advise(region)) {
+                // Nobody has written since, so nothing is lost on the way back. This one may be on it, too.
+                for region in &regions[..=count] {
+                    remap(region, MapFlags::SHARED)
                         .expect("there is room for a mapping where one has just been");
+                    if let Err(e) = advise(region) {
+                        log::warn!("cannot advise the host on guest memory: {e}");
+                    }
                 }
                 return Err(e);
             }
@@ -62,7 +66,7 @@ impl Ram {
 }
 
 /// Maps the file of a region in the place of what is mapped there.
-fn remap(region: &GuestRegionMmap<()>, kind: MapFlags, pages: HugePages) -> io::Result<()> {
+fn remap(region: &GuestRegionMmap<()>, kind: MapFlags) -> io::Result<()> {
     let offset = region.file_offset().ok_or(Errno::INVAL)?;
     let len = usize::try_from(region.len()).map_err(io::Error::other)?;
     let addr = host_addr(region)? as *mut std::ffi::c_void;
@@ -71,7 +75,7 @@ fn remap(region: &GuestRegionMmap<()>, kind: MapFlags, pages: HugePages) -> io::
     // SAFETY: the range is all of a mapping of guest memory, of which nobody holds a reference, and
     // the VM stands still. What is there afterwards is mapped with the same rights.
     unsafe { mmap(addr, len, ProtFlags::READ | ProtFlags::WRITE, flags, file, start) }?;
-    advise_as_ram(&region.get_mmap(), pages)
+    Ok(())
 }
 
 /// Where in a file in memory there is something.
