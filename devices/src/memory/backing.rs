@@ -109,24 +109,26 @@ impl Backing {
         &self.written
     }
 
-    /// Whether zeroes may be mapped over the `len` bytes at `offset` of an image, which are then said
-    /// to be there. They may not if there are too many such places.
-    pub(crate) fn vacate(&self, offset: usize, len: usize) -> bool {
+    /// Has `map` map zeroes over the `len` bytes at `offset` of an image: they are said to be there if
+    /// it does. False, without a call, if there are too many such places.
+    pub(crate) fn vacate<E>(
+        &self,
+        offset: usize,
+        len: usize,
+        map: impl FnOnce() -> Result<(), E>,
+    ) -> Result<bool, E> {
         let mut state = self.lock();
         let vacated = self.vacated.get_or_init(|| PageSet::new(self.len));
-        let is_run_before = offset.checked_sub(1).is_some_and(|before| vacated.contains(before));
-        let is_run_behind = vacated.contains(offset.saturating_add(len));
-        let runs = match (is_run_before, is_run_behind) {
-            (false, false) => state.runs.saturating_add(1),
-            (true, true) => state.runs.saturating_sub(1),
-            _ => state.runs,
-        };
+        // Those that it joins become one with it.
+        let joined = vacated.runs_at(offset, len);
+        let runs = state.runs.saturating_sub(joined).saturating_add(1);
         if runs > RUNS_MAX {
-            return false;
+            return Ok(false);
         }
+        map()?;
         state.runs = runs;
         vacated.add(offset, len);
-        true
+        Ok(true)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -136,22 +138,42 @@ impl Backing {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
     use super::*;
+
+    const PAGE: usize = 4096;
+
+    /// Vacates `count` pages from the `first` on.
+    fn vacate(backing: &Backing, first: usize, count: usize) -> bool {
+        backing.vacate(first * PAGE, count * PAGE, || Ok::<_, Infallible>(())).unwrap()
+    }
 
     #[test]
     fn places_of_zeroes_are_bounded() {
-        let page = 4096;
         let backing = Backing::new(1 << 30, Behind::Image, Pages::Normal);
         for run in 0..RUNS_MAX {
-            assert!(backing.vacate(run * 2 * page, page), "{run}");
+            assert!(vacate(&backing, run * 2, 1), "{run}");
         }
-        assert!(!backing.vacate(RUNS_MAX * 2 * page, page));
-        // What joins two of them makes room.
-        assert!(backing.vacate(page, page));
-        assert!(backing.vacate(RUNS_MAX * 2 * page, page));
+        assert!(!vacate(&backing, RUNS_MAX * 2, 1));
+        // What joins two of them makes room, once.
+        for _ in 0..2 {
+            assert!(vacate(&backing, 1, 1));
+        }
+        assert!(vacate(&backing, RUNS_MAX * 2, 1));
+        assert!(!vacate(&backing, RUNS_MAX * 2 + 2, 1));
         assert_eq!(backing.vacated().unwrap()[0] & 15, 7);
         backing.set_behind(Behind::Shared);
         assert_eq!(backing.vacated().unwrap().iter().max(), Some(&0));
-        assert!(backing.vacate(RUNS_MAX * 2 * page, page));
+        assert!(vacate(&backing, RUNS_MAX * 2, 1));
+    }
+
+    #[test]
+    fn what_could_not_be_mapped_is_not_vacated() {
+        let backing = Backing::new(64 * PAGE as u64, Behind::Image, Pages::Normal);
+        assert!(vacate(&backing, 1, 2));
+        let refused = backing.vacate(0, 4 * PAGE, || Err("no memory"));
+        assert_eq!(refused, Err("no memory"));
+        assert_eq!(backing.vacated(), Some(vec![0b110]));
     }
 }

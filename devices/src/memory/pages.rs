@@ -47,6 +47,21 @@ impl PageSet {
         is_in
     }
 
+    /// How many runs of pages in it there are among those of which one of the `len` bytes at `offset` is,
+    /// and the pages right before and behind.
+    pub fn runs_at(&self, offset: usize, len: usize) -> usize {
+        let first = offset.saturating_sub(PAGE);
+        let end = offset.saturating_add(len).saturating_add(PAGE);
+        let (mut runs, mut goes_on) = (0_usize, false);
+        self.for_each_word(first, end.saturating_sub(first), |word, mask| {
+            let bits = word.load(Ordering::Relaxed) & mask;
+            let begin = bits & !(bits << 1 | u64::from(goes_on));
+            runs = runs.saturating_add(usize::try_from(begin.count_ones()).unwrap_or(usize::MAX));
+            goes_on = bits >> 63 != 0;
+        });
+        runs
+    }
+
     /// All of it: bit n of word m is page 64 m + n.
     pub fn words(&self) -> Vec<u64> {
         self.words.iter().map(|word| word.load(Ordering::Relaxed)).collect()
@@ -136,6 +151,19 @@ mod tests {
             set.remove(offset, len);
             assert_eq!(set.take(), [0; 4]);
         }
+    }
+
+    #[test]
+    fn counts_the_runs_at_a_place() {
+        let set = PageSet::new(256 * PAGE as u64);
+        for (first, count) in [(0, 1), (3, 2), (60, 80), (190, 2), (193, 1)] {
+            set.add(first * PAGE, count * PAGE);
+        }
+        let runs = |first: usize, count: usize| set.runs_at(first * PAGE, count * PAGE);
+        assert_eq!([runs(0, 1), runs(1, 1), runs(2, 1), runs(1, 2), runs(6, 53)], [1, 1, 1, 2, 0]);
+        let long = [runs(6, 54), runs(64, 64), runs(70, 1), runs(140, 1), runs(141, 1)];
+        assert_eq!(long, [1, 1, 1, 1, 0]);
+        assert_eq!([runs(192, 1), runs(195, 61), runs(0, 256), runs(300, 1)], [2, 0, 5, 0]);
     }
 
     #[test]

@@ -98,19 +98,21 @@ fn discard_in(region: &GuestRegion, offset: u64, len: u64) -> Result<u64, Discar
     region.bitmap().mark_dirty(position, size);
     let at = memory.ptr_guard_mut().as_ptr().cast();
     let done = match advice {
-        // So many places that no more can be had: these pages stay.
-        None if !backing.vacate(position, size) => return Ok(0),
         #[expect(unsafe_code, reason = "mmap of zeroes")]
         // SAFETY: as below.
-        None => unsafe { zeroes(at, size, Access::ReadWrite, backing.pages()) },
+        None => unsafe { zeroes(backing, position, at, size, Access::ReadWrite) },
         #[expect(unsafe_code, reason = "madvise")]
         // SAFETY: the range is whole pages of a mapping that outlives the slice, and it is guest
         // memory: that its contents change is what everybody who reads it has to expect of the guest
         // anyway, and nobody holds a reference to it.
-        Some(advice) => unsafe { madvise(at, size, advice) }.map_err(Into::into),
+        Some(advice) => unsafe { madvise(at, size, advice) }.map(|()| true).map_err(Into::into),
     };
-    done.map_err(|source| DiscardError::Host { start, len: bytes, source })?;
-    Ok(bytes)
+    match done {
+        Ok(true) => Ok(bytes),
+        // So many places that no more can be had: these pages stay.
+        Ok(false) => Ok(0),
+        Err(source) => Err(DiscardError::Host { start, len: bytes, source }),
+    }
 }
 
 #[cfg(test)]

@@ -206,14 +206,13 @@ impl Mapping {
         let offset = usize::try_from(piece.start).map_err(|_| ErrorKind::InvalidInput)?;
         self.backing.written().mark_dirty(offset, len);
         match self.backing.behind() {
-            Behind::Image if self.backing.vacate(offset, len) => {
+            Behind::Image => {
                 #[expect(unsafe_code, reason = "mmap over a range of our own")]
                 // SAFETY: the range lies in this mapping, of whose bytes nobody holds a reference.
-                unsafe {
-                    zeroes(start, len, access, self.backing.pages())
-                }
+                let is_done = unsafe { zeroes(&self.backing, offset, start, len, access) };
+                let too_many = || Error::other("too many places of an image have been given back");
+                is_done?.then_some(()).ok_or_else(too_many)
             }
-            Behind::Image => Err(Error::other("too many places of an image have been given back")),
             Behind::Anonymous | Behind::Shared | Behind::File => {
                 self.advise(piece, Advice::LinuxDontNeed)
             }
@@ -264,31 +263,38 @@ impl Mapping {
     }
 }
 
-/// Maps zeroes, of which none is taken from the host yet, over `len` bytes at `start` of a private
-/// mapping.
+/// Maps zeroes, of which none is taken from the host yet, over `len` bytes at `start` of an image that
+/// is mapped privately, and says so in its `backing`, where they are at `offset`. False, and nothing has
+/// changed, if there are too many such places.
 ///
 /// # Safety
 /// The range is whole pages of guest memory, which nobody holds a reference to.
 #[expect(unsafe_code, reason = "mmap over a range of guest memory")]
 pub(super) unsafe fn zeroes(
+    backing: &Backing,
+    offset: usize,
     start: *mut std::ffi::c_void,
     len: usize,
     access: Access,
-    pages: Pages,
-) -> Result<()> {
+) -> Result<bool> {
+    let pages = backing.pages();
     let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED;
     if pages == Pages::Huge2M {
         flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
     }
     // SAFETY: the caller says what the range is.
+    let map = || unsafe { rustix::mm::mmap_anonymous(start, len, access.prot(), flags) };
+    if !backing.vacate(offset, len, || map().map(drop))? {
+        return Ok(false);
+    }
+    // SAFETY: as above; neither advice changes what is there.
     unsafe {
-        rustix::mm::mmap_anonymous(start, len, access.prot(), flags)?;
         if pages == Pages::Transparent {
             rustix::mm::madvise(start, len, Advice::LinuxHugepage)?;
         }
         rustix::mm::madvise(start, len, Advice::LinuxDontDump)?;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// A piece of RAM at `offset` of what `written` records the writes to.
