@@ -1,5 +1,6 @@
 //! What is behind a piece of guest memory. Whoever gives pages back, copies memory, or maps something
 //! else in its place asks and says it here; nobody guesses from how memory was mapped once.
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use vm_memory::mmap::MmapRegion;
@@ -8,9 +9,11 @@ use super::pages::PageSet;
 use crate::GuestBitmap;
 use crate::sys::map::Pages;
 
-/// Most runs of pages that are mapped over an image: each costs up to two mappings, of which a
-/// process has 65,530.
+/// Most runs of pages that are mapped over images in this process, whichever VM they are of: each
+/// costs up to two mappings, of which a process has 65,530.
 const RUNS_MAX: usize = 16_384;
+/// How many more there can be.
+static RUNS_LEFT: AtomicUsize = AtomicUsize::new(RUNS_MAX);
 
 /// What a page is that nobody has written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,14 +43,43 @@ pub struct Backing {
 #[derive(Debug)]
 struct State {
     behind: Behind,
-    /// Runs of vacated pages, at most.
-    runs: usize,
+    /// Of vacated pages.
+    runs: Runs,
+}
+
+/// A number of runs, taken from those that there can be. Given back when it is dropped.
+#[derive(Debug)]
+struct Runs {
+    count: usize,
+    left: &'static AtomicUsize,
+}
+
+impl Runs {
+    fn none(left: &'static AtomicUsize) -> Self {
+        Self { count: 0, left }
+    }
+
+    /// Becomes another number. False if that is more than there can be.
+    fn set(&mut self, count: usize) -> bool {
+        let rest = |left: usize| left.saturating_add(self.count).checked_sub(count);
+        let is_had = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).is_ok();
+        if is_had {
+            self.count = count;
+        }
+        is_had
+    }
+}
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.set(0);
+    }
 }
 
 impl Backing {
     /// Of `len` bytes in `pages`; writes are not recorded.
     pub fn new(len: u64, behind: Behind, pages: Pages) -> Self {
-        let state = Mutex::new(State { behind, runs: 0 });
+        let state = Mutex::new(State { behind, runs: Runs::none(&RUNS_LEFT) });
         Self { len, pages, state, vacated: OnceLock::new(), written: None }
     }
 
@@ -92,7 +124,8 @@ impl Backing {
     /// Says that something else has been mapped in the place of all of it.
     pub fn set_behind(&self, behind: Behind) {
         let mut state = self.lock();
-        *state = State { behind, runs: 0 };
+        state.behind = behind;
+        state.runs.set(0);
         if let Some(vacated) = self.vacated.get() {
             vacated.take();
         }
@@ -121,13 +154,17 @@ impl Backing {
         let vacated = self.vacated.get_or_init(|| PageSet::new(self.len));
         // Those that it joins become one with it.
         let joined = vacated.runs_at(offset, len);
-        let runs = state.runs.saturating_sub(joined).saturating_add(1);
-        if runs > RUNS_MAX {
+        let before = state.runs.count;
+        if !state.runs.set(before.saturating_sub(joined).saturating_add(1)) {
             return Ok(false);
         }
-        map()?;
-        state.runs = runs;
-        vacated.add(offset, len);
+        match map() {
+            Ok(()) => vacated.add(offset, len),
+            Err(e) => {
+                state.runs.set(before);
+                return Err(e);
+            }
+        }
         Ok(true)
     }
 
@@ -144,6 +181,17 @@ mod tests {
 
     const PAGE: usize = 4096;
 
+    /// Memory with an image behind it, of which so many runs may be vacated.
+    fn within(runs: usize) -> Backing {
+        sharing(Box::leak(Box::new(AtomicUsize::new(runs))))
+    }
+
+    fn sharing(left: &'static AtomicUsize) -> Backing {
+        let backing = Backing::new(64 * PAGE as u64, Behind::Image, Pages::Normal);
+        backing.lock().runs = Runs::none(left);
+        backing
+    }
+
     /// Vacates `count` pages from the `first` on.
     fn vacate(backing: &Backing, first: usize, count: usize) -> bool {
         backing.vacate(first * PAGE, count * PAGE, || Ok::<_, Infallible>(())).unwrap()
@@ -151,29 +199,40 @@ mod tests {
 
     #[test]
     fn places_of_zeroes_are_bounded() {
-        let backing = Backing::new(1 << 30, Behind::Image, Pages::Normal);
-        for run in 0..RUNS_MAX {
+        let backing = within(4);
+        for run in 0..4 {
             assert!(vacate(&backing, run * 2, 1), "{run}");
         }
-        assert!(!vacate(&backing, RUNS_MAX * 2, 1));
+        assert!(!vacate(&backing, 8, 1));
         // What joins two of them makes room, once.
         for _ in 0..2 {
             assert!(vacate(&backing, 1, 1));
         }
-        assert!(vacate(&backing, RUNS_MAX * 2, 1));
-        assert!(!vacate(&backing, RUNS_MAX * 2 + 2, 1));
-        assert_eq!(backing.vacated().unwrap()[0] & 15, 7);
+        assert!(vacate(&backing, 8, 1));
+        assert!(!vacate(&backing, 10, 1));
+        assert_eq!(backing.vacated(), Some(vec![0b1_0101_0111]));
         backing.set_behind(Behind::Shared);
-        assert_eq!(backing.vacated().unwrap().iter().max(), Some(&0));
-        assert!(vacate(&backing, RUNS_MAX * 2, 1));
+        assert_eq!(backing.vacated(), Some(vec![0]));
+        assert!(vacate(&backing, 8, 1));
+    }
+
+    #[test]
+    fn a_process_has_so_many_for_all_of_its_memory() {
+        let one = within(2);
+        let other = sharing(one.lock().runs.left);
+        assert!(vacate(&one, 0, 1) && vacate(&other, 0, 1));
+        assert!(!vacate(&one, 2, 1) && !vacate(&other, 2, 1));
+        drop(one);
+        assert!(vacate(&other, 2, 1) && !vacate(&other, 4, 1));
     }
 
     #[test]
     fn what_could_not_be_mapped_is_not_vacated() {
-        let backing = Backing::new(64 * PAGE as u64, Behind::Image, Pages::Normal);
+        let backing = within(2);
         assert!(vacate(&backing, 1, 2));
         let refused = backing.vacate(0, 4 * PAGE, || Err("no memory"));
         assert_eq!(refused, Err("no memory"));
         assert_eq!(backing.vacated(), Some(vec![0b110]));
+        assert!(vacate(&backing, 4, 1) && !vacate(&backing, 6, 1));
     }
 }
