@@ -12,6 +12,7 @@
 //!
 //! One rename commits both files, because a state is looked for a memory with its own id, under either name. Only
 //! what is a snapshot of husk's is ever replaced, or removed.
+use std::ffi::OsStr;
 use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
@@ -28,6 +29,8 @@ use super::temporary::{Temporary, parent};
 pub(super) const STATE: &str = "state";
 /// What the names of memory files begin with in a directory.
 const MEMORY: &str = "memory";
+/// What the names of files end with that are being written.
+const UNFINISHED: &str = ".tmp";
 
 /// The files of a snapshot that is being written.
 #[derive(Debug)]
@@ -69,7 +72,7 @@ impl Files {
     pub(super) fn add(&mut self, stem: &str) -> Result<(PathBuf, &File), SnapshotError> {
         let path = self.place.other(stem, &self.id);
         let name = PathBuf::from(path.file_name().unwrap_or_default());
-        let file = Temporary::create(&path, &with_suffix(&path, ".tmp"))?;
+        let file = Temporary::create(&path, &with_suffix(&path, UNFINISHED))?;
         self.others.push((path, file));
         let (_, file) = self.others.last().expect("one was added");
         Ok((name, file.file()))
@@ -205,11 +208,11 @@ impl Place {
     }
 
     fn temporary_state(&self, id: &str) -> PathBuf {
-        with_suffix(&self.state(), &format!(".{id}.tmp"))
+        with_suffix(&self.state(), &format!(".{id}{UNFINISHED}"))
     }
 
     fn temporary_memory(&self, id: &str) -> PathBuf {
-        with_suffix(&self.side(id), ".tmp")
+        with_suffix(&self.side(id), UNFINISHED)
     }
 
     /// Refuses to replace anything but a snapshot of husk's. What is empty may be replaced too: some make the files
@@ -257,14 +260,20 @@ impl Place {
         if parent(&memory) != parent(&state) {
             directories.push(parent(&memory));
         }
+        // Of a directory's memory files and of two files' the names differ, so that neither takes the other's.
+        let before_id = match self {
+            Self::Directory(_) => '-',
+            Self::Files { .. } => '.',
+        };
         for directory in directories {
             let Ok(entries) = std::fs::read_dir(directory) else { continue };
             for entry in entries.flatten() {
                 let (path, name) = (entry.path(), entry.file_name());
-                let is_ours =
-                    |of: &Path| directory == parent(of) && is_of_snapshot(&name, of.file_name());
+                let is_ours = |of: &Path, before_id| {
+                    directory == parent(of) && is_of_snapshot(&name, of.file_name(), before_id)
+                };
                 let is_other = directory == parent(&state) && is_other_of_snapshot(&name, self);
-                let is_ours = is_ours(&state) || is_ours(&memory) || is_other;
+                let is_ours = is_ours(&state, '.') || is_ours(&memory, before_id) || is_other;
                 if is_ours && !is_wanted(&path, &state) {
                     log::info!("removing {}, which no snapshot needs", path.display());
                     if let Err(e) = std::fs::remove_file(&path) {
@@ -276,13 +285,13 @@ impl Place {
     }
 }
 
-/// Whether `name` is that of a file with an id: BASE-ID, BASE.ID or either with ".tmp" behind it.
-fn is_of_snapshot(name: &std::ffi::OsStr, base: Option<&std::ffi::OsStr>) -> bool {
-    let (Some(name), Some(base)) = (name.to_str(), base.and_then(|base| base.to_str())) else {
+/// Whether `name` is that of a file with an id: BASE, a hyphen or a dot, ID, and perhaps ".tmp".
+fn is_of_snapshot(name: &OsStr, base: Option<&OsStr>, before_id: char) -> bool {
+    let (Some(name), Some(base)) = (name.to_str(), base.and_then(OsStr::to_str)) else {
         return false;
     };
-    let rest = name.strip_prefix(base).and_then(|rest| rest.strip_prefix(['-', '.']));
-    let id = rest.map(|rest| rest.strip_suffix(".tmp").unwrap_or(rest));
+    let rest = name.strip_prefix(base).and_then(|rest| rest.strip_prefix(before_id));
+    let id = rest.map(|rest| rest.strip_suffix(UNFINISHED).unwrap_or(rest));
     id.is_some_and(|id| {
         id.len() == 32 && id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f'))
     })
@@ -290,7 +299,7 @@ fn is_of_snapshot(name: &std::ffi::OsStr, base: Option<&std::ffi::OsStr>) -> boo
 
 /// Whether `name` is that of a file of [`Files::add`]: overlay-DRIVE-ID, with the state file's name and a dot
 /// before it if it is beside that.
-fn is_other_of_snapshot(name: &std::ffi::OsStr, place: &Place) -> bool {
+fn is_other_of_snapshot(name: &OsStr, place: &Place) -> bool {
     let prefix = match place {
         Place::Directory(_) => String::new(),
         Place::Files { state, .. } => {
@@ -299,7 +308,7 @@ fn is_other_of_snapshot(name: &std::ffi::OsStr, place: &Place) -> bool {
     };
     let stem = name.to_str().and_then(|name| name.strip_prefix(&prefix)?.strip_prefix("overlay-"));
     let end = stem.and_then(|stem| stem.rfind('-').and_then(|at| stem.get(at..)));
-    end.is_some_and(|end| is_of_snapshot(end.as_ref(), Some("".as_ref())))
+    end.is_some_and(|end| is_of_snapshot(end.as_ref(), Some("".as_ref()), '-'))
 }
 
 /// Whether somebody is writing it, or the state file names it.
@@ -316,7 +325,8 @@ fn is_wanted(path: &Path, state: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     match Summary::read(state) {
         Ok(summary) => summary.needs(&name),
-        Err(_) => state.exists(),
+        // Nobody can say which are: only what was never finished is nobody's.
+        Err(_) => !name.ends_with(UNFINISHED),
     }
 }
 
@@ -360,4 +370,40 @@ fn are_same(one: &Path, other: &Path) -> bool {
     let are_linked = node(one).is_some_and(|found| node(other) == Some(found));
     let are_together = node(parent(one)) == node(parent(other));
     are_linked || (are_together && one.file_name() == other.file_name())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::temporary::tests::{names, scratch};
+    use super::*;
+
+    const ID: &str = "00112233445566778899aabbccddeeff";
+
+    #[test]
+    fn only_what_is_left_over_here_is_removed() {
+        let directory = scratch();
+        let in_directory = Place::Directory(directory.clone());
+        let [state, memory] = ["a", MEMORY].map(|name| directory.join(name));
+        let in_files = Place::Files { state, memory };
+        for (place, gone, kept) in [
+            // Its state file may be unreadable, or be on its way back.
+            (&in_directory, "", "memory-ID memory.ID memory.ID.tmp overlay-d-ID state.ID"),
+            (&in_directory, "memory-ID.tmp overlay-d-ID.tmp state.ID.tmp", "memory-other.tmp"),
+            // Another snapshot's, which is a directory.
+            (&in_files, "", "memory-ID memory-ID.tmp overlay-d-ID overlay-d-ID.tmp"),
+            (&in_files, "memory.ID.tmp a.ID.tmp a.overlay-d-ID.tmp", "memory.ID state.ID.tmp"),
+        ] {
+            let [gone, kept] = [gone, kept].map(|names| names.replace("ID", ID));
+            for name in gone.split_whitespace().chain(kept.split_whitespace()) {
+                std::fs::write(directory.join(name), "").unwrap();
+            }
+            place.prune();
+            let mut kept: Vec<_> = kept.split_whitespace().collect();
+            kept.sort_unstable();
+            assert_eq!(names(&directory), kept, "of {gone:?} in {place:?}");
+            std::fs::remove_dir_all(&directory).unwrap();
+            std::fs::create_dir(&directory).unwrap();
+        }
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
 }

@@ -113,12 +113,13 @@ pub(super) fn parent(path: &Path) -> &Path {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::io::Write;
 
     use super::*;
 
-    fn scratch() -> PathBuf {
+    /// A directory that is empty.
+    pub(in super::super) fn scratch() -> PathBuf {
         use std::sync::atomic::{AtomicU32, Ordering};
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
@@ -128,7 +129,8 @@ mod tests {
         path
     }
 
-    fn names(directory: &Path) -> Vec<String> {
+    /// What is in a directory.
+    pub(in super::super) fn names(directory: &Path) -> Vec<String> {
         let entries = std::fs::read_dir(directory).unwrap();
         let mut names: Vec<_> =
             entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
