@@ -206,6 +206,17 @@ fn each_child_is_given_a_payload_of_its_own() {
     }
 }
 
+#[test]
+fn a_child_has_no_file_to_note_its_pages_beside() {
+    let vm = idle();
+    let child = children(&post(&vm.api(), json!({ "end_with_parent": true }))).remove(0);
+    let threads = fs::read_dir(format!("/proc/{}/task", child.pid)).unwrap();
+    let mut names = threads.map(|t| fs::read_to_string(t.unwrap().path().join("comm")).unwrap());
+    assert!(!names.any(|name| name.contains("prefault")), "it looks for one");
+    let refused = child.api.put("/snapshot/working-set", json!({})).fault();
+    assert!(refused.contains("was not restored from a memory file"), "{refused}");
+}
+
 /// The children of a reply.
 fn children(reply: &Reply) -> Vec<Child> {
     reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()

@@ -131,6 +131,16 @@ fn what_a_restored_guest_touches_first_is_there_the_next_time() {
         vm.api().act("Kill").done();
     }
 
+    // Nobody waits for what is no file.
+    fs::remove_file(&set).unwrap();
+    let (own, mode) = (rustix::fs::Mode::RUSR, rustix::fs::FileType::Fifo);
+    rustix::fs::mknodat(rustix::fs::CWD, &set, mode, own, 0).unwrap();
+    let vm = restore(&[]);
+    vm.expect_error("working-set is a FIFO");
+    tell(&vm, "c", "pages=1..1");
+    vm.api().act("Kill").done();
+    vm.wait();
+
     // After a time.
     fs::remove_file(&set).unwrap();
     let vm = restore(&["--record", "1"]);
@@ -140,6 +150,9 @@ fn what_a_restored_guest_touches_first_is_there_the_next_time() {
     vm.api().act("Kill").done();
     let vm = restore(&["--no-prefault"]);
     tell(&vm, "c", "pages=1..1");
+    // It goes with the snapshot that it is of.
+    snapshot(&vm, &directory);
+    assert!(!set.exists(), "the working set of another snapshot is there");
     vm.type_in("q");
     let end = vm.wait().ok();
     assert!(!end.errors.contains("touches first"), "{}", end.errors);

@@ -106,9 +106,10 @@ impl Controller {
         let live = self.live()?;
         live.record_at = None;
         let image = live.origin.restored().ok_or(SnapshotError::NoWorkingSet)?;
+        let path = image.working_set_path().ok_or(SnapshotError::NoWorkingSet)?;
         let set = live.machine.ram().touched().map_err(Refusal::host("the kernel's page map"))?;
         let set = set.ok_or(SnapshotError::NoWorkingSet)?;
-        set.write(image)?;
+        set.write(&path, image.id())?;
         log::info!("noted {} KiB that the guest touches first", set.bytes() >> 10);
         Ok(())
     }

@@ -11,7 +11,7 @@ use crate::config::VmConfig;
 use crate::error::Refusal;
 use crate::memory;
 use crate::outcome::Outcome;
-use crate::snapshot::{Image, SnapshotError, WorkingSet, working_set};
+use crate::snapshot::{Image, Noted, SnapshotError};
 
 impl Machine {
     /// Refuses an image that is not of this machine. Changes nothing that a guest could see.
@@ -112,9 +112,9 @@ impl Machine {
 
     /// Begins to take the pages that the guest was seen to touch first after another restore of `image`.
     pub(crate) fn prefault(&mut self, image: &Image) {
-        let (path, id) = (working_set::path(image), image.document.id.clone());
-        let len = image.document.memory.len;
-        self.ram.prefault(move || WorkingSet::read(&path, &id, len));
+        if let Some(noted) = Noted::find(image) {
+            self.ram.prefault(move || noted.read());
+        }
     }
 
     /// How the run ended, if it has: then nothing brings the vCPUs back.

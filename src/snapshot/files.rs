@@ -20,10 +20,10 @@ use std::path::{Path, PathBuf};
 use devices::backend::file::name_of;
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
 
-use super::SnapshotError;
 use super::opening::{Summary, has_id};
 use super::params::Place;
 use super::temporary::{Temporary, parent};
+use super::{SnapshotError, working_set};
 
 /// The state file's name in a directory.
 pub(super) const STATE: &str = "state";
@@ -207,6 +207,14 @@ impl Place {
         }
     }
 
+    /// What is noted of the snapshot's memory.
+    fn working_set(&self) -> PathBuf {
+        match self {
+            Self::Directory(directory) => directory.join(working_set::NAME),
+            Self::Files { memory, .. } => with_suffix(memory, &format!(".{}", working_set::NAME)),
+        }
+    }
+
     fn temporary_state(&self, id: &str) -> PathBuf {
         with_suffix(&self.state(), &format!(".{id}{UNFINISHED}"))
     }
@@ -260,6 +268,7 @@ impl Place {
         if parent(&memory) != parent(&state) {
             directories.push(parent(&memory));
         }
+        let working_set = self.working_set();
         // Of a directory's memory files and of two files' the names differ, so that neither takes the other's.
         let before_id = match self {
             Self::Directory(_) => '-',
@@ -273,13 +282,25 @@ impl Place {
                     directory == parent(of) && is_of_snapshot(&name, of.file_name(), before_id)
                 };
                 let is_other = directory == parent(&state) && is_other_of_snapshot(&name, self);
-                let is_ours = is_ours(&state, '.') || is_ours(&memory, before_id) || is_other;
+                let is_ours = is_ours(&state, '.')
+                    || is_ours(&memory, before_id)
+                    || is_ours(&working_set, '.')
+                    || is_other;
                 if is_ours && !is_wanted(&path, &state) {
                     log::info!("removing {}, which no snapshot needs", path.display());
                     if let Err(e) = std::fs::remove_file(&path) {
                         log::warn!("cannot remove {}: {e}", path.display());
                     }
                 }
+            }
+        }
+        // Looked for first: it is seldom there, and a state file may be large.
+        if working_set.exists()
+            && Summary::read(&state).is_ok_and(|new| working_set::is_stale(&working_set, &new.id))
+        {
+            log::debug!("removing {}, which is of another snapshot", working_set.display());
+            if let Err(e) = std::fs::remove_file(&working_set) {
+                log::warn!("cannot remove {}: {e}", working_set.display());
             }
         }
     }
@@ -389,6 +410,7 @@ mod tests {
             // Its state file may be unreadable, or be on its way back.
             (&in_directory, "", "memory-ID memory.ID memory.ID.tmp overlay-d-ID state.ID"),
             (&in_directory, "memory-ID.tmp overlay-d-ID.tmp state.ID.tmp", "memory-other.tmp"),
+            (&in_directory, "working-set.ID.tmp", "working-set"),
             // Another snapshot's, which is a directory.
             (&in_files, "", "memory-ID memory-ID.tmp overlay-d-ID overlay-d-ID.tmp"),
             (&in_files, "memory.ID.tmp a.ID.tmp a.overlay-d-ID.tmp", "memory.ID state.ID.tmp"),

@@ -48,7 +48,6 @@ impl Segment {
 pub struct Image {
     pub(crate) document: Arc<Document>,
     pub(crate) memory: MemoryImage,
-    pub(crate) memory_path: PathBuf,
     /// What of the image is in its own memory file. An image in memory has none.
     pub(super) own: Option<Own>,
     /// As what others can be changes to it.
@@ -58,6 +57,8 @@ pub struct Image {
 /// The memory file of a snapshot, or what was in it.
 #[derive(Clone, Debug)]
 pub(super) struct Own {
+    /// The file.
+    pub(super) path: PathBuf,
     pub(super) file: Arc<File>,
     pub(super) extents: Arc<[Extent]>,
     /// Whether it is in memory, because the file is compressed. Then its sums have been compared.
@@ -150,17 +151,17 @@ impl Image {
             match opened {
                 Ok((memory, memory_path)) => {
                     let own =
-                        Own::find(place, &document, (memory, &memory_path), file.extents, depth)?;
-                    let memory = own.image(&memory_path)?;
+                        Own::find(place, &document, (memory, memory_path), file.extents, depth)?;
+                    let memory = own.image()?;
                     let older = match &own.rest {
                         Rest::Parent(parent) => parent.parent.as_ref(),
                         Rest::Zeroes | Rest::Merged => None,
                     };
                     let before = memory.extents.clone();
-                    let parent = Parent::new(&document.id, place, &memory_path, before, older);
+                    let parent = Parent::new(&document.id, place, &own.path, before, older);
                     let document = Arc::new(document);
                     let (own, parent) = (Some(own), Some(parent));
-                    return Ok(Self { document, memory, memory_path, own, parent });
+                    return Ok(Self { document, memory, own, parent });
                 }
                 Err(e) => {
                     // Replaced by another snapshot meanwhile: then that is what is there.
@@ -190,8 +191,7 @@ impl Image {
 
     /// One that is not in files.
     pub(crate) fn in_memory(document: Document, memory: MemoryImage) -> Self {
-        let (memory_path, own, parent) = (PathBuf::new(), None, None);
-        Self { document: Arc::new(document), memory, memory_path, own, parent }
+        Self { document: Arc::new(document), memory, own: None, parent: None }
     }
 
     /// The same, of a VM that is configured in another way: as in `GET /vm/config`.
@@ -222,14 +222,14 @@ impl Own {
     fn find(
         place: &Place,
         document: &Document,
-        (mut file, path): (File, &Path),
+        (mut file, path): (File, PathBuf),
         mut extents: Vec<Extent>,
         depth: usize,
     ) -> Result<Self, SnapshotError> {
         let MemoryDocument { len, compression, .. } = document.memory;
         let is_unpacked = !compression.is_none();
         if is_unpacked {
-            (file, extents) = packed::unpack(path, &file, len, &extents)?;
+            (file, extents) = packed::unpack(&path, &file, len, &extents)?;
         }
         let rest = match &document.memory.parent {
             None => Rest::Zeroes,
@@ -237,12 +237,13 @@ impl Own {
             Some(parent) if parent.is_merged(&file) => Rest::Merged,
             Some(parent) => Rest::Parent(Arc::new(find_parent(place, parent, document, depth)?)),
         };
-        Ok(Self { file: Arc::new(file), extents: extents.into(), is_unpacked, rest })
+        let (file, extents) = (Arc::new(file), extents.into());
+        Ok(Self { path, file, extents, is_unpacked, rest })
     }
 
     /// All of the memory.
-    fn image(&self, path: &Path) -> Result<MemoryImage, SnapshotError> {
-        let Self { file, extents, rest, .. } = self;
+    fn image(&self) -> Result<MemoryImage, SnapshotError> {
+        let Self { path, file, extents, rest, .. } = self;
         match rest {
             Rest::Zeroes => Ok(MemoryImage::alone(file.clone(), extents)),
             Rest::Merged => MemoryImage::merged(file.clone(), extents)

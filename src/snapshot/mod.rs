@@ -26,7 +26,7 @@ mod rewind;
 mod save;
 mod temporary;
 mod verify;
-pub(crate) mod working_set;
+mod working_set;
 
 use std::env::consts::ARCH;
 use std::path::PathBuf;
@@ -53,7 +53,7 @@ pub use self::params::{
 pub use self::restore::Restore;
 pub use self::rewind::{RecordParams, RewindParams};
 pub(crate) use self::save::{Draft, Saving, Writer, Writing, Written};
-pub(crate) use self::working_set::{TouchedRun, WorkingSet};
+pub(crate) use self::working_set::{Noted, TouchedRun, WorkingSet};
 
 use crate::exit::ExitCode;
 
@@ -158,9 +158,10 @@ pub enum SnapshotError {
     /// There is none to go back to.
     #[error("the microVM was neither restored nor saved: name the snapshot to go back to")]
     NoOrigin,
-    /// It has no memory of which could be told what was touched.
+    /// It has no memory of which could be told what was touched, or no file beside which it could be noted.
     #[error(
-        "the microVM was not restored, or its memory is no image's: no page can be told from another"
+        "the microVM was not restored from a memory file that it maps: there is nothing that its pages could be noted \
+         beside"
     )]
     NoWorkingSet,
     /// One is being written.

@@ -69,8 +69,8 @@ impl Restore {
             let why = "Uffd serves RAM, and this snapshot has memory that is plugged".into();
             return Err(SnapshotError::Field { field: "mem_backend", why }.into());
         }
-        if self.handler.is_some() && self.record_ms.is_some() {
-            let why = "what is touched is noted for a memory file, and Uffd has none".into();
+        if self.record_ms.is_some() && self.image.working_set_path().is_none() {
+            let why = "what is touched is noted beside a memory file, and there is none".into();
             return Err(SnapshotError::Field { field: "record_ms", why }.into());
         }
         let mut config = self.image.config(&self.overrides)?;

@@ -19,8 +19,8 @@ impl Image {
     /// image in memory has no file that somebody else could have changed.
     pub fn verify(&self) -> Result<(), SnapshotError> {
         let Some(own) = &self.own else { return Ok(()) };
-        let wrong = |why: String| SnapshotError::Memory { path: self.memory_path.clone(), why };
-        let failed = SnapshotError::file("cannot read", &self.memory_path);
+        let wrong = |why: String| SnapshotError::Memory { path: own.path.clone(), why };
+        let failed = SnapshotError::file("cannot read", &own.path);
         let len = self.document.memory.len;
         let damage = if own.is_unpacked { None } else { own.find_damage(len).map_err(failed)? };
         damage.map_or(Ok(()), |why| Err(wrong(why)))?;
