@@ -217,6 +217,29 @@ fn a_child_has_no_file_to_note_its_pages_beside() {
     assert!(refused.contains("was not restored from a memory file"), "{refused}");
 }
 
+#[test]
+fn no_child_can_write_to_what_children_share() {
+    for (husk, memory) in [(forkable(), "husk-guest-ram"), (steps(), "husk-image")] {
+        let scratch = Scratch::new();
+        let disk = scratch.sparse("disk", 1 << 20);
+        let vm = parent(husk.option("--disk", format!("{},overlay", disk.display())));
+        assert_eq!(tell(&vm, "w", "wrote"), "2");
+        let child = fork(&vm.api(), &scratch, &["a"]).remove(0);
+        let fds = fs::read_dir(format!("/proc/{}/fd", child.pid)).unwrap();
+        let mut shared = BTreeSet::new();
+        for fd in fds.map(|fd| fd.unwrap().path()) {
+            let leads = fs::read_link(&fd).unwrap().display().to_string();
+            for name in [memory, "husk-layer"].into_iter().filter(|name| leads.contains(name)) {
+                let mut file = fs::File::options().write(true).open(&fd).unwrap();
+                let refused = file.write(b"x").map_err(|e| e.kind());
+                assert_eq!(refused, Err(std::io::ErrorKind::PermissionDenied), "{leads}");
+                shared.insert(name);
+            }
+        }
+        assert_eq!(shared.len(), 2, "{shared:?}");
+    }
+}
+
 /// The children of a reply.
 fn children(reply: &Reply) -> Vec<Child> {
     reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()

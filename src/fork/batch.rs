@@ -10,6 +10,7 @@ use rustix::fs::MemfdFlags;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::freeze::{seal, sealable_file};
 use crate::config::{Defaults, LoggerConfig, Payload};
 use crate::snapshot::{Document, EXTENT_LEN, Extent, Image, MemoryImage};
 
@@ -100,8 +101,9 @@ impl Batch {
         let mut files = Vec::new();
         for (device, saved) in self.document.machine.devices.iter().enumerate() {
             if let Some(frozen) = saved.state.files() {
-                let file = File::from(rustix::fs::memfd_create("husk-layer", MemfdFlags::CLOEXEC)?);
+                let file = sealable_file(c"husk-layer")?;
                 let description = frozen.write_to(&file, || false)?;
+                seal(&file)?;
                 self.layers.push(Layer { device, description });
                 files.push(file);
             }

@@ -1,8 +1,10 @@
 //! An image in memory of a VM that stands still.
+use std::ffi::CStr;
 use std::fs::File;
+use std::io;
 use std::sync::Arc;
 
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, SealFlags};
 use serde_json::Value;
 
 use crate::config::HugePages;
@@ -74,6 +76,7 @@ impl Freezing {
             Memory::There(image) => image,
             Memory::Copied(dump, file) => {
                 let extents = dump.finish().map_err(SnapshotError::Copy)?.extents.into();
+                seal(&file).map_err(SnapshotError::Copy)?;
                 MemoryImage { file: Arc::new(file), extents, over: [].into() }
             }
         };
@@ -102,8 +105,19 @@ impl std::fmt::Debug for ImageSink {
     }
 }
 
-fn new_file(len: u64) -> std::io::Result<File> {
-    let file = File::from(rustix::fs::memfd_create("husk-image", MemfdFlags::CLOEXEC)?);
+fn new_file(len: u64) -> io::Result<File> {
+    let file = sealable_file(c"husk-image")?;
     file.set_len(len)?;
     Ok(file)
+}
+
+/// A file in memory that can be [sealed](seal).
+pub(super) fn sealable_file(name: &CStr) -> io::Result<File> {
+    Ok(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into())
+}
+
+/// Sees to it that nobody who is given the file can change it: children of one parent are not to reach each other.
+pub(super) fn seal(file: &File) -> io::Result<()> {
+    let seals = SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL;
+    Ok(rustix::fs::fcntl_add_seals(file, seals)?)
 }
