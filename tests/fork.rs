@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -237,6 +238,52 @@ fn no_child_can_write_to_what_children_share() {
             }
         }
         assert_eq!(shared.len(), 2, "{shared:?}");
+    }
+}
+
+/// Whether `what` is anywhere in the memory of a process that it may write to, its guest's aside.
+fn is_in_memory(pid: u32, what: &[u8]) -> bool {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let memory = fs::File::open(format!("/proc/{pid}/mem")).unwrap();
+    let of = |line: &str| {
+        let (range, rest) = line.split_once(' ')?;
+        let (start, end) = range.split_once('-').filter(|_| rest.starts_with("rw"))?;
+        if rest.contains("/memfd:") {
+            return None;
+        }
+        let [start, end] = [start, end].map(|n| u64::from_str_radix(n, 16).unwrap());
+        let mut bytes = vec![0; usize::try_from(end - start).unwrap()];
+        // Of a device's mapping nothing can be read so.
+        memory.read_exact_at(&mut bytes, start).ok()?;
+        Some(bytes)
+    };
+    maps.lines().filter_map(of).any(|bytes| memmem(&bytes, what))
+}
+
+fn memmem(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window[0] == what[0] && window == what)
+}
+
+#[test]
+fn what_a_child_is_given_no_other_process_has() {
+    let vm = idle();
+    let secrets = ["9f3a-first-child", "9f3a-second-child", "9f3a-third-child"];
+    let overrides = secrets.map(
+        |secret| json!({ "payload": { "key": secret }, "mmds": { "key": secret }, "id": secret }),
+    );
+    let all =
+        children(&post(&vm.api(), json!({ "overrides": overrides, "end_with_parent": true })));
+    let zygote = zygote(vm.pid()).unwrap().as_raw_nonzero().get().cast_unsigned();
+    for (child, own) in all.iter().zip(secrets) {
+        assert!(is_in_memory(child.pid, own.as_bytes()), "memory is not searched");
+        for other in secrets.iter().filter(|other| **other != own) {
+            assert!(!is_in_memory(child.pid, other.as_bytes()), "{own} has {other}");
+        }
+        assert!(!is_in_memory(zygote, own.as_bytes()), "the zygote has {own}");
+        let fds = fs::read_dir(format!("/proc/{}/fd", child.pid)).unwrap();
+        for leads in fds.map(|fd| fs::read_link(fd.unwrap().path()).unwrap()) {
+            assert!(!leads.display().to_string().contains("husk-children"), "{own} can read it");
+        }
     }
 }
 

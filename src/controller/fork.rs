@@ -68,13 +68,13 @@ impl Controller {
                     logger: crate::logger::current(),
                     document: (*image.document).clone(),
                     layers: Vec::new(),
-                    children: specs,
+                    children: Vec::new(),
                 };
                 let claim = || {
                     respond = owing.claim();
                     respond.is_some()
                 };
-                let children = Birth { batch, image }.deliver(&nursery, claim)?;
+                let children = Birth { batch, specs, image }.deliver(&nursery, claim)?;
                 Ok(json!(Forked { paused_us, children }))
             };
             let reply = deliver();

@@ -1,6 +1,7 @@
 //! What the zygote is sent, and what children say: JSON in a file in memory, and in messages.
 use std::fs::File;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
@@ -50,7 +51,9 @@ pub(crate) struct Batch {
     pub(crate) logger: LoggerConfig,
     pub(crate) document: Document,
     pub(crate) layers: Vec<Layer>,
-    pub(crate) children: Vec<Spec>,
+    /// Where each child's [`Spec`] is in a file that nobody reads but the child, and that no further than that: what
+    /// one tenant is given is never in the memory of another's process.
+    pub(crate) children: Vec<Range<u64>>,
 }
 
 /// What a device had written on the host, in a file of its own.
@@ -123,6 +126,20 @@ impl Batch {
         Ok(())
     }
 
+    /// Writes what children are to be to a file in memory.
+    pub(super) fn write_specs(&mut self, specs: &[Spec]) -> io::Result<File> {
+        let mut file = File::from(rustix::fs::memfd_create("husk-children", MemfdFlags::CLOEXEC)?);
+        let mut at = 0;
+        for spec in specs {
+            let json = serde_json::to_vec(spec)?;
+            file.write_all(&json)?;
+            let end = at + json.len() as u64;
+            self.children.push(at..end);
+            at = end;
+        }
+        Ok(file)
+    }
+
     /// Writes it, and the extents of an image, to a file in memory.
     pub(super) fn to_file(&self, extents: &[Extent]) -> io::Result<File> {
         let flags = MemfdFlags::CLOEXEC;
@@ -149,24 +166,33 @@ impl Batch {
     }
 }
 
+impl Spec {
+    /// Reads that of one child.
+    pub(super) fn read(file: &File, place: &Range<u64>) -> io::Result<Self> {
+        let len = usize::try_from(place.end.saturating_sub(place.start)).unwrap_or(usize::MAX);
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, place.start)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+}
+
 impl Newborn {
-    /// Child `index` of a batch. `None` if there is no such child.
+    /// Child `index` of a batch.
     pub(super) fn new(
         batch: Batch,
+        mut spec: Spec,
         memory: MemoryImage,
         index: usize,
-        reports: OwnedFd,
-        go: OwnedFd,
-    ) -> Option<Self> {
+        (reports, go): (OwnedFd, OwnedFd),
+    ) -> Self {
         // Moved, not copied: what is not touched stays shared with its siblings.
-        let Batch { household, defaults, logger, mut document, mut children, .. } = batch;
-        let mut spec = (index < children.len()).then(|| children.swap_remove(index))?;
+        let Batch { household, defaults, logger, mut document, children, .. } = batch;
         // Nor given back: whoever frees memory writes to it, and then has a copy of it.
         std::mem::forget(children);
         std::mem::forget(std::mem::replace(&mut document.config, spec.config.take()));
         let image = Image::in_memory(document, memory);
         std::mem::forget(image.document.clone());
-        Some(Self { household, defaults, logger, spec, image, index, reports, go })
+        Self { household, defaults, logger, spec, image, index, reports, go }
     }
 
     /// Tells that it is there, or why it is not.

@@ -21,7 +21,7 @@ use rustix::time::Timespec;
 use super::batch::{Arrival, DIE, LIVE, Report};
 use super::params::Child;
 use super::zygote::{Order, Zygote, pair};
-use super::{Batch, ForkError, Household};
+use super::{Batch, ForkError, Household, Spec};
 use crate::snapshot::Image;
 
 /// How long children may take to be there, all together. What they open may be on a file system that
@@ -45,6 +45,7 @@ pub(crate) struct Nursery {
 #[derive(Debug)]
 pub(crate) struct Birth {
     pub(crate) batch: Batch,
+    pub(crate) specs: Vec<Spec>,
     pub(crate) image: Image,
 }
 
@@ -90,18 +91,19 @@ impl Birth {
         nursery: &Nursery,
         may_live: impl FnOnce() -> bool,
     ) -> Result<Vec<Child>, ForkError> {
-        let Self { mut batch, image } = self;
+        let Self { mut batch, specs, image } = self;
         let process = ForkError::Process;
         let (reports, theirs) = pair().map_err(process)?;
         let (hear, go) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| process(e.into()))?;
         let layers = batch.write_layers().map_err(process)?;
+        let children = batch.write_specs(&specs).map_err(process)?;
         let file = batch.to_file(&image.memory.extents).map_err(process)?;
         let memory = image.memory.file.clone();
-        let order = Order { batch: file, memory, reports: theirs, go: hear, layers };
+        let order = Order { batch: file, children, memory, reports: theirs, go: hear, layers };
         nursery.ask(&order).map_err(process)?;
         // From here on the children alone have these ends.
         drop(order);
-        let count = batch.children.len();
+        let count = specs.len();
         let arrivals = await_all(&reports, count)
             .and_then(|all| if may_live() { Ok(all) } else { Err(ForkError::Ended) });
         let word = if arrivals.is_ok() { LIVE } else { DIE };
@@ -109,7 +111,7 @@ impl Birth {
         let told = rustix::io::retry_on_intr(|| rustix::io::write(&go, &vec![word; count]));
         let arrivals = arrivals.inspect_err(|_| await_end(&reports))?;
         told.map_err(|e| process(e.into()))?;
-        let children = arrivals.into_iter().zip(batch.children).map(|(arrival, spec)| Child {
+        let children = arrivals.into_iter().zip(specs).map(|(arrival, spec)| Child {
             id: spec.id,
             pid: arrival.pid,
             api_sock: spec.api_sock.unwrap_or_default(),

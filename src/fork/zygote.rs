@@ -2,11 +2,12 @@
 //! first fork is asked for, or from before the VM starts if that is to be forkable.
 //!
 //! ```text
-//!   VMM ──SOCK_SEQPACKET──► zygote: [batch, memory, reports, go] ──fork(2)──► children
+//!   VMM ──SOCK_SEQPACKET──► zygote: [batch, children, memory, reports, go] ──fork(2)──► children
 //! ```
 //!
 //! Nothing is executed for a child: what the dynamic linker has relocated and what the batch has been
-//! read into are shared by all. The zygote ends when the VMM's process does; children live on.
+//! read into are shared by all. What each is to be is read by that child alone. The zygote ends when the VMM's process
+//! does; children live on.
 #![expect(unsafe_code, reason = "makes processes")]
 
 use std::fs::File;
@@ -25,19 +26,21 @@ use rustix::net::{
 };
 use rustix::process::{Pid, Signal};
 
-use super::batch::{Batch, Newborn, Report};
+use super::batch::{Batch, Newborn, Report, Spec};
 use crate::snapshot::MemoryImage;
 
 /// The word by which husk starts itself as a zygote; not for people, and not in the help.
 pub(crate) const SUBCOMMAND: &str = "forked";
 
 /// Most descriptors of one message: those that are always there, and a layer for each device.
-const FDS: usize = 4 + layout::VIRTIO_IRQS.len();
+const FDS: usize = 5 + layout::VIRTIO_IRQS.len();
 
 /// What a message holds.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) batch: File,
+    /// What each child is to be.
+    pub(super) children: File,
     pub(super) memory: Arc<File>,
     /// Where children tell.
     pub(super) reports: OwnedFd,
@@ -69,8 +72,9 @@ impl Zygote {
 
     /// Asks for children. It fails if the process is not there any more.
     pub(super) fn ask(&self, order: &Order) -> io::Result<()> {
-        let Order { batch, memory, reports, go, layers } = order;
-        let mut fds = vec![batch.as_fd(), memory.as_fd(), reports.as_fd(), go.as_fd()];
+        let Order { batch, children, memory, reports, go, layers } = order;
+        let mut fds = vec![batch.as_fd(), children.as_fd(), memory.as_fd()];
+        fds.extend([reports.as_fd(), go.as_fd()]);
         fds.extend(layers.iter().map(AsFd::as_fd));
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -116,7 +120,7 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
     rustix::thread::set_name(c"husk_zygote")?;
     reap_children(true);
     let zygote = rustix::process::getpid();
-    while let Some(Order { batch, memory, reports, go, layers }) = receive(&socket)? {
+    while let Some(Order { batch, children, memory, reports, go, layers }) = receive(&socket)? {
         let read = Batch::from_file(&batch).and_then(|(mut batch, extents)| {
             batch.adopt_layers(&layers)?;
             Ok((batch, extents))
@@ -134,8 +138,12 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
             // SAFETY: this process has one thread.
             match unsafe { libc::fork() } {
                 0 => {
-                    become_child(zygote, batch.children[index].ends_with_parent)?;
-                    return Ok(Newborn::new(batch, memory, index, reports, go));
+                    let spec = Spec::read(&children, &batch.children[index]);
+                    // Its siblings' are in there, too.
+                    drop(children);
+                    let spec = spec?;
+                    become_child(zygote, spec.ends_with_parent)?;
+                    return Ok(Some(Newborn::new(batch, spec, memory, index, (reports, go))));
                 }
                 -1 => {
                     let why = format!("fork: {}", io::Error::last_os_error());
@@ -189,7 +197,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
         _ => Vec::new(),
     });
     let mut next = || fds.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData));
-    let (batch, memory) = (next()?.into(), Arc::new(next()?.into()));
+    let (batch, children, memory) = (next()?.into(), next()?.into(), Arc::new(next()?.into()));
     let (reports, go) = (next()?, next()?);
-    Ok(Some(Order { batch, memory, reports, go, layers: fds.map(File::from).collect() }))
+    Ok(Some(Order { batch, children, memory, reports, go, layers: fds.map(File::from).collect() }))
 }
