@@ -287,6 +287,21 @@ fn what_a_child_is_given_no_other_process_has() {
     }
 }
 
+#[test]
+fn what_a_parent_was_started_with_is_not_its_childrens() {
+    let scratch = Scratch::new();
+    let file = scratch.sparse("inherited", 4096);
+    let shell = format!("exec 9<{}", file.display());
+    let vm = parent(forkable().after(&shell));
+    let child = children(&post(&vm.api(), json!({ "end_with_parent": true }))).remove(0);
+    let zygote = zygote(vm.pid()).unwrap().as_raw_nonzero().get().cast_unsigned();
+    let has = |pid: u32| {
+        let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
+        fds.map(|fd| fs::read_link(fd.unwrap().path())).any(|leads| leads.is_ok_and(|l| l == file))
+    };
+    assert_eq!([vm.pid(), zygote, child.pid].map(has), [true, false, false]);
+}
+
 /// The children of a reply.
 fn children(reply: &Reply) -> Vec<Child> {
     reply.json()["children"].as_array().unwrap().iter().map(Child::new).collect()

@@ -111,6 +111,7 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Is the zygote: its socket is standard input. Returns when nobody can ask any more (`None`), and, in
 /// each child, with what it is to be.
 pub(crate) fn serve() -> io::Result<Option<Newborn>> {
+    close_inherited();
     let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
     let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
     rustix::stdio::dup2_stdin(&null)?;
@@ -155,6 +156,14 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
         }
     }
     Ok(None)
+}
+
+/// Closes all but the standard streams: what the VMM was started with (`fd:N`) is the parent's alone.
+fn close_inherited() {
+    let after_standard = (libc::STDERR_FILENO + 1).cast_unsigned();
+    // SAFETY: this process has just begun: nothing in it has opened a descriptor. Kernels before 5.9 do not know the
+    // call, and leave them open.
+    unsafe { libc::syscall(libc::SYS_close_range, after_standard, u32::MAX, 0) };
 }
 
 fn become_child(zygote: Pid, ends_with_parent: bool) -> io::Result<()> {
