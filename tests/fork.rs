@@ -10,7 +10,9 @@ use std::time::Duration;
 
 use husk::{Overrides, Refusal, SerialConfig, SerialTo, Vm, VmConfig};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{
+    Pid, PidfdFlags, Resource, Rlimit, Signal, pidfd_open, pidfd_send_signal, prlimit,
+};
 use rustix::time::Timespec;
 use serde_json::{Value, json};
 
@@ -451,6 +453,22 @@ fn one_that_fails_ends_all() {
     assert!(!left.iter().any(|name| name.contains(".sock.")), "{left:?}");
     let mut child = fork(&vm.api(), &scratch, &["c"]).remove(0);
     assert_eq!(child.tell("c", "count"), "3");
+}
+
+#[test]
+fn a_fork_that_cannot_begin_is_refused() {
+    let vm = idle();
+    vm.api().patch("/vm", json!({ "state": "Paused" })).done();
+    let pid = Pid::from_raw(vm.pid().cast_signed());
+    let statm = fs::read_to_string(format!("/proc/{}/statm", vm.pid())).unwrap();
+    let pages: u64 = statm.split(' ').next().unwrap().parse().unwrap();
+    // Less than the stack of a thread takes.
+    let limit = |current| Rlimit { current, maximum: None };
+    let before = prlimit(pid, Resource::As, limit(Some(pages * 4096 + (1 << 20)))).unwrap();
+    let said = post(&vm.api(), json!({})).fault();
+    assert!(said.contains("cannot start a thread to fork the microVM"), "{said}");
+    prlimit(pid, Resource::As, before).unwrap();
+    children(&post(&vm.api(), json!({}))).remove(0).kill();
 }
 
 /// What is beside its API socket.

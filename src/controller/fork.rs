@@ -5,7 +5,7 @@ use std::time::Instant;
 use serde_json::{Value, json};
 
 use super::Controller;
-use super::owed::owe;
+use super::owed::{Owed, owe};
 use crate::error::Refusal;
 use crate::events::What;
 use crate::fork::{
@@ -29,12 +29,18 @@ impl Controller {
     /// Gives an image of the VM to `sink`, and then answers.
     pub(super) fn freeze(&mut self, sink: ImageSink, respond: Respond) {
         match self.begin_freeze() {
-            Ok((freezing, _)) => see_through(move || {
-                respond(freezing.finish().map_err(Refusal::from).map(|image| {
-                    sink.take(image);
-                    Value::Null
-                }));
-            }),
+            Ok((freezing, _)) => {
+                let (owing, owed) = owe(respond);
+                see_through(&owed, move || {
+                    let frozen = freezing.finish().map_err(Refusal::from);
+                    if let Some(respond) = owing.claim() {
+                        respond(frozen.map(|image| {
+                            sink.take(image);
+                            Value::Null
+                        }));
+                    }
+                });
+            }
             Err(e) => respond(Err(e)),
         }
     }
@@ -55,9 +61,7 @@ impl Controller {
         self.children += specs.len() as u64;
         let defaults = self.defaults();
         let (owing, owed) = owe(respond);
-        self.forks.retain(|owed| !owed.is_settled());
-        self.forks.push(owed);
-        see_through(move || {
+        see_through(&owed, move || {
             let count = specs.len();
             let mut respond = None;
             let deliver = || -> Reply {
@@ -86,6 +90,8 @@ impl Controller {
                 respond(reply);
             }
         });
+        self.forks.retain(|owed| !owed.is_settled());
+        self.forks.push(owed);
     }
 
     /// What children are to be, and where they come from.
@@ -116,10 +122,9 @@ impl Controller {
     }
 }
 
-/// Runs `work` on a thread of its own.
-fn see_through(work: impl FnOnce() + Send + 'static) {
-    // The closure is gone if this fails, and with it whoever was to be answered: they are told so.
+/// Runs `work`, which is to answer, on a thread of its own. If there is none, that is the answer.
+fn see_through(owed: &Owed, work: impl FnOnce() + Send + 'static) {
     if let Err(e) = std::thread::Builder::new().name("husk_fork".into()).spawn(work) {
-        log::error!("cannot start a thread to fork the VM: {e}");
+        owed.answer(Refusal::host("cannot start a thread to fork the microVM")(e));
     }
 }
