@@ -93,7 +93,8 @@ impl Files {
 
     /// Writes the state file, and puts both in their places.
     pub(super) fn commit(self, bytes: &[u8]) -> Result<(), SnapshotError> {
-        let Self { place, id, is_synced, state, mut memory, mut others, _directory: directory } =
+        // First, to be dropped last: until then the other files are in it.
+        let Self { _directory: directory, place, id, is_synced, state, mut memory, mut others } =
             self;
         let state_path = place.state();
         let (memory_path, side) = (place.memory(&id), place.side(&id));
@@ -112,6 +113,10 @@ impl Files {
         }
         memory.name(&side)?;
         sync(parent(&side))?;
+        // What drives have written is beside the state file, which must not be there without it.
+        if !others.is_empty() && parent(&state_path) != parent(&side) {
+            sync(parent(&state_path))?;
+        }
         state.replace(&state_path, &place.temporary_state(&id))?;
         // It is there. What fails from here on takes nothing away.
         memory.keep();
@@ -426,6 +431,19 @@ mod tests {
             std::fs::remove_dir_all(&directory).unwrap();
             std::fs::create_dir(&directory).unwrap();
         }
+        std::fs::remove_dir_all(&directory).unwrap();
+    }
+
+    #[test]
+    fn a_directory_that_was_made_goes_with_its_files() {
+        let directory = scratch();
+        let place = Place::Directory(directory.join("new"));
+        let mut files = Files::create(place, ID, 4096, false).unwrap();
+        // The second has no place by then.
+        files.add("overlay-d").unwrap();
+        files.add("overlay-d").unwrap();
+        files.commit(b"state").unwrap_err();
+        assert!(names(&directory).is_empty(), "the directory is left behind");
         std::fs::remove_dir_all(&directory).unwrap();
     }
 }
