@@ -8,7 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use husk::{Overrides, Refusal, SerialConfig, SerialTo, Vm, VmConfig};
+use husk::{
+    Compression, Image, Overrides, Payload, Refusal, SerialConfig, SerialTo, SnapshotParams, Vm,
+    VmConfig,
+};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{
     Pid, PidfdFlags, Resource, Rlimit, Signal, pidfd_open, pidfd_send_signal, prlimit,
@@ -654,6 +657,32 @@ fn a_program_forks_in_its_own_process() {
     let refusal = vms[0].fork(0, Vec::new()).unwrap_err();
     assert!(matches!(refusal, Refusal::Fork(_)), "{refusal}");
     drop((vms, late));
+}
+
+#[test]
+fn an_image_in_memory_is_written_as_a_snapshot() {
+    require_host();
+    for (is_forkable, compression) in
+        [(true, Compression::None), (true, Compression::Lz4), (false, Compression::None)]
+    {
+        let scratch = Scratch::new();
+        let mut config = VmConfig::new(guest("hello"));
+        config.machine.mem_size_mib = 16;
+        config.machine.forkable = is_forkable;
+        config.boot_source.as_mut().unwrap().boot_args = Some("how=hlt".into());
+        config.serial.to = Some(SerialTo::None);
+        let secret = "b77c-for-the-parent-alone";
+        config.payload = Some(Payload::new(&json!(secret)).unwrap());
+        let vm = Vm::start(config).unwrap();
+        let directory = scratch.path("snapshot");
+        let place = SnapshotParams { compression, ..SnapshotParams::to_directory(&directory) };
+        vm.freeze().unwrap().merge(&place).unwrap();
+        let image = Image::open(&directory).unwrap();
+        image.verify().unwrap();
+        Vm::restore(&image, Overrides::default()).unwrap().kill().unwrap();
+        let memory = fs::read(directory.join(format!("memory-{}", image.id()))).unwrap();
+        assert!(!memmem(&memory, secret.as_bytes()), "the payload is in the snapshot");
+    }
 }
 
 #[test]

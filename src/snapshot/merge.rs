@@ -1,9 +1,11 @@
 //! A snapshot by itself made of one of what has changed, and of those that it goes over.
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use arch::layout;
+use rustix::fs::MemfdFlags;
 
 use super::document::Document;
 use super::extent::checksum;
@@ -31,10 +33,10 @@ impl Image {
         let len = if compression.is_none() { self.document.memory.len } else { 0 };
         let mut files = Files::create(place, id, len, target.sync)?;
         let mut document = Document::clone(&self.document);
-        let extents = match compression {
-            Compression::None => self.write_memory(files.memory()),
-            _ => self.pack_memory(files.memory(), compression),
-        };
+        let extents = self.as_saved().and_then(|image| match compression {
+            Compression::None => image.write_memory(files.memory()),
+            _ => image.pack_memory(files.memory(), compression),
+        });
         let extents = extents.map_err(SnapshotError::file("cannot write", &path))?;
         document.memory.compression = compression;
         document.memory.id_at = if compression.is_none() { layout::SNAPSHOT_ID } else { 0 };
@@ -43,6 +45,30 @@ impl Image {
         layers::write(&mut files, &mut document.machine, &AtomicBool::new(false))?;
         let json = serde_json::to_vec(&document).map_err(SnapshotError::Document)?;
         files.commit(&StateFile::encode(&json, &extents))
+    }
+
+    /// The same, with what a file has and memory that is frozen where it is has not: the snapshot's id, and nothing where
+    /// the payload is, which is for one VM alone.
+    fn as_saved(&self) -> std::io::Result<Self> {
+        if self.own.is_some() {
+            return Ok(self.clone());
+        }
+        let id = u128::from_str_radix(&self.document.id, 16).map_err(std::io::Error::other)?;
+        let mut page = [0; PAGE];
+        let id_page = layout::SNAPSHOT_ID / PAGE as u64 * PAGE as u64;
+        self.memory.read(id_page, &mut page)?;
+        let file = File::from(rustix::fs::memfd_create("husk-patch", MemfdFlags::CLOEXEC)?);
+        file.write_all_at(&page, id_page)?;
+        file.write_all_at(&id.to_be_bytes(), layout::SNAPSHOT_ID)?;
+        let place = |start, len: u64, kind| {
+            let len = u32::try_from(len).map_err(std::io::Error::other)?;
+            std::io::Result::Ok(Extent { start, len, kind, at: start, stored: len, sum: 0 })
+        };
+        let over = [
+            place(id_page, PAGE as u64, Kind::Plain)?,
+            place(layout::PAYLOAD, layout::PAYLOAD_LEN, Kind::Zero)?,
+        ];
+        Ok(Self { memory: self.memory.with(&Arc::new(file), &over), ..self.clone() })
     }
 
     /// Writes what of the memory is not zero, compressed.
