@@ -1,6 +1,6 @@
 //! Which granules of a disk a layer has: a bit each, in chunks that are there only if one of their bits
-//! is set. So an empty layer of a large disk costs a word for each 16 MiB, and only up to the last one
-//! written.
+//! is set. So it takes memory by what is written, whatever size a disk is said to have.
+use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// Bytes of a granule: what a layer has or has not. The block size of file systems and the page size,
@@ -20,7 +20,8 @@ type Chunk = [u64; WORDS];
 /// A set of granules.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Map {
-    chunks: Vec<Option<Box<Chunk>>>,
+    /// By their numbers.
+    chunks: BTreeMap<u64, Box<Chunk>>,
     /// Granules in it.
     count: u64,
 }
@@ -38,16 +39,13 @@ impl Map {
         let mut at = granule;
         while at < end {
             let (word, bit) = (at / WORD_BITS, at % WORD_BITS);
-            let Some(chunk) = self.chunk(at / CHUNK_GRANULES) else {
+            let number = at / CHUNK_GRANULES;
+            let Some(chunk) = self.chunks.get(&number) else {
                 if is_in {
                     break;
                 }
-                // To the next chunk there could be; to the end behind the last.
-                let next = (at / CHUNK_GRANULES).saturating_add(1);
-                at = match usize::try_from(next).is_ok_and(|next| next < self.chunks.len()) {
-                    true => next.saturating_mul(CHUNK_GRANULES),
-                    false => end,
-                };
+                let next = self.chunks.range(number..).next();
+                at = next.map_or(end, |(next, _)| next.saturating_mul(CHUNK_GRANULES));
                 continue;
             };
             let bits = chunk.get(place_in_chunk(word)).copied().unwrap_or(0);
@@ -93,13 +91,12 @@ impl Map {
 
     /// The chunks that are not empty, by their numbers, as they are written.
     pub(super) fn chunks(&self) -> impl Iterator<Item = (u64, [u8; CHUNK_BYTES])> {
-        let chunks = (0..).zip(&self.chunks);
-        chunks.filter_map(|(n, chunk)| Some((n, bytes(chunk.as_deref()?))))
+        self.chunks.iter().map(|(number, chunk)| (*number, bytes(chunk)))
     }
 
     /// One chunk as it is written.
     pub(super) fn chunk_bytes(&self, number: u64) -> [u8; CHUNK_BYTES] {
-        self.chunk(number).map_or([0; CHUNK_BYTES], bytes)
+        self.chunks.get(&number).map_or([0; CHUNK_BYTES], |chunk| bytes(chunk))
     }
 
     /// Adds what was written of a chunk. False if it has granules from `end` on.
@@ -122,23 +119,14 @@ impl Map {
     }
 
     fn has(&self, granule: u64) -> bool {
-        let chunk = self.chunk(granule / CHUNK_GRANULES);
+        let chunk = self.chunks.get(&(granule / CHUNK_GRANULES));
         let word = chunk.and_then(|chunk| chunk.get(place_in_chunk(granule / WORD_BITS)));
         word.is_some_and(|word| word >> (granule % WORD_BITS) & 1 != 0)
     }
 
-    fn chunk(&self, number: u64) -> Option<&Chunk> {
-        self.chunks.get(usize::try_from(number).ok()?)?.as_deref()
-    }
-
     /// Sets bits of a word; how many were not set before.
     fn add(&mut self, word: u64, bits: u64) -> u64 {
-        let Ok(number) = usize::try_from(word / CHUNK_WORDS) else { return 0 };
-        if self.chunks.len() <= number {
-            self.chunks.resize(number.saturating_add(1), None);
-        }
-        let Some(chunk) = self.chunks.get_mut(number) else { return 0 };
-        let chunk = chunk.get_or_insert_with(|| Box::new([0; WORDS]));
+        let chunk = self.chunks.entry(word / CHUNK_WORDS).or_insert_with(|| Box::new([0; WORDS]));
         let Some(word) = chunk.get_mut(place_in_chunk(word)) else { return 0 };
         let added = bits & !*word;
         *word |= bits;
@@ -224,5 +212,20 @@ mod tests {
         assert_eq!(map.run(0, 8), (false, 7));
         assert_eq!(map.run(7, 1 << 60), (true, 8));
         assert_eq!(map.run(8, 1 << 60), (false, 1 << 60));
+    }
+
+    #[test]
+    fn takes_no_memory_for_what_is_not_in_it() {
+        const END: u64 = u64::MAX / GRANULE;
+        let mut map = Map::default();
+        let mut bytes = [0; CHUNK_BYTES];
+        bytes[0] = 1;
+        // Of a file with holes, which has no more than this: a word for each chunk before it would be 32 GiB.
+        let number = 1 << 32;
+        assert!(map.read_chunk(number, &bytes, END));
+        let granule = number * CHUNK_GRANULES;
+        assert_eq!(map.chunks.len(), 1);
+        assert_eq!(map.run(0, END), (false, granule));
+        assert!(map.runs(END).flatten().eq([granule]));
     }
 }
