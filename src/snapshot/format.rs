@@ -10,6 +10,10 @@
 //! ```
 //!
 //! Numbers are little-endian, sums CRC-64/XZ. Every bit of the file is under one of the sums.
+use std::io::Read;
+
+use crc64fast::Digest;
+
 use super::SnapshotError;
 use super::extent::{EXTENT_LEN, Extent, checksum};
 
@@ -18,6 +22,10 @@ pub(crate) const VERSION: u32 = 1;
 const OLDEST: u32 = 1;
 const MAGIC: [u8; 8] = *b"husk-vm\0";
 const HEADER_LEN: usize = 64;
+/// More bytes than the JSON of any state has, with 32 vCPUs and 17 devices.
+const JSON_MAX: u64 = 64 << 20;
+/// Bytes of extents that are read at once.
+const PIECE_LEN: usize = 256 * EXTENT_LEN;
 /// How Firecracker's state files begin on x86-64.
 const FIRECRACKER: [u8; 8] = 0x0710_1984_8664_0000_u64.to_le_bytes();
 
@@ -53,8 +61,59 @@ impl StateFile {
         (HEADER_LEN + self.json.len() + self.extents.len() * EXTENT_LEN) as u64
     }
 
-    /// Reads a file's bytes, and says which check they fail.
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, SnapshotError> {
+    /// Reads a file of `len` bytes, and says which check it fails; `failed` says that it cannot be read. What the
+    /// header says is believed only as far as the file goes on: nothing is kept of one that is not sound.
+    pub(crate) fn read(
+        from: &mut impl Read,
+        len: u64,
+        failed: impl Fn(std::io::Error) -> SnapshotError,
+    ) -> Result<Self, SnapshotError> {
+        let damaged = SnapshotError::Damaged;
+        let mut header = Vec::with_capacity(HEADER_LEN);
+        from.take(HEADER_LEN as u64).read_to_end(&mut header).map_err(&failed)?;
+        let Header { version, json_len, json_sum, extents: count, extents_sum } =
+            Header::decode(&header, len)?;
+        let mut json = vec![0; json_len];
+        from.read_exact(&mut json).map_err(&failed)?;
+        if json_sum != checksum(&json) {
+            return Err(damaged("state checksum"));
+        }
+        let (mut extents, mut digest) = (Vec::new(), Digest::new());
+        let (mut end, mut left) = (0, count);
+        let mut piece = [0; PIECE_LEN];
+        while left > 0 {
+            let count = left.min((PIECE_LEN / EXTENT_LEN) as u64);
+            let bytes = usize::try_from(count).map_or(PIECE_LEN, |count| count * EXTENT_LEN);
+            let piece = &mut piece[..bytes];
+            from.read_exact(piece).map_err(&failed)?;
+            digest.write(piece);
+            for record in piece.as_chunks().0 {
+                let extent = Extent::from_bytes(record).filter(|extent| extent.start >= end);
+                let extent = extent.ok_or(damaged("extents: they are not in order"))?;
+                end = extent.end();
+                extents.push(extent);
+            }
+            left -= count;
+        }
+        if extents_sum != digest.sum64() {
+            return Err(damaged("extents checksum"));
+        }
+        Ok(Self { version, json, extents })
+    }
+}
+
+/// What a header says.
+struct Header {
+    version: u32,
+    json_len: usize,
+    json_sum: u64,
+    extents: u64,
+    extents_sum: u64,
+}
+
+impl Header {
+    /// Reads that of a file of `len` bytes, given the first of them.
+    fn decode(bytes: &[u8], len: u64) -> Result<Self, SnapshotError> {
         let failed = |check| Err(SnapshotError::Damaged(check));
         if bytes.starts_with(&FIRECRACKER) {
             return Err(SnapshotError::Firecracker);
@@ -62,7 +121,7 @@ impl StateFile {
         if !bytes.starts_with(&MAGIC) {
             return Err(SnapshotError::Foreign);
         }
-        let Some((header, rest)) = bytes.split_at_checked(HEADER_LEN) else {
+        let Some(header) = bytes.get(..HEADER_LEN) else {
             return failed("length: the file ends within its header");
         };
         let word = |at: usize| {
@@ -76,36 +135,34 @@ impl StateFile {
         if !(OLDEST..=VERSION).contains(&version) {
             return Err(SnapshotError::Version { is: version, newest: VERSION, oldest: OLDEST });
         }
-        let len = |at, size: usize| usize::try_from(word(at)).ok()?.checked_mul(size);
-        let (Some(json_len), Some(table_len)) = (len(16, 1), len(24, EXTENT_LEN)) else {
-            return failed("length: the file is shorter than its header says");
-        };
-        if json_len.checked_add(table_len) != Some(rest.len()) {
+        let (json_len, extents) = (word(16), word(24));
+        let table_len = extents.checked_mul(EXTENT_LEN as u64);
+        let all = table_len.and_then(|table| table.checked_add(json_len));
+        if all.and_then(|all| all.checked_add(HEADER_LEN as u64)) != Some(len) {
             return failed("length: the file has another length than its header says");
         }
-        let (json, table) = rest.split_at(json_len);
-        if word(32) != checksum(json) {
-            return failed("state checksum");
+        match usize::try_from(json_len) {
+            Ok(json) if json_len <= JSON_MAX => Ok(Self {
+                version,
+                json_len: json,
+                json_sum: word(32),
+                extents,
+                extents_sum: word(40),
+            }),
+            _ => failed("length: its state is longer than any is"),
         }
-        if word(40) != checksum(table) {
-            return failed("extents checksum");
-        }
-        let extents: Option<Vec<_>> = table.as_chunks().0.iter().map(Extent::from_bytes).collect();
-        let Some(extents) = extents.filter(|all| are_in_order(all)) else {
-            return failed("extents: they are not in order");
-        };
-        Ok(Self { version, json: json.to_vec(), extents })
     }
-}
-
-fn are_in_order(extents: &[Extent]) -> bool {
-    extents.iter().zip(extents.iter().skip(1)).all(|(one, next)| one.end() <= next.start)
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::extent::Kind;
     use super::*;
+
+    fn decode(bytes: &[u8]) -> Result<StateFile, SnapshotError> {
+        let failed = |e| panic!("all of it is there: {e}");
+        StateFile::read(&mut &bytes[..], bytes.len() as u64, failed)
+    }
 
     fn sample() -> Vec<u8> {
         let extent = |start, sum| Extent {
@@ -121,7 +178,7 @@ mod tests {
 
     #[test]
     fn encoded_and_decoded() {
-        let file = StateFile::decode(&sample()).unwrap();
+        let file = decode(&sample()).unwrap();
         assert_eq!((file.version, &file.json[..]), (VERSION, &br#"{"a": 1}"#[..]));
         assert_eq!(file.extents.iter().map(|e| e.sum).collect::<Vec<_>>(), [1, 2]);
     }
@@ -132,7 +189,7 @@ mod tests {
         for bit in 0..good.len() * 8 {
             let mut bad = good.clone();
             bad[bit / 8] ^= 1 << (bit % 8);
-            assert!(StateFile::decode(&bad).is_err(), "bit {bit}");
+            assert!(decode(&bad).is_err(), "bit {bit}");
         }
     }
 
@@ -140,9 +197,9 @@ mod tests {
     fn every_other_length_is_found() {
         let good = sample();
         for len in 0..good.len() {
-            assert!(StateFile::decode(&good[..len]).is_err(), "{len} bytes");
+            assert!(decode(&good[..len]).is_err(), "{len} bytes");
         }
-        assert!(StateFile::decode(&[&good[..], &[0]].concat()).is_err());
+        assert!(decode(&[&good[..], &[0]].concat()).is_err());
     }
 
     #[test]
@@ -151,9 +208,27 @@ mod tests {
         later[8] = 2;
         let sum = checksum(&later[..56]).to_le_bytes();
         later[56..64].copy_from_slice(&sum);
-        let refusal = StateFile::decode(&later).unwrap_err();
+        let refusal = decode(&later).unwrap_err();
         assert!(matches!(refusal, SnapshotError::Version { is: 2, .. }), "{refusal}");
-        let refusal = StateFile::decode(&FIRECRACKER).unwrap_err();
+        let refusal = decode(&FIRECRACKER).unwrap_err();
         assert!(matches!(refusal, SnapshotError::Firecracker), "{refusal}");
+    }
+
+    #[test]
+    fn nothing_is_taken_on_trust() {
+        // A header that is as it should be; behind it zeroes, as in a file that is a hole.
+        let refusal = |json_len: u64, extents: u64| {
+            let mut header = sample()[..HEADER_LEN].to_vec();
+            for (at, word) in [(16, json_len), (24, extents), (32, checksum(&[]))] {
+                header[at..at + 8].copy_from_slice(&word.to_le_bytes());
+            }
+            let sum = checksum(&header[..56]).to_le_bytes();
+            header[56..].copy_from_slice(&sum);
+            let len = HEADER_LEN as u64 + json_len + extents * EXTENT_LEN as u64;
+            let mut file = header.chain(std::io::repeat(0));
+            StateFile::read(&mut file, len, |e| panic!("{e}")).unwrap_err().to_string()
+        };
+        assert!(refusal(JSON_MAX + 1, 0).contains("its state is longer than any is"));
+        assert!(refusal(0, 1 << 40).contains("extents: "));
     }
 }

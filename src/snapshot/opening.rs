@@ -1,6 +1,6 @@
 //! Reading the files of a snapshot: the state file, and which memory file is its own.
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -13,12 +13,9 @@ use super::format::StateFile;
 use super::params::Place;
 use super::{Compression, SnapshotError, packed};
 
-/// More than any state has: 32 vCPUs, 17 devices, and extents for RAM of 16 TiB are less.
-const STATE_MAX: u64 = 4 << 30;
-
 /// Reads and checks a state file.
 pub(super) fn read_state_file(path: &Path) -> Result<(StateFile, Document), SnapshotError> {
-    let file = StateFile::decode(&read_state(path)?)?;
+    let file = read_state(path)?;
     let document = Document::read(&file)?;
     Ok((file, document))
 }
@@ -33,7 +30,7 @@ pub(super) struct Summary {
 impl Summary {
     /// Reads and checks a state file.
     pub(super) fn read(state: &Path) -> Result<Self, SnapshotError> {
-        let file = StateFile::decode(&read_state(state)?)?;
+        let file = read_state(state)?;
         serde_json::from_slice(&file.json).map_err(SnapshotError::Document)
     }
 
@@ -55,13 +52,12 @@ fn read_id(file: &File, memory: &MemoryDocument) -> std::io::Result<String> {
     Ok(hex(&id))
 }
 
-fn read_state(path: &Path) -> Result<Vec<u8>, SnapshotError> {
-    let file = file::open(path, Access::Read, file::Kind::Regular)
+fn read_state(path: &Path) -> Result<StateFile, SnapshotError> {
+    let mut file = file::open(path, Access::Read, file::Kind::Regular)
         .map_err(|source| SnapshotError::Open { what: "state file", source })?;
-    let mut bytes = Vec::new();
-    let read = file.take(STATE_MAX).read_to_end(&mut bytes);
-    read.map_err(SnapshotError::file("cannot read the state file", path))?;
-    Ok(bytes)
+    let failed = |e| SnapshotError::file("cannot read the state file", path)(e);
+    let len = file.metadata().map_err(failed)?.len();
+    StateFile::read(&mut file, len, failed)
 }
 
 /// Opens the memory file, under the name that it had when it was written if it did not get to the one that it was
