@@ -9,9 +9,11 @@
 //! ```
 //!
 //! Which granules a layer has is in memory (`map::Map`), and in the layer's file if that is kept. To
-//! freeze is to put a new top over the stack: it takes as long for a large layer as for an empty one.
+//! freeze is to put a new top over the stack: it takes as long for a large layer as for an empty one. Where layers
+//! become too many, some are made one while the guest goes on ([`merge`]).
 mod layer;
 mod map;
+mod merge;
 mod top;
 
 use std::fs::File;
@@ -26,12 +28,13 @@ pub use self::layer::{Description, Layer, LayerError};
 use self::layer::{granules, topmost};
 pub use self::map::GRANULE;
 use self::map::floor;
+use self::merge::Merge;
 use self::top::{Room, Top};
 use crate::backend::disk::Unmap;
 use crate::backend::file::Access;
 use crate::sys::rw::IoSlices;
 
-/// Frozen layers at most: before there are more, the two that are the smallest together become one.
+/// Frozen layers at most, but for a while: if there are more, those that are the smallest together become one.
 const DEPTH_MAX: usize = 32;
 
 /// Where what is written goes.
@@ -63,6 +66,8 @@ pub struct Overlay {
     witness: u64,
     /// The oldest first.
     frozen: Vec<Arc<Layer>>,
+    /// Of some of them.
+    merge: Option<Merge>,
     top: Top,
     room: Room,
 }
@@ -91,7 +96,8 @@ impl Overlay {
             Place::File(path) => Top::open(path, size, witness, keeping)?,
             Place::Memory | Place::Temporary => room.top(size)?,
         };
-        Ok(Self { base, size, witness, frozen: Vec::new(), top, room })
+        let frozen = Vec::new();
+        Ok(Self { base, size, witness, frozen, merge: None, top, room })
     }
 
     /// Whether [`Self::open`] would succeed now. Leaves no trace.
@@ -157,12 +163,13 @@ impl Overlay {
             return Ok(None);
         }
         if self.top.layer.map.count() > 0 {
-            if self.frozen.len() >= DEPTH_MAX {
-                self.thin_out()?;
-            }
             let new = self.room.top(self.size)?;
             let Top { layer, .. } = std::mem::replace(&mut self.top, new);
             self.frozen.push(Arc::new(layer));
+            self.settle_merge();
+            if let Err(e) = self.thin_out() {
+                log::warn!("the layers of a disk are not made fewer: {e}");
+            }
         }
         let Self { size, witness, frozen, .. } = self;
         Ok(Some(Frozen { size: *size, witness: *witness, layers: frozen.clone() }))
@@ -183,6 +190,7 @@ impl Overlay {
         if self.top.layer.map.count() > 0 {
             self.top = self.room.top(self.size)?;
         }
+        self.merge = None;
         self.frozen.clone_from(&frozen.layers);
         Ok(())
     }
@@ -232,19 +240,27 @@ impl Overlay {
         self.top.layer.file.write_all_at(part, from)
     }
 
-    /// Makes one of two frozen layers.
+    /// Goes on with what has been made of frozen layers, if that is done.
+    fn settle_merge(&mut self) {
+        if self.merge.as_ref().is_some_and(|merge| merge.settle(&mut self.frozen)) {
+            self.merge = None;
+        }
+    }
+
+    /// Begins to make one of some frozen layers, if there are too many.
     fn thin_out(&mut self) -> Result<(), LayerError> {
-        let pairs = self.frozen.iter().zip(self.frozen.iter().skip(1));
-        let sizes = pairs.map(|(a, b)| a.map.count().saturating_add(b.map.count()));
-        let Some((first, _)) = (0_usize..).zip(sizes).min_by_key(|(_, size)| *size) else {
+        let excess = self.frozen.len().saturating_sub(DEPTH_MAX);
+        if excess == 0 || self.merge.is_some() {
             return Ok(());
+        }
+        let size = |layers: &&[Arc<Layer>]| {
+            layers.iter().map(|layer| layer.map.count()).fold(0, u64::saturating_add)
         };
-        let both = first..first.saturating_add(2);
-        let Some(pair) = self.frozen.get(both.clone()) else { return Ok(()) };
-        let Top { mut layer, .. } = self.room.top(self.size)?;
-        let copied = layer::flatten(pair, self.size, &layer.file, |_| Ok(()));
-        layer.map = copied.map_err(LayerError::host("write", "a new layer"))?;
-        self.frozen.splice(both, [Arc::new(layer)]);
+        let windows = self.frozen.windows(excess.saturating_add(1));
+        let Some(smallest) = windows.min_by_key(size) else { return Ok(()) };
+        let Top { layer, .. } = self.room.top(self.size)?;
+        let merge = Merge::begin(smallest.to_vec(), self.size, layer);
+        self.merge = Some(merge.map_err(LayerError::host("start a thread for", "layers"))?);
         Ok(())
     }
 }
@@ -287,5 +303,73 @@ impl Frozen {
     pub fn bytes(&self) -> u64 {
         let counts = self.layers.iter().map(|layer| layer.map.count());
         counts.fold(0, u64::saturating_add).saturating_mul(GRANULE)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    const SIZE: u64 = 1 << 20;
+
+    fn overlay() -> Overlay {
+        let base = File::from(memfd_create("base", MemfdFlags::CLOEXEC).unwrap());
+        base.set_len(SIZE).unwrap();
+        Overlay::open(base.into(), SIZE, &Place::Memory, Keeping::AtFlush).unwrap()
+    }
+
+    /// Writes its number to each granule in turn, and freezes that.
+    fn freeze(overlay: &mut Overlay, numbers: std::ops::Range<usize>) {
+        for number in numbers {
+            let at = number as u64 * GRANULE;
+            let bytes = [u8::try_from(number).unwrap(); 4096];
+            overlay.change(at, GRANULE, |top| top.write_all_at(&bytes, at)).unwrap();
+            overlay.freeze().unwrap();
+        }
+    }
+
+    #[test]
+    fn layers_become_fewer_and_no_freeze_waits_for_it() {
+        const MORE: usize = 5;
+        let mut overlay = overlay();
+        freeze(&mut overlay, 0..DEPTH_MAX);
+        let before = overlay.frozen.clone();
+        freeze(&mut overlay, DEPTH_MAX..DEPTH_MAX + 1);
+        let is_there =
+            |layer: &Arc<Layer>| overlay.frozen.iter().any(|other| Arc::ptr_eq(layer, other));
+        assert!(before.iter().all(is_there), "a layer was copied while the guest stood still");
+        freeze(&mut overlay, DEPTH_MAX + 1..DEPTH_MAX + MORE);
+        let patience = Instant::now() + Duration::from_secs(60);
+        while overlay.frozen.len() > DEPTH_MAX {
+            assert!(Instant::now() < patience, "{} layers", overlay.frozen.len());
+            overlay.settle_merge();
+            overlay.thin_out().unwrap();
+            std::thread::yield_now();
+        }
+        for number in 0..SIZE / GRANULE {
+            let mut byte = [0];
+            let at = number * GRANULE;
+            overlay.source(at, at + 1).0.read_exact_at(&mut byte, at).unwrap();
+            let is_written = number < (DEPTH_MAX + MORE) as u64;
+            assert_eq!(u64::from(byte[0]), if is_written { number } else { 0 });
+        }
+    }
+
+    #[test]
+    fn what_is_made_of_layers_that_are_gone_is_not_used() {
+        let mut overlay = overlay();
+        freeze(&mut overlay, 0..1);
+        let first = overlay.freeze().unwrap().unwrap();
+        freeze(&mut overlay, 1..DEPTH_MAX + 1);
+        let merge = overlay.merge.take().unwrap();
+        overlay.adopt(&first).unwrap();
+        while !merge.settle(&mut overlay.frozen) {
+            std::thread::yield_now();
+        }
+        assert!(overlay.frozen.len() == 1 && Arc::ptr_eq(&overlay.frozen[0], &first.layers[0]));
     }
 }
