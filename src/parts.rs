@@ -186,8 +186,8 @@ pub(crate) fn serial_failed(e: SerialError) -> Refusal {
     }
 }
 
-/// Opens what boots.
-fn open_boot(config: &VmConfig) -> Result<(Kernel, Option<Initrd>), Refusal> {
+/// Opens what boots, and judges it.
+pub(crate) fn open_boot(config: &VmConfig) -> Result<(Kernel, Option<Initrd>), Refusal> {
     let source = config.boot_source()?;
     let kernel = open_kernel(&source.kernel_image_path)?;
     config.check_values()?;

@@ -417,11 +417,23 @@ fn a_reset_boots_again_if_the_kernel_is_there() {
     assert_eq!(tell(&vm, "c", "count"), "1");
     vm.type_in("q");
     vm.wait().ok();
-    fs::remove_file(&kernel).unwrap();
+    let moved = scratch.path("moved");
+    fs::rename(&kernel, &moved).unwrap();
     let vm = restore(&directory).typing().start();
     assert_eq!(tell(&vm, "c", "count"), "3");
     vm.type_in("x");
     vm.wait().code(0);
+    let vm = restore(&directory).option("--kernel", &moved).typing().start();
+    assert_eq!(tell(&vm, "c", "count"), "3");
+    vm.type_in("x");
+    vm.expect("ready=1");
+    vm.type_in("q");
+    vm.wait().ok();
+    let named = restore(&directory).option("--kernel", &moved);
+    let line = named.option("--initrd", "/nonexistent").wait().refused(3);
+    assert!(line.contains("/nonexistent"), "{line}");
+    let line = restore(&directory).option("--kernel", &directory).wait().refused(3);
+    assert!(line.contains("is a directory"), "{line}");
 }
 
 #[test]

@@ -64,16 +64,15 @@ impl FromStr for DiskArg {
             limits: LimitArgs::default(),
         };
         for word in words {
+            if let Some(place) = overlay(word) {
+                disk.overlay = Some(place);
+                continue;
+            }
             match word.split_once('=') {
                 None if word == "ro" => disk.is_read_only = true,
                 None if word == "rw" => disk.is_read_only = false,
                 None if word == "root" => disk.is_root = true,
                 None if word == "vhost-user" => disk.is_vhost_user = true,
-                None if word == "overlay" => disk.overlay = Some(block::Place::Temporary),
-                Some(("overlay", "memory")) => disk.overlay = Some(block::Place::Memory),
-                Some(("overlay", path)) if !path.is_empty() => {
-                    disk.overlay = Some(block::Place::File(path.into()));
-                }
                 Some(("id", id)) => disk.id = Some(id.into()),
                 Some(("cache", "writeback")) => disk.is_unsafe = false,
                 Some(("cache", "unsafe")) => disk.is_unsafe = true,
@@ -89,6 +88,16 @@ impl FromStr for DiskArg {
             }
         }
         Ok(disk)
+    }
+}
+
+/// Where the layer of a disk goes, if the word is about that.
+pub(super) fn overlay(word: &str) -> Option<block::Place> {
+    match word.split_once('=') {
+        None if word == "overlay" => Some(block::Place::Temporary),
+        Some(("overlay", "memory")) => Some(block::Place::Memory),
+        Some(("overlay", path)) if !path.is_empty() => Some(block::Place::File(path.into())),
+        _ => None,
     }
 }
 

@@ -34,6 +34,22 @@ impl LimitArgs {
     }
 }
 
+/// `[bw=N][,ops=N][,group=ID]`, of a device of which nothing else is said.
+impl FromStr for LimitArgs {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut limits = Self::default();
+        for word in s.split(',').filter(|_| !s.is_empty()) {
+            let is_limit = word.split_once('=').map(|(key, value)| limits.take(key, value));
+            if !is_limit.transpose()?.unwrap_or(false) {
+                return Err(format!("'{word}' is not one of bw=N, ops=N, group=ID"));
+            }
+        }
+        Ok(limits)
+    }
+}
+
 /// So many a second, a tenth of them at once.
 fn a_second(key: &str, value: &str) -> Result<TokenBucket, String> {
     let bad = || {
@@ -113,6 +129,17 @@ mod tests {
         assert_eq!(group.0.rate_limiter.unwrap().ops.unwrap().size, 50);
         for bad in ["", "ops=5", "id=a,group=b", "id=a,ro", "id=a,bw=0"] {
             assert!(bad.parse::<GroupArg>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn reads_limits_alone() {
+        let limits: LimitArgs = "ops=500,group=slow".parse().unwrap();
+        assert_eq!(limits.group.as_deref(), Some("slow"));
+        assert_eq!(limits.limiter().unwrap().ops.unwrap().size, 50);
+        assert!("".parse::<LimitArgs>().unwrap().limiter().is_none());
+        for bad in ["ro", "bw=0", "bw=1,", "x=1"] {
+            assert!(bad.parse::<LimitArgs>().is_err(), "{bad}");
         }
     }
 }

@@ -7,17 +7,17 @@ use clap::Args;
 use devices::virtio::model::Model;
 use serde_json::{Map, Value, json};
 
-use super::device_args::descriptor;
+use super::device_args::{descriptor, overlay};
 use super::limits::LimitArgs;
 use super::run::{ProcessArgs, huge_pages};
-use crate::config::{HugePages, OnReboot, Payload, SerialConfig, SerialTo, VmConfig};
+use crate::config::{BOOT_SOURCE, HugePages, OnReboot, Payload, SerialConfig, SerialTo, VmConfig};
 use crate::error::Refusal;
 use crate::exit::ExitCode;
 use crate::request::Request;
 use crate::snapshot::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, Overrides, SnapshotError,
 };
-use crate::{block, net, pmem, vsock};
+use crate::{block, net, pmem, rng, vsock};
 
 /// Restore a guest from a snapshot and stay until it ends.
 #[derive(Args, Debug)]
@@ -45,7 +45,8 @@ struct GuestArgs {
     /// the memory file
     #[arg(long, value_name = "SOCKET", conflicts_with = "memory")]
     uffd: Option<PathBuf>,
-    /// Another file for a disk: ID=PATH with, if they are to be others, [,io=sync|async][,bw=N][,ops=N][,group=ID]
+    /// Another file for a disk: ID=PATH with, if they are to be others, [,io=sync|async][,overlay[=FILE|=memory]][,bw=N]
+    /// [,ops=N][,group=ID]
     #[arg(long, value_name = "DISK")]
     disk: Vec<Other<block::Block>>,
     /// Another file for a pmem device: ID=PATH[,bw=N][,ops=N][,group=ID]
@@ -59,6 +60,15 @@ struct GuestArgs {
     /// Another socket or address for the vsock device: [uds=PATH][,cid=N]
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<Other<vsock::Vsock>>,
+    /// Other limits for the source of entropy: [bw=N][,ops=N][,group=ID]
+    #[arg(long, value_name = "LIMITS")]
+    rng: Option<Other<rng::Rng>>,
+    /// Where the kernel is by now, for the guest's own reset
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Where the initrd is by now
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none; if this is not given, where the
     /// snapshot's configuration says, or stdio
     #[arg(long, value_name = "WHERE")]
@@ -120,6 +130,13 @@ impl GuestArgs {
         self.pmem.iter().for_each(|pmem| pmem.add_to(&mut overrides));
         self.net.iter().for_each(|net| net.add_to(&mut overrides));
         self.vsock.iter().for_each(|vsock| vsock.add_to(&mut overrides));
+        self.rng.iter().for_each(|rng| rng.add_to(&mut overrides));
+        let files = [("kernel_image_path", &self.kernel), ("initrd_path", &self.initrd)];
+        let files = files.into_iter().filter_map(|(field, path)| Some((field, path.as_ref()?)));
+        let files: Map<_, _> = files.map(|(field, path)| (field.into(), json!(path))).collect();
+        if !files.is_empty() {
+            overrides.add(BOOT_SOURCE, Value::Object(files));
+        }
         let mut params = LoadParams {
             resume_vm: !self.paused,
             verify: self.verify,
@@ -210,13 +227,18 @@ impl FromStr for Other<block::Block> {
         let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path after ID=")?;
         disk.set("path_on_host", path);
         for word in words {
+            if let Some(place) = overlay(word) {
+                disk.set("overlay", json!(place));
+                continue;
+            }
             match word.split_once('=') {
                 Some(("io", "sync")) => disk.set("io_engine", "Sync"),
                 Some(("io", "async")) => disk.set("io_engine", "Async"),
                 Some((key, value)) if limits.take(key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of io=sync, io=async, bw=N, ops=N, group=ID"
+                        "'{word}' is not one of io=sync, io=async, overlay, overlay=FILE, overlay=memory, bw=N, \
+                         ops=N, group=ID"
                     ));
                 }
             }
@@ -296,6 +318,16 @@ impl FromStr for Other<vsock::Vsock> {
     }
 }
 
+impl FromStr for Other<rng::Rng> {
+    type Err = String;
+
+    fn from_str(s: &str) -> Result<Self, String> {
+        let mut rng = Self::new();
+        rng.set_limits("", &s.parse()?);
+        Ok(rng)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -312,6 +344,16 @@ mod tests {
         let disk = json!({ "drive_id": "root", "path_on_host": "a=b.img", "io_engine": "Async",
                            "rate_limit_group": "g" });
         assert_eq!(fields::<block::Block>("root=a=b.img,io=async,group=g"), Ok(disk));
+        for (word, overlay) in [
+            ("overlay", json!("Temporary")),
+            ("overlay=memory", json!("Memory")),
+            ("overlay=top", json!({ "File": "top" })),
+        ] {
+            let disk = json!({ "drive_id": "root", "path_on_host": "a", "overlay": overlay });
+            assert_eq!(fields::<block::Block>(&format!("root=a,{word}")), Ok(disk));
+        }
+        let rng = json!({ "rate_limit_group": "g" });
+        assert_eq!(fields::<rng::Rng>("group=g"), Ok(rng));
         let net = json!({ "iface_id": "eth0", "host_dev_name": "tap1", "guest_mac": "06:00:00:00:00:01",
             "tx_rate_limiter": { "bandwidth": { "size": 1, "one_time_burst": null, "refill_time": 100 },
                                  "ops": null } });
@@ -329,6 +371,8 @@ mod tests {
             (fields::<block::Block>("a.img"), "want ID=PATH"),
             (fields::<block::Block>("root="), "want a path after ID="),
             (fields::<block::Block>("root=a,ro"), "'ro' is not one of io=sync"),
+            (fields::<block::Block>("root=a,overlay="), "'overlay=' is not one of"),
+            (fields::<rng::Rng>("ro"), "'ro' is not one of bw=N"),
             (fields::<pmem::Pmem>("p=a,io=sync"), "'io=sync' is not one of bw=N"),
             (fields::<net::Net>("tap7"), "want ID=tap=NAME"),
             (fields::<net::Net>("eth0=tap="), "'tap=' is not one of"),

@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::device_args::{DiskArg, HotplugArg, NetArg, PmemArg, VsockArg, parse_balloon};
 use super::launch::{Launch, Style, Timing};
-use super::limits::GroupArg;
+use super::limits::{GroupArg, LimitArgs};
 use super::{fail, launch};
 use crate::config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, Payload,
@@ -63,9 +63,9 @@ struct GuestArgs {
     /// Limits that devices share: id=ID[,bw=N][,ops=N]
     #[arg(long, value_name = "GROUP")]
     rate_limit_group: Vec<GroupArg>,
-    /// Give the guest a source of entropy (virtio-rng)
-    #[arg(long)]
-    rng: bool,
+    /// Give the guest a source of entropy (virtio-rng), with limits if they are said: bw=N,ops=N,group=ID
+    #[arg(long, value_name = "LIMITS", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    rng: Option<LimitArgs>,
     /// Streams between host and guest (virtio-vsock): cid=N,uds=PATH; the guest's address is N, 3 or more, and
     /// the host reaches it through a Unix socket at PATH
     #[arg(long, value_name = "VSOCK")]
@@ -390,8 +390,9 @@ impl GuestArgs {
             }
             config.add_another::<net::Net>(net)?;
         }
-        if self.rng {
-            config.add::<rng::Rng>(rng::Config::default())?;
+        if let Some(limits) = self.rng {
+            let rate_limiter = limits.limiter();
+            config.add::<rng::Rng>(rng::Config { rate_limiter, rate_limit_group: limits.group })?;
         }
         if let Some(VsockArg { cid, uds }) = self.vsock {
             config.add::<vsock::Vsock>(vsock::Config::new(cid, uds))?;

@@ -7,6 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Refusal;
 
+/// Its name among the sections.
+pub(crate) const SECTION: &str = "boot-source";
+
 /// The kernel image path that means the guest built into husk.
 pub const DEMO_GUEST: &str = "builtin:demo";
 

@@ -24,8 +24,8 @@ use devices::virtio::{self, balloon, mem, net};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-pub(crate) use self::boot_source::DEFAULT_BOOT_ARGS;
 pub use self::boot_source::{BootSource, DEMO_GUEST};
+pub(crate) use self::boot_source::{DEFAULT_BOOT_ARGS, SECTION as BOOT_SOURCE};
 pub use self::log::{LogLevel, LoggerConfig};
 pub use self::machine::{HugePages, MachineConfig, OnReboot, VCPUS_MAX};
 pub use self::metrics::MetricsConfig;

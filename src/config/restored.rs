@@ -4,7 +4,7 @@ use devices::virtio;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{MMDS_CONFIG, RATE_LIMIT_GROUPS, VmConfig, is_many, parse_device};
+use super::{BOOT_SOURCE, MMDS_CONFIG, RATE_LIMIT_GROUPS, VmConfig, is_many, parse_device};
 use crate::error::Refusal;
 use crate::snapshot::SnapshotError;
 
@@ -13,7 +13,7 @@ impl VmConfig {
     /// `order` says in which order the devices were attached.
     pub(crate) fn restored(saved: &Value, order: &[(&str, &str)]) -> Result<Self, Refusal> {
         let mut config = Self {
-            boot_source: section(saved, "boot-source")?,
+            boot_source: section(saved, BOOT_SOURCE)?,
             machine: section(saved, "machine-config")?,
             cpu_config: section(saved, "cpu-config")?,
             serial: section(saved, "serial")?,

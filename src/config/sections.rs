@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use super::machine::MachinePatch;
 use super::{
-    BootSource, LoggerConfig, MachineConfig, MetricsConfig, Payload, RATE_LIMIT_GROUPS,
-    RateLimitGroup, SerialConfig, VmConfig, payload,
+    BOOT_SOURCE, BootSource, LoggerConfig, MachineConfig, MetricsConfig, Payload,
+    RATE_LIMIT_GROUPS, RateLimitGroup, SerialConfig, VmConfig, payload,
 };
 use crate::api::{Deprecated, DeprecatedValue, Id, Logged, Section};
 use crate::error::Refusal;
@@ -57,8 +57,8 @@ struct Named {
 pub(super) const SECTIONS: &[Fixed] = &[
     Fixed {
         section: Section {
-            name: "boot-source",
-            path: "boot-source",
+            name: BOOT_SOURCE,
+            path: BOOT_SOURCE,
             about: "What boots: kernel, initrd, command line",
             put: Some(|g| g.subschema_for::<BootSource>()),
             ..Section::PLAIN

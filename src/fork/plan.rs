@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::{ChildOverrides, ForkError, ForkParams, Spec};
 use crate::config::{SerialTo, VmConfig};
+use crate::parts;
 use crate::snapshot::Overrides;
 
 /// What children are the children of.
@@ -37,6 +38,9 @@ pub(crate) fn plan(parent: Parent<'_>, params: &ForkParams) -> Result<Vec<Spec>,
             part_from(parent.config, &saved, &mut config, number);
             let child =
                 VmConfig::restored(&config, &order).map_err(|e| ForkError::child(index, &e))?;
+            if overrides.name_boot_files() {
+                parts::open_boot(&child).map_err(|e| ForkError::child(index, &e))?;
+            }
             claim(index, &child, &mut taken)?;
             let id = overrides.id.unwrap_or_else(|| format!("{}-{number}", parent.id));
             if !is_id(&id) {

@@ -13,7 +13,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::SnapshotError;
-use crate::config::{Payload, SerialConfig};
+use crate::config::{BOOT_SOURCE, BootSource, Payload, SerialConfig};
+
+/// What of `boot-source` can be another: not the command line, which says where devices are.
+const BOOT_FILES: &[&str] = &["kernel_image_path", "initrd_path"];
 
 /// What names the outside of a VM, where it is to be another than when the snapshot was made. Devices
 /// have the shape of `PUT /vm`, with the fields that change: `{"drives": [{"drive_id": "root",
@@ -32,8 +35,8 @@ pub struct Overrides {
     /// What this VM is given and no clone of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub payload: Option<Payload>,
-    /// Devices: of each section an object, or an array of objects with an id, that are merged over what
-    /// the snapshot says (RFC 7396).
+    /// Devices, and what boots (`boot-source`): of each section an object, or an array of objects with an id, that are
+    /// merged over what the snapshot says (RFC 7396).
     #[serde(flatten)]
     pub devices: Map<String, Value>,
 }
@@ -42,7 +45,7 @@ impl Overrides {
     /// Adds what is to be different of a device: `fields` of the `section` ("drives"), the id among
     /// them where there can be several.
     pub fn add(&mut self, section: &str, fields: Value) {
-        if virtio::model(section).is_some_and(|row| !row.is_many) {
+        if virtio::model(section).is_none_or(|row| !row.is_many) {
             self.devices.insert(section.into(), fields);
             return;
         }
@@ -51,6 +54,11 @@ impl Overrides {
         if let Some(members) = members.as_array_mut() {
             members.push(fields);
         }
+    }
+
+    /// Whether what boots is to be another file.
+    pub(crate) fn name_boot_files(&self) -> bool {
+        self.devices.contains_key(BOOT_SOURCE)
     }
 
     /// Whether a device could be overridden, and is not.
@@ -74,11 +82,14 @@ impl Overrides {
             saved["serial"] = json!(serial);
         }
         self.devices.iter().try_for_each(|(section, given)| {
+            if section == BOOT_SOURCE {
+                return apply_boot_files(given, &mut saved[section]);
+            }
             let row = virtio::model(section).ok_or_else(|| {
                 let known: Vec<_> = overridable().map(|row| row.name).collect();
                 let known = known.join(", ");
                 refused(format!(
-                    "unknown field '{section}', expected id, serial, mmds, payload, {known}"
+                    "unknown field '{section}', expected id, serial, mmds, payload, {BOOT_SOURCE}, {known}"
                 ))
             })?;
             if row.outside.is_empty() {
@@ -150,18 +161,40 @@ fn apply_one(
     given: &Map<String, Value>,
     saved: &mut Value,
 ) -> Result<(), SnapshotError> {
-    let is_known = |field: &str| field == row.id_field || row.outside.contains(&field);
-    if let Some(field) = given.keys().find(|field| !is_known(field)) {
-        let outside = row.outside.join(", ");
-        return Err(refused(format!(
-            "{name}: {field}: the guest knows it as it was, or it does not exist; these can be others: {outside}"
-        )));
-    }
-    let given = Value::Object(given.clone());
-    merge(saved, &given);
+    let is_id = |field: &str| field == row.id_field;
+    apply_fields(name, row.outside, given.iter().filter(|(field, _)| !is_id(field)), saved)?;
     (row.parse)(saved.to_string().as_bytes())
         .map(drop)
         .map_err(|e| refused(format!("{name}: {}", without_place(&e.to_string()))))
+}
+
+/// Changes where the files are that the guest's own reset boots.
+fn apply_boot_files(given: &Value, saved: &mut Value) -> Result<(), SnapshotError> {
+    let wrong = |why: &dyn std::fmt::Display| refused(format!("{BOOT_SOURCE}: {why}"));
+    let given = given.as_object().ok_or_else(|| wrong(&"want an object"))?;
+    apply_fields(BOOT_SOURCE, BOOT_FILES, given.iter(), saved)?;
+    BootSource::deserialize(&*saved).map(drop).map_err(|e| wrong(&e))
+}
+
+/// Merges fields over what was saved. Refuses what are not among those of the `outside`.
+fn apply_fields<'a>(
+    name: &str,
+    outside: &[&str],
+    given: impl Iterator<Item = (&'a String, &'a Value)>,
+    saved: &mut Value,
+) -> Result<(), SnapshotError> {
+    let mut fields = Map::new();
+    for (field, value) in given {
+        if !outside.contains(&field.as_str()) {
+            let outside = outside.join(", ");
+            return Err(refused(format!(
+                "{name}: {field}: the guest knows it as it was, or it does not exist; these can be others: {outside}"
+            )));
+        }
+        fields.insert(field.clone(), value.clone());
+    }
+    merge(saved, &Value::Object(fields));
+    Ok(())
 }
 
 /// A place in a document that nobody has seen.
@@ -194,8 +227,12 @@ impl JsonSchema for Overrides {
             "mmds": { "description": "The guest's metadata: any JSON" },
             "payload": { "description": "What this VM is given and no clone of it: any JSON" },
         });
+        let boot = generator.subschema_for::<BootSource>();
+        properties[BOOT_SOURCE] = part_of(boot, BOOT_FILES, None, generator);
         for row in overridable() {
-            let one = one_schema(row, generator);
+            let whole = (row.schema)(generator);
+            let id = row.is_many.then_some(row.id_field);
+            let one = part_of(whole, row.outside, id, generator);
             properties[row.name] = match row.is_many {
                 true => json!({ "type": "array", "items": one }),
                 false => one,
@@ -210,13 +247,18 @@ impl JsonSchema for Overrides {
     }
 }
 
-/// The fields of a device that can be overridden, as its own schema has them.
-fn one_schema(row: &Row, generator: &mut SchemaGenerator) -> Value {
-    let whole = (row.schema)(generator).to_value();
+/// The schema of what can be overridden of a section, and of the field that says of which member, as the `whole`
+/// section's has them.
+fn part_of(
+    whole: Schema,
+    outside: &[&str],
+    id: Option<&str>,
+    generator: &mut SchemaGenerator,
+) -> Value {
+    let whole = whole.to_value();
     let name = whole["$ref"].as_str().and_then(|path| path.rsplit('/').next());
     let whole = name.and_then(|name| generator.definitions().get(name)).unwrap_or(&whole);
-    let id = row.is_many.then_some(row.id_field);
-    let fields = row.outside.iter().copied().chain(id);
+    let fields = outside.iter().copied().chain(id);
     let properties: Map<_, _> =
         fields.map(|field| (field.into(), whole["properties"][field].clone())).collect();
     json!({
@@ -234,6 +276,7 @@ mod tests {
     fn saved() -> Value {
         json!({
             "serial": { "to": "Pty" },
+            "boot-source": { "kernel_image_path": "k", "initrd_path": "i", "boot_args": "a" },
             "drives": [
                 { "drive_id": "a", "path_on_host": "a.img", "is_root_device": true,
                   "rate_limiter": { "bandwidth": { "size": 1, "refill_time": 1 } } },
@@ -261,8 +304,13 @@ mod tests {
             "drives": [{ "drive_id": "b", "path_on_host": "c.img" },
                        { "drive_id": "a", "rate_limiter": null }],
             "vsock": { "guest_cid": 9 },
+            "boot-source": { "kernel_image_path": "moved", "initrd_path": null },
         }))
         .unwrap();
+        assert_eq!(
+            config["boot-source"],
+            json!({ "kernel_image_path": "moved", "boot_args": "a" })
+        );
         assert_eq!(config["serial"]["to"], json!({ "File": "out" }));
         assert_eq!(config["drives"][0].get("rate_limiter"), None);
         assert_eq!(config["drives"][0]["path_on_host"], "a.img");
@@ -276,7 +324,7 @@ mod tests {
         for (overrides, words) in [
             (
                 json!({ "disks": [] }),
-                "overrides: unknown field 'disks', expected id, serial, mmds, payload, drives, ",
+                "overrides: unknown field 'disks', expected id, serial, mmds, payload, boot-source, drives, ",
             ),
             (json!({ "balloon": { "amount_mib": 2 } }), "overrides: balloon: it has nothing"),
             (json!({ "drives": {} }), "overrides: drives: want an array of objects"),
@@ -308,6 +356,15 @@ mod tests {
             (
                 json!({ "entropy": { "rate_limiter": null } }),
                 "overrides: entropy: the snapshot has none",
+            ),
+            (
+                json!({ "boot-source": { "boot_args": "x" } }),
+                "overrides: boot-source: boot_args: the guest knows it",
+            ),
+            (json!({ "boot-source": [] }), "overrides: boot-source: want an object"),
+            (
+                json!({ "boot-source": { "kernel_image_path": null } }),
+                "overrides: boot-source: missing field `kernel_image_path`",
             ),
             (json!({ "id": "a b" }), "overrides: id: \"a b\": want 1 to 64"),
             (json!({ "vsock": [] }), "overrides: vsock: want an object"),

@@ -7,6 +7,7 @@ use devices::virtio::model::DeviceError;
 use super::{Image, LoadParams, Overrides, SnapshotError};
 use crate::config::{HugePages, VmConfig};
 use crate::error::Refusal;
+use crate::parts;
 
 /// What goes on, and how.
 #[derive(Clone, Debug)]
@@ -74,6 +75,10 @@ impl Restore {
             return Err(SnapshotError::Field { field: "record_ms", why }.into());
         }
         let mut config = self.image.config(&self.overrides)?;
+        // One that was saved may be gone: then the guest's own reset ends the VM. One that is named is wanted.
+        if self.overrides.name_boot_files() {
+            parts::open_boot(&config)?;
+        }
         // What another process serves cannot be frozen in place; it is copied.
         config.machine.forkable &= self.handler.is_none();
         config.payload.clone_from(&self.overrides.payload);
