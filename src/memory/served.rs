@@ -17,8 +17,13 @@ use std::time::Duration;
 
 use arch::GuestRam;
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::mm::{Advice, UserfaultfdFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::sockopt::{self, Timeout};
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
+    SocketFlags, SocketType, sendmsg, socket_with,
+};
 use rustix::process::{PidfdFlags, pidfd_open};
 use serde::Serialize;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -36,9 +41,11 @@ const API: u64 = 0xaa;
 const EVENT_REMOVE: u64 = 1 << 3;
 /// `UFFDIO_REGISTER_MODE_MISSING`.
 const MISSING: u64 = 1;
-/// How much is asked for at once when all of it is wanted, and how long that may take.
+/// How much is asked for at once when all of it is wanted.
 const CHUNK: u64 = 2 << 20;
+/// How long that may take, and how long the other process to take what it is sent.
 const PATIENCE: Duration = Duration::from_secs(5);
+const NO_ANSWER: &str = "the process that serves memory does not answer";
 
 /// `struct uffdio_api`.
 #[repr(C)]
@@ -118,7 +125,7 @@ impl Served {
             let (path, what) = (path.to_owned(), what.to_owned());
             move |source| ServeError { path, what, source }
         };
-        let socket = UnixStream::connect(path).map_err(failed("cannot connect"))?;
+        let socket = connect(path, PATIENCE).map_err(failed("cannot connect"))?;
         let mut offset = 0;
         let mut mappings = Vec::new();
         for region in ram.iter() {
@@ -203,10 +210,7 @@ impl Served {
             match receiver.recv_timeout(PATIENCE) {
                 Ok(brought) => brought?,
                 Err(RecvTimeoutError::Disconnected) => return Ok(()),
-                Err(RecvTimeoutError::Timeout) => {
-                    let why = "the process that serves memory does not answer";
-                    return Err(io::Error::new(io::ErrorKind::TimedOut, why));
-                }
+                Err(RecvTimeoutError::Timeout) => return Err(no_answer()),
             }
         }
     }
@@ -252,7 +256,7 @@ fn ends_first(peer: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
         match poll(&mut fds, None) {
             Ok(_) if !fds[0].revents().is_empty() => return false,
             Ok(_) if !fds[1].revents().is_empty() => return true,
-            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) | Err(Errno::INTR) => {}
             Err(e) => {
                 log::error!("cannot watch over served memory: {e}");
                 return false;
@@ -261,9 +265,29 @@ fn ends_first(peer: BorrowedFd<'_>, stop: BorrowedFd<'_>) -> bool {
     }
 }
 
+/// Connects to whoever listens at `path`. Neither this nor what is sent waits longer than `patience`: a listener may be
+/// stopped, with as many waiting for it as may.
+fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    let (domain, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
+    sockopt::set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
+    let address = SocketAddrUnix::new(path)?;
+    in_time(rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)))?;
+    Ok(socket.into())
+}
+
+/// When its time is up, a socket says that it would have to be waited for.
+fn in_time<T>(result: rustix::io::Result<T>) -> io::Result<T> {
+    result.map_err(|e| if e == Errno::AGAIN { no_answer() } else { e.into() })
+}
+
+fn no_answer() -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, NO_ANSWER)
+}
+
 /// The process at the other end. `None` if it cannot be seen from here.
 fn peer(socket: &UnixStream) -> Option<OwnedFd> {
-    let peer = rustix::net::sockopt::socket_peercred(socket).ok()?;
+    let peer = sockopt::socket_peercred(socket).ok()?;
     pidfd_open(peer.pid, PidfdFlags::empty()).ok()
 }
 
@@ -272,7 +296,8 @@ fn send(socket: &UnixStream, text: &[u8], fd: BorrowedFd<'_>) -> io::Result<()> 
     let mut control = SendAncillaryBuffer::new(&mut space);
     let fds = [fd];
     control.push(SendAncillaryMessage::ScmRights(&fds));
-    let sent = sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)?;
+    let sent = sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL);
+    let sent = in_time(sent)?;
     match sent == text.len() {
         true => Ok(()),
         false => Err(io::ErrorKind::WriteZero.into()),
@@ -342,5 +367,35 @@ mod tests {
         served.shared.lose(&outcome);
         assert!(!served.run());
         assert!(matches!(outcome.get(), Some(Ending::HostError { .. })));
+    }
+
+    #[test]
+    fn a_listener_that_takes_nobody_is_not_waited_for() {
+        let path = std::env::temp_dir().join(format!("husk-served-{}", std::process::id()));
+        // One that another run has left behind.
+        let _ = std::fs::remove_file(&path);
+        let (domain, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+        let listener = socket_with(domain, kind, SocketFlags::CLOEXEC, None).unwrap();
+        rustix::net::bind(&listener, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let soon = Duration::from_millis(10);
+        let mut waiting = Vec::new();
+        let refusal = loop {
+            match connect(&path, soon) {
+                Ok(socket) => waiting.push(socket),
+                Err(e) => break e,
+            }
+            assert!(waiting.len() < 100, "they are all taken");
+        };
+        assert_eq!(refusal.to_string(), NO_ANSWER);
+        // Nor one that takes it, and reads nothing.
+        let sent = loop {
+            match send(&waiting[0], &[0; 4096], Bell::new().unwrap().as_fd()) {
+                Ok(()) => {}
+                Err(e) => break e,
+            }
+        };
+        assert_eq!(sent.to_string(), NO_ANSWER);
+        std::fs::remove_file(&path).unwrap();
     }
 }
