@@ -474,6 +474,15 @@ fn a_fork_that_cannot_begin_is_refused() {
     children(&post(&vm.api(), json!({}))).remove(0).kill();
 }
 
+#[test]
+fn memory_that_can_be_plugged_makes_forkable_void() {
+    let husk = Husk::guest("hello", "how=hlt").memory(16).listening().arg("--forkable");
+    let vm = husk.option("--hotplug-memory", "128").start();
+    vm.expect_error("forkable is of no use with memory hotplug");
+    vm.expect("how=hlt");
+    children(&post(&vm.api(), json!({}))).remove(0).kill();
+}
+
 /// What is beside its API socket.
 fn siblings(vm: &TestVm) -> Vec<String> {
     let entries = fs::read_dir(vm.socket().parent().unwrap()).unwrap();

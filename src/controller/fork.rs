@@ -2,10 +2,12 @@
 //! sees the rest through and answers.
 use std::time::Instant;
 
+use devices::virtio::{mem, model::Model};
 use serde_json::{Value, json};
 
 use super::Controller;
 use super::owed::{Owed, owe};
+use crate::config::VmConfig;
 use crate::error::Refusal;
 use crate::events::What;
 use crate::fork::{
@@ -21,7 +23,13 @@ impl Controller {
     }
 
     /// Starts what makes children now, if the VM that is about to start is to have some.
-    pub(super) fn prepare_for_children(&self, is_forkable: bool) -> Result<(), Refusal> {
+    pub(super) fn prepare_for_children(&self, config: &VmConfig) -> Result<(), Refusal> {
+        let is_forkable = config.machine.forkable;
+        if is_forkable && config.devices().any(|recipe| recipe.model() == mem::Mem::NAME) {
+            log::warn!(
+                "forkable is of no use with memory hotplug: all memory is copied for each fork"
+            );
+        }
         let nursery = self.nursery.as_ref().filter(|_| is_forkable);
         nursery.map_or(Ok(()), Nursery::prepare).map_err(|e| ForkError::Process(e).into())
     }

@@ -46,7 +46,9 @@ impl Controller {
             true => None,
             false => self.metrics.open(config.metrics.as_ref())?,
         };
-        self.prepare_for_children(config.machine.forkable && restore.is_none())?;
+        if restore.is_none() {
+            self.prepare_for_children(&config)?;
+        }
         let devices_before = self.hub.watched();
         let made = self.make(&config, &mut watch, restore);
         let Made { mut machine, serial_path, .. } = made
