@@ -10,7 +10,7 @@
 //!
 //! Which granules a layer has is in memory (`map::Map`), and in the layer's file if that is kept. To
 //! freeze is to put a new top over the stack: it takes as long for a large layer as for an empty one. Where layers
-//! become too many, some are made one while the guest goes on ([`merge`]).
+//! become too many, some are made one while the guest goes on (merge.rs).
 mod layer;
 mod map;
 mod merge;
