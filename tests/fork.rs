@@ -57,10 +57,10 @@ fn parent(husk: Husk) -> TestVm {
 }
 
 /// A child, ended with the test.
-struct Child {
+pub(crate) struct Child {
     pid: u32,
     pidfd: std::os::fd::OwnedFd,
-    api: Api,
+    pub(crate) api: Api,
     socket: PathBuf,
     serial: Option<BufReader<UnixStream>>,
 }
@@ -79,8 +79,9 @@ impl Child {
         Self { pid, pidfd, api: Api::new(&socket), socket, serial }
     }
 
+    /// Tells its guest `what`; what it says of `key`.
     #[track_caller]
-    fn tell(&mut self, what: &str, key: &str) -> String {
+    pub(crate) fn tell(&mut self, what: &str, key: &str) -> String {
         let serial = self.serial.as_mut().expect("a child with a serial port");
         serial.get_mut().write_all(what.as_bytes()).unwrap();
         loop {
@@ -96,7 +97,7 @@ impl Child {
 
     /// Has its guest power off, content.
     #[track_caller]
-    fn quit(&mut self) {
+    pub(crate) fn quit(&mut self) {
         let serial = self.serial.as_mut().expect("a child with a serial port");
         serial.get_mut().write_all(b"q").unwrap();
         let said: Vec<_> = serial.lines().map(Result::unwrap).collect();
@@ -136,7 +137,7 @@ fn talking(scratch: &Scratch, name: &str) -> Value {
 
 /// Makes children that can be talked to, and end with their parent: a test that is killed leaves none.
 #[track_caller]
-fn fork(api: &Api, scratch: &Scratch, names: &[&str]) -> Vec<Child> {
+pub(crate) fn fork(api: &Api, scratch: &Scratch, names: &[&str]) -> Vec<Child> {
     let overrides: Vec<_> = names.iter().map(|name| talking(scratch, name)).collect();
     let reply = post(api, json!({ "overrides": overrides, "end_with_parent": true }));
     let made = children(&reply);

@@ -43,6 +43,7 @@ mod overlay;
 mod restore;
 mod rewind;
 mod signals;
+mod smp;
 mod terminal;
 mod unheard;
 mod util;
