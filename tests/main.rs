@@ -26,6 +26,7 @@ mod events;
 mod firecracker;
 mod fork;
 mod golden;
+mod high_memory;
 mod identity;
 mod increments;
 mod input;

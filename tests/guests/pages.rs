@@ -3,13 +3,13 @@
 //! `pages=N..M`, the least and the largest number; `s` maps another page at an address whose page it has looked at, `v`
 //! says what is there: `window=A` or `window=B`; `z` makes every third page zero, and says `zero=1`; `h` sums all of
 //! them up and says `sum=X`; `b` counts in all pages, one after the other, and looks whether they have what they should,
-//! until the next byte: `busy=ok`; `q` ends it.
+//! until the next byte: `busy=ok`; `q` ends it. With `high` the pages are all that there are above 4 GiB.
 #![no_std]
 #![no_main]
 
 use core::arch::naked_asm;
 
-use rt::{BootInfo, Outcome, clock, ensure, fail, memory, options, println, ring0};
+use rt::{BootInfo, Failure, Outcome, clock, ensure, fail, memory, options, println, ring0};
 
 rt::entry!(run);
 
@@ -25,7 +25,10 @@ const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 fn run(boot: &'static BootInfo) -> Outcome {
     clock::start();
     let count = options::number(boot.cmdline, "count", 100) as usize;
-    let pages = memory::allocate(count * PAGE);
+    let pages = match options::has(boot.cmdline, "high") {
+        true => above_4_gib(boot)?,
+        false => memory::allocate(count * PAGE),
+    };
     let shown = memory::allocate(2 * PAGE);
     (shown[0], shown[PAGE]) = (b'A', b'B');
     let mut window = Window::new(shown.as_ptr() as u64);
@@ -36,7 +39,11 @@ fn run(boot: &'static BootInfo) -> Outcome {
             b'w' => {
                 round += 1;
                 let step = if round == 1 { 1 } else { 2 };
-                pages.chunks_exact_mut(PAGE).step_by(step).for_each(|page| page[7] = round);
+                for (n, page) in pages.chunks_exact_mut(PAGE).enumerate().step_by(step) {
+                    page[7] = round;
+                    // Not the same as another.
+                    page[14..18].copy_from_slice(&(n as u32).to_le_bytes());
+                }
                 println!("round={round}");
             }
             b'c' => {
@@ -77,6 +84,15 @@ fn run(boot: &'static BootInfo) -> Outcome {
             other => fail!("no command is {other:#x}"),
         }
     }
+}
+
+fn above_4_gib(boot: &BootInfo) -> Result<&'static mut [u8], Failure> {
+    let Some(ram) = boot.memory().iter().find(|r| r.is_ram() && r.start >= 1 << 32) else {
+        fail!("no RAM above 4 GiB");
+    };
+    (ram.start..ram.end()).step_by(1 << 30).for_each(memory::map_gib);
+    // SAFETY: RAM that the allocator does not hand out, mapped.
+    Ok(unsafe { core::slice::from_raw_parts_mut(ram.start as *mut u8, ram.size as usize) })
 }
 
 fn next() -> u8 {
