@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
+use crate::fork::{Child, fork};
 use crate::util::*;
 
 /// Where a payload is in the guest's memory.
@@ -23,8 +24,16 @@ struct Who {
 #[track_caller]
 fn who(vm: &TestVm) -> Who {
     vm.type_in("i");
-    let line = vm.expect("identity=");
-    let mut words = line.trim_end().split_once('=').unwrap().1.splitn(4, ' ').map(str::to_owned);
+    read(vm.expect("identity=").trim_end().split_once('=').unwrap().1)
+}
+
+#[track_caller]
+fn who_is(child: &mut Child) -> Who {
+    read(&child.tell("i", "identity"))
+}
+
+fn read(identity: &str) -> Who {
+    let mut words = identity.splitn(4, ' ').map(str::to_owned);
     let mut next = || words.next().unwrap_or_default();
     Who { id: next(), counter: next(), generation: next(), payload: next() }
 }
@@ -99,6 +108,57 @@ fn clones_are_told_apart_and_given_their_own() {
     assert_eq!((&*of_third.counter, &*of_third.payload), ("2", ""));
     assert!(![&before.id, &first.id, &second.id].contains(&&of_third.id));
     for vm in [one, other, third] {
+        end(vm);
+    }
+}
+
+/// Children, their children, and what goes back: each is another one, and whom it comes from is who it was.
+#[test]
+fn children_and_what_goes_back_are_told_apart() {
+    let steps = || {
+        let payload = "{\"name\":\"parent\"}";
+        let scratch = Scratch::new();
+        let payload = scratch.file("payload", payload);
+        let vm = Husk::guest("steps", "").memory(16).option("--payload", payload);
+        (scratch, vm.listening().typing())
+    };
+    for is_forkable in [false, true] {
+        let (scratch, husk) = steps();
+        let vm = if is_forkable { husk.arg("--forkable") } else { husk }.start();
+        vm.expect("ready=1");
+        let mut all = vec![who(&vm)];
+        assert_eq!((&*all[0].counter, &*all[0].generation), ("0", "0"));
+        let mut children = fork(&vm.api(), &scratch, &["a", "b"]);
+        assert_eq!(who(&vm), all[0], "a fork changes nothing for the parent");
+        let both: Vec<_> = children.iter_mut().map(who_is).collect();
+        let mut grand = fork(&children[0].api.clone(), &scratch, &["c"]);
+        assert_eq!(who_is(&mut children[0]), both[0], "a fork changes nothing for the parent");
+        let third = who_is(&mut grand[0]);
+        for (is, counter) in [(&both[0], "1"), (&both[1], "1"), (&third, "2")] {
+            assert_eq!((&*is.counter, &*is.generation), (counter, counter));
+            assert_eq!(is.payload, "", "a payload is for one VM");
+        }
+        all.extend(both);
+        all.push(third);
+
+        let directory = scratch.path("snapshot");
+        vm.api().put("/snapshot/create", json!({ "directory": directory })).done();
+        assert_eq!(who(&vm), all[0], "a snapshot changes nothing for the VM that it is of");
+        for counter in ["1", "2"] {
+            vm.api().put("/snapshot/rewind", json!({})).done();
+            let is = who(&vm);
+            assert_eq!((&*is.counter, &*is.generation), (counter, counter));
+            assert_eq!(is.payload, all[0].payload, "it is still the payload of this VM");
+            all.push(is);
+        }
+        // As a child of what has gone back.
+        let mut late = fork(&vm.api(), &scratch, &["d"]);
+        let is = who_is(&mut late[0]);
+        assert_eq!((&*is.counter, &*is.generation), ("3", "3"));
+        all.push(is);
+        let ids: std::collections::BTreeSet<_> = all.iter().map(|who| &who.id).collect();
+        assert_eq!(ids.len(), all.len(), "{all:?}");
+        children.into_iter().chain(grand).chain(late).for_each(|mut child| child.quit());
         end(vm);
     }
 }
