@@ -368,6 +368,69 @@ fn plugged_memory_is_in_a_snapshot() {
     assert!(len >= 256 * MIB && (128 * MIB..160 * MIB).contains(&held), "{len}, {held}");
 }
 
+/// Blocks come, go and come again between the snapshots of a chain: none shows what it held before.
+#[test]
+fn memory_that_is_plugged_between_snapshots_is_as_it_was() {
+    for is_tracked in [true, false] {
+        let scratch = Scratch::new();
+        let [none, more, less, again] =
+            ["none", "more", "less", "again"].map(|name| scratch.path(name));
+        let vm = Husk::api().start();
+        let (api, kernel) = (vm.api(), guest("mem"));
+        let source = json!({"kernel_image_path": kernel, "boot_args": "steps=5"});
+        api.put("/boot-source", source).done();
+        let machine = json!({"vcpu_count": 1, "mem_size_mib": 16, "track_dirty_pages": is_tracked});
+        api.put("/machine-config", machine).done();
+        api.put("/hotplug/memory", json!({"total_size_mib": 256})).done();
+        api.act("InstanceStart").done();
+        vm.expect("ready=1");
+        // The guest looks at every page of what it has, and that what is new is zero.
+        let plug = |vm: &TestVm, mib: u64| {
+            let params = json!({"requested_size_mib": mib});
+            vm.api().patch("/hotplug/memory", params).done();
+            vm.expect(&format!("plugged={mib}"));
+        };
+        create(&vm, &none, "Full");
+        plug(&vm, 16);
+        create(&vm, &more, "Diff");
+        plug(&vm, 4);
+        create(&vm, &less, "Diff");
+        plug(&vm, 132);
+        create(&vm, &again, "Diff");
+        drop(vm);
+        for (directory, had, steps) in [
+            (&none, 0, &[4, 16, 0, 20, 2][..]),
+            (&more, 16, &[20, 4, 16, 2]),
+            (&less, 4, &[16, 2, 20]),
+            (&again, 132, &[4, 20]),
+        ] {
+            let vm = load_with(json!({"directory": directory, "track_dirty_pages": is_tracked}));
+            let status = vm.api().get("/hotplug/memory").json();
+            assert_eq!(status["plugged_size_mib"], had, "{}", directory.display());
+            let (last, before) = steps.split_last().unwrap();
+            before.iter().for_each(|mib| plug(&vm, *mib));
+            // And on from there: what was given back must not shine through from further down.
+            let next = scratch.path("next");
+            create(&vm, &next, "Diff");
+            vm.api().put("/snapshot/rewind", json!({"directory": directory})).done();
+            let status = vm.api().get("/hotplug/memory").json();
+            assert_eq!(status["plugged_size_mib"], had, "{}", directory.display());
+            before.iter().for_each(|mib| plug(&vm, *mib));
+            drop(vm);
+            let vm = load(&next);
+            plug(&vm, *last);
+            vm.wait().ok();
+            std::fs::remove_dir_all(&next).unwrap();
+        }
+        let merged = scratch.path("merged");
+        merge(&again, &merged);
+        let vm = load(&merged);
+        plug(&vm, 4);
+        plug(&vm, 20);
+        vm.wait().ok();
+    }
+}
+
 /// What a restored guest gives back is a private mapping's of a file, which must not shine through.
 #[test]
 fn memory_that_a_restored_guest_gives_back_is_zero() {
