@@ -27,6 +27,7 @@ mod firecracker;
 mod fork;
 mod golden;
 mod high_memory;
+mod huge_pages;
 mod identity;
 mod increments;
 mod input;
