@@ -1,12 +1,19 @@
 //! husk in a Rust program: several VMs in one process, followed, waited for, killed and dropped.
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
-use husk::{Ending, Event, ExitCode, OnReboot, Refusal, Request, SerialTo, Vm, VmConfig, What};
+use husk::{
+    Ending, Event, ExitCode, HugePages, Image, OnReboot, Refusal, Request, Restore, RewindParams,
+    SerialConfig, SerialTo, SnapshotParams, Vm, VmConfig, What,
+};
 
+use crate::fork::wait_until;
+use crate::restore::{Handler, memory_file};
 use crate::util::*;
 
 /// A VM with the test guest `hello`, whose console leads to the file `NAME.log`.
@@ -182,6 +189,154 @@ fn handle_outlives_its_vm() {
             || handle.call(Request::Pause).is_err()
     );
     assert!(matches!(handle.call(Request::Describe), Err(Refusal::Gone)));
+}
+
+/// The guest `steps`, which does what it is told at a socket.
+struct Steps {
+    vm: Vm,
+    serial: BufReader<UnixStream>,
+}
+
+impl Steps {
+    fn start(scratch: &Scratch) -> Self {
+        require_host();
+        let mut config = VmConfig::new(guest("steps"));
+        config.machine.mem_size_mib = 16;
+        let socket = scratch.path("booted");
+        config.serial.to = Some(SerialTo::Socket(socket.clone()));
+        let vm = Vm::start(config).unwrap();
+        Self { vm, serial: connect(&socket) }
+    }
+
+    /// A VM that goes on as `restore` says.
+    fn restore(scratch: &Scratch, name: &str, mut restore: Restore) -> Self {
+        let socket = scratch.path(name);
+        let to = Some(SerialTo::Socket(socket.clone()));
+        restore.overrides.serial = Some(SerialConfig { to, ..SerialConfig::default() });
+        let vm = Vm::prepare(VmConfig::default()).unwrap();
+        vm.handle().call(Request::Restore(Box::new(restore))).unwrap();
+        Self { vm, serial: connect(&socket) }
+    }
+
+    /// Tells the guest `what`; what it says of `key`.
+    #[track_caller]
+    fn tell(&mut self, what: &str, key: &str) -> String {
+        self.serial.get_mut().write_all(what.as_bytes()).unwrap();
+        loop {
+            let mut line = String::new();
+            assert_ne!(self.serial.read_line(&mut line).unwrap(), 0, "the end rather than {key}=");
+            if let Some((found, value)) = line.trim_end().split_once('=')
+                && found == key
+            {
+                return value.to_owned();
+            }
+        }
+    }
+
+    fn time(&mut self) -> Duration {
+        let us = self.tell("t", "time");
+        Duration::from_micros(us.split(' ').next().unwrap().parse().unwrap())
+    }
+}
+
+fn connect(socket: &Path) -> BufReader<UnixStream> {
+    let stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    BufReader::new(stream)
+}
+
+#[test]
+fn a_program_takes_a_vm_back() {
+    let scratch = Scratch::new();
+    let [first, second] = ["first", "second"].map(|name| scratch.path(name));
+    let mut steps = Steps::start(&scratch);
+    let refusal = steps.vm.rewind(RewindParams::default()).unwrap_err();
+    assert!(refusal.to_string().contains("neither restored nor saved"), "{refusal}");
+    let refusal = steps.vm.record_working_set().unwrap_err();
+    assert!(refusal.to_string().contains("was not restored"), "{refusal}");
+    let events = steps.vm.events().unwrap();
+    assert_eq!(steps.tell("c", "count"), "1");
+    steps.vm.snapshot(SnapshotParams::to_directory(&first)).unwrap();
+    assert_eq!(steps.tell("c", "count"), "2");
+    steps.vm.snapshot(SnapshotParams::to_directory(&second)).unwrap();
+    for _ in 0..2 {
+        assert_eq!(steps.tell("c", "count"), "3");
+        steps.vm.rewind(RewindParams::default()).unwrap();
+        let back = until(&events, |what| matches!(what, What::Rewound { .. }));
+        assert!(matches!(back.what, What::Rewound { paused: false, .. }), "{back:?}");
+    }
+    let directory = Some(first);
+    let resume_vm = Some(false);
+    let params = RewindParams { directory, resume_vm, ..RewindParams::default() };
+    steps.vm.rewind(params).unwrap();
+    assert_eq!(steps.vm.describe().unwrap()["state"], "Paused");
+    steps.vm.resume().unwrap();
+    assert_eq!(steps.tell("c", "count"), "2");
+    let missing = RewindParams { directory: Some(scratch.path("none")), ..RewindParams::default() };
+    assert!(matches!(steps.vm.rewind(missing), Err(Refusal::Snapshot(_))));
+    // A refusal leaves it as it was.
+    assert_eq!(steps.tell("c", "count"), "3");
+}
+
+#[test]
+fn a_program_chooses_how_a_vm_goes_on() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("snapshot");
+    let mut steps = Steps::start(&scratch);
+    steps.tell("c", "count");
+    let shown_at = Instant::now();
+    let shown = steps.time();
+    steps.vm.snapshot(SnapshotParams::to_directory(&directory)).unwrap();
+    let alive = shown_at.elapsed();
+    let saved_at = Instant::now();
+    drop(steps);
+    let image = Image::open(&directory).unwrap();
+    let set = directory.join("working-set");
+
+    let noted = Restore { record_ms: Some(1), ..Restore::new(&image) };
+    let mut steps = Steps::restore(&scratch, "noted", noted);
+    wait_until(|| set.exists());
+    assert_eq!(steps.tell("c", "count"), "2");
+    let before = fs::read(&set).unwrap();
+    steps.vm.record_working_set().unwrap();
+    assert_ne!(fs::read(&set).unwrap(), before, "more has been touched since");
+    drop(steps);
+
+    let pages = |vm: &Vm| vm.handle().call(Request::Config).unwrap()["machine-config"].clone();
+    for huge_pages in [HugePages::Transparent, HugePages::None] {
+        let huge_pages = Some(huge_pages);
+        let restore = Restore { huge_pages, ignores_working_set: true, ..Restore::new(&image) };
+        let mut steps = Steps::restore(&scratch, &format!("{huge_pages:?}"), restore);
+        assert_eq!(steps.tell("c", "count"), "2");
+        let is = pages(&steps.vm)["huge_pages"].clone();
+        assert_eq!(is, serde_json::to_value(huge_pages).unwrap());
+    }
+
+    let handler = Handler::start(&scratch, "handler", &memory_file(&directory));
+    let served = Restore { handler: Some(handler.socket.clone()), ..Restore::new(&image) };
+    let mut steps = Steps::restore(&scratch, "served", served);
+    assert_eq!(steps.tell("c", "count"), "2");
+    let refusal = steps.vm.record_working_set().unwrap_err();
+    assert!(refusal.to_string().contains("its memory is no image's"), "{refusal}");
+    drop(steps);
+    let nobody = Some(scratch.path("nobody"));
+    let vm = Vm::prepare(VmConfig::default()).unwrap();
+    let restore = Restore { handler: nobody, ..Restore::new(&image) };
+    let refusal = vm.handle().call(Request::Restore(Box::new(restore))).unwrap_err();
+    assert_eq!(refusal.exit_code(), ExitCode::Host, "{refusal}");
+
+    // By now some time has passed, which a guest is shown that asks for it.
+    for clock_realtime in [false, true] {
+        let begun = Instant::now();
+        let dead = saved_at.elapsed();
+        let restore = Restore { clock_realtime, ..Restore::new(&image) };
+        let mut steps = Steps::restore(&scratch, &format!("clock-{clock_realtime}"), restore);
+        let passed = steps.time() - shown;
+        match clock_realtime {
+            true => assert!(passed >= dead, "{passed:?}, and it was dead for {dead:?}"),
+            false => assert!(passed <= alive + begun.elapsed(), "{passed:?}, alive for {alive:?}"),
+        }
+    }
 }
 
 #[test]

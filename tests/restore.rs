@@ -64,7 +64,7 @@ fn sums(directory: &Path) -> Vec<(String, Vec<u8>)> {
 }
 
 /// The one memory file in a directory.
-fn memory_file(directory: &Path) -> PathBuf {
+pub(crate) fn memory_file(directory: &Path) -> PathBuf {
     let names = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
     let mut found =
         names.filter(|path| path.file_name().unwrap().to_str().unwrap().starts_with("memory-"));
@@ -618,14 +618,14 @@ fn a_vm_that_boots_leaves_room_for_one_that_is_restored() {
 }
 
 /// A process that serves memory.
-struct Handler {
+pub(crate) struct Handler {
     child: Child,
     said: BufReader<ChildStdout>,
-    socket: PathBuf,
+    pub(crate) socket: PathBuf,
 }
 
 impl Handler {
-    fn start(scratch: &Scratch, name: &str, memory: &Path) -> Self {
+    pub(crate) fn start(scratch: &Scratch, name: &str, memory: &Path) -> Self {
         let socket = scratch.path(name);
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/handlers/uffd.py");
         let mut command = Command::new("python3");
