@@ -203,18 +203,27 @@ fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
             scope.spawn(move || {
                 let scratch = Scratch::new();
                 let base = scratch.path("base");
-                let vm = warm().listening().start();
+                // Beside the places, where what is left behind is counted.
+                let outside = Scratch::new();
+                let disk = outside.sparse("disk", 64 << 10);
+                let overlay = format!("{},overlay", disk.display());
+                let vm = warm().option("--disk", overlay).listening().start();
                 vm.expect("tick=");
                 vm.api().put("/snapshot/create", json!({ "directory": base })).done();
                 let place = forms(&scratch)[killer as usize % 2].clone();
-                let start = Instant::now();
-                vm.api().put("/snapshot/create", &place).done();
-                let longest = start.elapsed();
+                let kinds = kinds(&place);
+                let mut longest = Vec::new();
+                for kind in &kinds {
+                    let start = Instant::now();
+                    vm.api().put("/snapshot/create", kind).done();
+                    longest.push(start.elapsed());
+                }
                 drop(vm);
                 let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ u64::from(killer + 1) << 32);
                 let mut before = sound(&place).unwrap();
-                for _ in 0..KILLS / KILLERS {
-                    kill_once(&base, &place, &mut random, longest);
+                for n in 0..(KILLS / KILLERS) as usize {
+                    let kind = n % kinds.len();
+                    kill_once(&base, &kinds[kind], &mut random, longest[kind]);
                     let after = sound(&place).unwrap_or_else(|e| panic!("torn: {e}"));
                     outcomes[usize::from(after != before)].fetch_add(1, Ordering::Relaxed);
                     before = after;
@@ -228,6 +237,20 @@ fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
     println!("old={old} new={new}");
     // Or the instants were none of those that matter.
     assert!(old > KILLS / 20 && new > KILLS / 20, "{old} old, {new} new");
+}
+
+/// Snapshots of all kinds that can be there: complete ones and those of what has changed, compressed or not.
+fn kinds(place: &Value) -> Vec<Value> {
+    let all = [("Full", "none"), ("Full", "lz4"), ("Diff", "none"), ("Diff", "lz4")];
+    let with = |(kind, compression): (&str, &str)| {
+        let mut body = place.clone();
+        (body["snapshot_type"], body["compression"]) = (kind.into(), compression.into());
+        body
+    };
+    // Two files are for others to merge, who cannot read what is compressed.
+    let is_possible =
+        |body: &(&str, &str)| *body != ("Diff", "lz4") || place["directory"].is_string();
+    all.into_iter().filter(is_possible).map(with).collect()
 }
 
 /// Kills who writes a snapshot over another. It was restored, which takes less time than a start.
@@ -365,7 +388,7 @@ fn a_failing_disk_leaves_one_of_both_and_the_guest() {
             ("clone3", "EAGAIN"),
             ("prctl", "EPERM"),
         ] {
-            for when in [1, 2, 3, 4, 5, 6, 8, 12, 20, 32] {
+            for when in 1.. {
                 let what = format!("{call} number {when}: {error}");
                 let before = sound(&place).unwrap();
                 let strace =
@@ -395,6 +418,204 @@ fn a_failing_disk_leaves_one_of_both_and_the_guest() {
     }
     assert!(refused > 20, "only {refused} were refused");
     assert_goes_on(&vm);
+}
+
+/// The calls that write to files and directories, and how a disk refuses them.
+const WRITES: [&str; 5] = ["pwrite64", "ftruncate", "fsync", "linkat", "rename"];
+const REFUSALS: [(&str, &str); 2] =
+    [("EIO", "Input/output error"), ("ENOSPC", "No space left on device")];
+
+/// A VM that is saved over and over, to a place that has a good snapshot already. It is paused, because strace stops
+/// vCPUs that run at each of their exits.
+struct Saved {
+    scratch: Scratch,
+    vm: TestVm,
+    body: Value,
+    /// The last that went well.
+    id: String,
+    rounds: u32,
+    _outside: Scratch,
+}
+
+impl Saved {
+    fn new(kind: &str, compression: &str, form: usize) -> Self {
+        let scratch = Scratch::new();
+        let outside = Scratch::new();
+        let disk = outside.sparse("disk", 64 << 10);
+        let husk = Husk::guest("steps", "pages=32").memory(2);
+        let husk = husk.option("--disk", format!("{},overlay", disk.display()));
+        let vm = husk.listening().typing().start();
+        vm.expect("ready=1");
+        let mut body = forms(&scratch)[form].clone();
+        (body["snapshot_type"], body["compression"]) = (kind.into(), compression.into());
+        let mut saved = Self { scratch, vm, body, id: String::new(), rounds: 0, _outside: outside };
+        saved.change();
+        saved.vm.api().put("/snapshot/create", &saved.body).done();
+        saved.id = sound(&saved.place()).unwrap();
+        saved.change();
+        saved
+    }
+
+    fn place(&self) -> Value {
+        let is_of_place =
+            |(key, _): &(String, Value)| !["snapshot_type", "compression"].contains(&&**key);
+        self.body.as_object().unwrap().clone().into_iter().filter(is_of_place).collect()
+    }
+
+    /// Writes to memory and to the disk, and has another snapshot for the next to go over.
+    fn change(&mut self) {
+        self.rounds += 1;
+        self.set("Resumed");
+        for (what, answer) in [("c", "count"), ("w", "wrote")] {
+            self.vm.type_in(what);
+            self.vm.expect(&format!("{answer}={}", self.rounds));
+        }
+        self.set("Paused");
+        if self.body["snapshot_type"] == "Diff" {
+            let base = self.scratch.path(&format!("base{}", self.rounds));
+            self.vm.api().put("/snapshot/create", json!({ "directory": base })).done();
+            self.set("Resumed");
+            self.vm.type_in("b");
+            self.vm.expect("disk=");
+            self.set("Paused");
+        }
+    }
+
+    fn set(&self, state: &str) {
+        self.vm.api().patch("/vm", json!({ "state": state })).done();
+    }
+
+    /// Fails the call `when` in each thread and process that makes so many. False if none did.
+    fn fail(&mut self, call: &str, (error, words): (&str, &str), when: u32) -> bool {
+        let what = format!("{}: {call} number {when}: {error}", self.body);
+        let inject = format!("error={error}:when={when}");
+        let strace = Strace::attach(&self.vm, &self.scratch, call, &inject);
+        let reply = self.vm.api().put("/snapshot/create", &self.body);
+        let was_injected = strace.detach();
+        let after = sound(&self.place()).unwrap_or_else(|e| panic!("{what}: torn: {e}"));
+        match reply.status {
+            204 => assert_ne!(after, self.id, "{what}"),
+            _ => {
+                let fault = reply.fault();
+                assert!(was_injected && fault.contains(words), "{what}: {fault}");
+            }
+        }
+        assert_eq!(self.vm.api().state(), "Paused", "{what}");
+        let directory = self.body["directory"].as_str().map_or(self.scratch.as_ref(), Path::new);
+        let left = names(directory);
+        assert!(!left.iter().any(|name| name.ends_with(".tmp")), "{what}: {left:?}");
+        if after != self.id {
+            self.id = after;
+            self.change();
+        }
+        was_injected
+    }
+
+    /// What failed has lost nothing.
+    fn end(self) {
+        self.vm.api().put("/snapshot/create", &self.body).done();
+        let vm = Husk::api().typing().start();
+        let mut body = self.place();
+        body["resume_vm"] = true.into();
+        vm.api().put("/snapshot/load", body).done();
+        for (what, answer) in
+            [("s", format!("second={}", self.rounds)), ("c", format!("count={}", self.rounds + 1))]
+        {
+            vm.type_in(what);
+            vm.expect(&answer);
+        }
+    }
+}
+
+#[test]
+fn every_write_that_fails_leaves_one_of_both_and_the_guest() {
+    let kinds = [
+        ("Full", "none", 0),
+        ("Full", "none", 1),
+        ("Full", "lz4", 0),
+        ("Diff", "none", 0),
+        ("Diff", "lz4", 0),
+    ];
+    let failed = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        for (kind, compression, form) in kinds {
+            let failed = &failed;
+            scope.spawn(move || {
+                let begun = Instant::now();
+                let mut saved = Saved::new(kind, compression, form);
+                for call in WRITES {
+                    for refusal in REFUSALS {
+                        let count =
+                            (1..).take_while(|when| saved.fail(call, refusal, *when)).count();
+                        assert!(count > 0, "{kind} {compression}: nobody calls {call}");
+                        failed.fetch_add(count as u32, Ordering::Relaxed);
+                    }
+                }
+                saved.end();
+                println!("{kind} {compression} {form}: {:?}", begun.elapsed());
+            });
+        }
+    });
+    println!("{} calls failed", failed.into_inner());
+}
+
+/// The same of a merge in the place of another snapshot.
+#[test]
+fn every_write_of_a_merge_that_fails_leaves_one_of_both() {
+    let saved = Saved::new("Diff", "none", 0);
+    saved.vm.api().put("/snapshot/create", &saved.body).done();
+    let scratch = Scratch::new();
+    let paths = ["other", "output", "strace"].map(|name| scratch.path(name));
+    let [other, output, log] = paths.each_ref().map(|path| path.to_str().unwrap());
+    let place = saved.place();
+    let source = place["directory"].as_str().unwrap();
+    let husk = [env!("CARGO_BIN_EXE_husk"), "snapshot", "merge"];
+    let run = |words: &[&str]| {
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).output().expect("strace, of the package strace")
+    };
+    let base = saved.scratch.path(&format!("base{}", saved.rounds));
+    let made = run(&[&husk[..], &[base.to_str().unwrap(), "-o", other]].concat());
+    assert!(made.status.success(), "{made:?}");
+    let put_back = || {
+        let _ = fs::remove_dir_all(output);
+        fs::create_dir(output).unwrap();
+        for name in names(Path::new(other)) {
+            fs::copy(Path::new(other).join(&name), Path::new(output).join(&name)).unwrap();
+        }
+    };
+    let target = json!({ "directory": output });
+    put_back();
+    let (old, new) = (sound(&target).unwrap(), sound(&place).unwrap());
+    let before = names(Path::new(output));
+    for compression in ["none", "lz4"] {
+        for call in WRITES {
+            for (when, (error, words)) in (1..).zip(REFUSALS.iter().cycle()) {
+                let what = format!("{compression}: {call} number {when}: {error}");
+                let trace = format!("trace={call}");
+                let inject = format!("inject={call}:error={error}:when={when}");
+                let strace = ["strace", "-f", "--seccomp-bpf", "-e", &trace, "-e", &inject];
+                let merge = [source, "-o", output, "--compression", compression];
+                let end = run(&[&strace[..], &["-o", log], &husk, &merge].concat());
+                let was_injected = fs::read_to_string(log).unwrap().contains("INJECTED");
+                let said = String::from_utf8_lossy(&end.stderr);
+                let is = sound(&target).unwrap_or_else(|e| panic!("{what}: torn: {e}"));
+                if is == new {
+                    put_back();
+                } else {
+                    assert_eq!((&is, &names(Path::new(output))), (&old, &before), "{what}");
+                    assert!(!end.status.success(), "{what}: it says that it has done it");
+                }
+                if !was_injected {
+                    assert!(end.status.success() && when > 1, "{what}: {said}");
+                    break;
+                }
+                assert!(end.status.success() || said.contains(words), "{what}: {said}");
+            }
+            assert_eq!(sound(&place).as_ref(), Ok(&new), "{call}: the source");
+        }
+    }
+    saved.end();
 }
 
 /// Flips each bit of a state file, on as many threads as there are processors.
