@@ -72,3 +72,11 @@ pub(crate) fn ext4(image: &Path, root: &Path) {
 pub(crate) fn files_in(directory: &str) -> usize {
     fs::read_dir(directory).unwrap_or_else(|e| panic!("{directory}: {e}")).count()
 }
+
+/// The SHA-256 of these bytes, in the digits of `sha256sum`, as guests print it.
+pub(crate) fn sha256(bytes: &[u8]) -> String {
+    let scratch = Scratch::new();
+    let output = Command::new("sha256sum").arg(scratch.file("bytes", bytes)).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    text.split(' ').next().unwrap().to_owned()
+}

@@ -87,6 +87,16 @@ impl Husk {
         husk
     }
 
+    /// `husk restore` in place of `run`, in the same network, with what such a process is told of itself.
+    pub(crate) fn restored_from(mut self, snapshot: impl AsRef<Path>) -> Self {
+        const KEPT: [&str; 3] = ["--metadata", "--mmds-size-limit", "--on-reboot"];
+        let kept = self.args.windows(2).filter(|pair| KEPT.iter().any(|flag| pair[0] == *flag));
+        let kept: Vec<_> = kept.flatten().cloned().collect();
+        self.args = vec!["restore".into(), snapshot.as_ref().into()];
+        self.args.extend(kept);
+        self
+    }
+
     /// Adds an argument.
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.args.push(arg.as_ref().to_owned());
