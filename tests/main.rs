@@ -15,6 +15,7 @@ mod balloon;
 mod boot;
 mod cli;
 mod clients;
+mod clones;
 mod compression;
 mod contract;
 mod cpu;
