@@ -317,7 +317,7 @@ fn a_program_chooses_how_a_vm_goes_on() {
     let mut steps = Steps::restore(&scratch, "served", served);
     assert_eq!(steps.tell("c", "count"), "2");
     let refusal = steps.vm.record_working_set().unwrap_err();
-    assert!(refusal.to_string().contains("its memory is no image's"), "{refusal}");
+    assert!(refusal.to_string().contains("not restored from a memory file"), "{refusal}");
     drop(steps);
     let nobody = Some(scratch.path("nobody"));
     let vm = Vm::prepare(VmConfig::default()).unwrap();

@@ -27,7 +27,7 @@ use crate::vmm;
 /// Firecracker's limit on the body of a request.
 pub(super) const BODY_LIMIT: usize = 51200;
 /// How long clients that are owed a last reply may take to read it.
-const LAST_WORDS: Duration = Duration::from_millis(150);
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// Most requests that are told that they came too late; clients that go on asking must not keep us.
 const LATE: usize = 1024;
