@@ -1,5 +1,5 @@
 //! A hundred children of a VM beside a hundred VMs of the floor, and what a child costs.
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crate::api::Client;
@@ -12,6 +12,9 @@ const MANY: usize = 100;
 const ROUNDS: usize = 7;
 /// Forks of one child each.
 const SINGLE: usize = 20;
+/// What a parent has written that is not idle.
+const WRITTEN_PAGES: u32 = 204_800;
+const FULL: usize = 5;
 
 /// A forkable VM that idles, with an API.
 pub(crate) fn hundred(bench: &Bench, report: &mut Report) -> Result<()> {
@@ -61,6 +64,32 @@ pub(crate) fn hundred(bench: &Bench, report: &mut Report) -> Result<()> {
     report.add("parent stands still", "us", Samples::new(pauses));
     report.add("one fork of a VM that runs", "ms", Samples::millis(&running));
     report.add("one fork of a VM that is paused", "ms", Samples::millis(&paused));
+    Ok(())
+}
+
+/// How long a parent stands still that has written much: the kernel copies its page tables for whoever copies its
+/// memory then. Forkable memory is a file, and has none to be copied.
+pub(crate) fn full(bench: &Bench, report: &mut Report) -> Result<()> {
+    let kernel = guest::writer(bench, WRITTEN_PAGES)?;
+    let socket = bench.scratch.join("full.sock");
+    for (words, what) in [(&[][..], "not forkable"), (&["--forkable"], "forkable")] {
+        let mut pauses = Vec::new();
+        for _ in 0..FULL {
+            let mut command = Command::new(husk());
+            command.arg("run").arg("--kernel").arg(&kernel).arg("--api-sock").arg(&socket);
+            command.args(["--memory", "1024"]).args(words);
+            let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+            let mut parent = Running::start(command)?;
+            parent.await_byte()?;
+            parent.send_byte()?;
+            parent.await_byte()?;
+            let (_, told) = fork(&socket, 1)?;
+            pauses.push(told.paused_us);
+            end(&told.pids)?;
+        }
+        let name = format!("parent that has written 800 MiB stands still, {what}");
+        report.add(name, "us", Samples::new(pauses));
+    }
     Ok(())
 }
 

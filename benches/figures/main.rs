@@ -62,6 +62,7 @@ const GROUPS: &[Group] = &[
     Group { name: "configure", measure: api::configure },
     Group { name: "attack", measure: api::under_attack },
     Group { name: "fork", measure: fork::hundred },
+    Group { name: "fork-full", measure: fork::full },
     Group { name: "restore", measure: restore::one },
     Group { name: "snapshot", measure: restore::snapshot },
     Group { name: "rewind", measure: restore::rewind },
