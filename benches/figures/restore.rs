@@ -174,6 +174,9 @@ pub(crate) fn diff(bench: &Bench, report: &mut Report) -> Result<()> {
         let mut command = restore(&directory);
         command.arg("--api-sock").arg(&socket).args(is_tracked.then_some("--track-dirty"));
         let mut process = Running::start(&mut command)?;
+        // Once its guest works, it listens.
+        process.send_byte()?;
+        process.await_byte()?;
         let mut client = Client::connect(&socket)?;
         // The first copies what it writes, and is a Diff of that.
         for run in 0..=DIFFS {
