@@ -116,7 +116,6 @@ impl From<Files> for bool {
 }
 
 impl Saved {
-    /// Whether its worker was at work when it was paused.
     /// What the device has written on the host, if that is part of it.
     pub fn files(&self) -> Option<&Frozen> {
         match &self.files {
@@ -135,6 +134,7 @@ impl Saved {
         self.files = Files::Here(files);
     }
 
+    /// Whether its worker was at work when it was paused.
     fn has_live_queues(&self) -> bool {
         self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
     }
