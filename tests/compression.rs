@@ -17,16 +17,6 @@ fn pages() -> TestVm {
     vm
 }
 
-/// Types commands, and gives what the guest says to the last.
-fn tell(vm: &TestVm, commands: &str) -> String {
-    let mut said = String::new();
-    for command in commands.chars() {
-        vm.type_in(command.to_string());
-        said = vm.expect("=");
-    }
-    said
-}
-
 fn create(vm: &TestVm, directory: &Path, more: Value) {
     let mut body = more;
     body["directory"] = json!(directory);

@@ -15,17 +15,6 @@ fn pages() -> Husk {
     Husk::guest("pages", "high").memory(MIB).listening().typing()
 }
 
-/// Types commands, and gives what the guest says to the last.
-#[track_caller]
-fn tell(vm: &TestVm, commands: &str) -> String {
-    let mut said = String::new();
-    for command in commands.chars() {
-        vm.type_in(command.to_string());
-        said = vm.expect("=");
-    }
-    said
-}
-
 #[track_caller]
 fn create(vm: &TestVm, directory: &Path, more: Value) {
     let mut params = more;

@@ -68,17 +68,6 @@ fn assert_refused() {
     assert!(line.contains("nr_hugepages"), "{line}");
 }
 
-/// Types commands, and gives what the guest says to the last.
-#[track_caller]
-fn tell(vm: &TestVm, commands: &str) -> String {
-    let mut said = String::new();
-    for command in commands.chars() {
-        vm.type_in(command.to_string());
-        said = vm.expect("=");
-    }
-    said
-}
-
 fn restore(directory: &Path, pages: Option<&str>) -> Husk {
     let husk = Husk::new(["restore"]).arg(directory).listening().typing();
     match pages {

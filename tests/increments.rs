@@ -46,16 +46,6 @@ fn boot_pages(vm: &TestVm, is_tracked: bool) {
     vm.expect("ready=1");
 }
 
-/// Types commands, and gives what the guest says to the last.
-fn tell(vm: &TestVm, commands: &str) -> String {
-    let mut said = String::new();
-    for command in commands.chars() {
-        vm.type_in(command.to_string());
-        said = vm.expect("=");
-    }
-    said
-}
-
 fn create(vm: &TestVm, directory: &Path, kind: &str) {
     let params = json!({"directory": directory, "snapshot_type": kind});
     vm.api().put("/snapshot/create", params).done();

@@ -439,6 +439,17 @@ impl Drop for TestVm {
     }
 }
 
+/// Types commands of one letter to a test guest, and gives what it says to the last.
+#[track_caller]
+pub(crate) fn tell(vm: &TestVm, commands: &str) -> String {
+    let mut said = String::new();
+    for command in commands.chars() {
+        vm.type_in(command.to_string());
+        said = vm.expect("=");
+    }
+    said
+}
+
 /// How a process ended.
 #[derive(Debug)]
 pub(crate) struct End {
