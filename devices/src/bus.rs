@@ -2,7 +2,9 @@
 //!
 //! Built once, then immutable and shared: a vCPU exit takes no lock to find its device. Two buses
 //! exist in a VM, port I/O and MMIO; they differ only in what an address means.
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
+
+use crate::sync::Mutex;
 
 /// A device that answers reads and writes inside one address range.
 ///

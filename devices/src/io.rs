@@ -8,10 +8,7 @@
 //! that hangs) must not take its VM with it, nor other devices, so it has a thread of its own.
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use event_manager::{
@@ -20,6 +17,11 @@ use event_manager::{
 };
 
 use crate::memory::Leases;
+use crate::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use crate::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Mutex, MutexGuard};
+use crate::sys::again::spawn;
 use crate::virtio::queue::VirtQueue;
 
 /// What a worker wants of a source it was called for.
@@ -82,9 +84,13 @@ impl Slot {
 impl MutEventSubscriber for Slot {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         for (data, (fd, events)) in (0..).zip(self.worker.sources()) {
-            // A regular file cannot be polled and need not be: it is always ready.
-            if let Err(e) = ops.add(Events::with_data(&fd.as_raw_fd(), data, events)) {
-                log::debug!("source {data} is not watched: {e:?}");
+            match uninterrupted(|| ops.add(Events::with_data(&fd.as_raw_fd(), data, events))) {
+                Ok(()) => {}
+                // A regular file cannot be polled and need not be: it is always ready.
+                Err(event_manager::Error::Epoll(e)) if e.errno() == libc::EPERM => {
+                    log::debug!("source {data} is a file, and not watched");
+                }
+                Err(e) => log::error!("a device is dead: cannot watch its source {data}: {e}"),
             }
         }
     }
@@ -92,9 +98,22 @@ impl MutEventSubscriber for Slot {
     fn process(&mut self, events: Events, ops: &mut EventOps<'_>) {
         let source = usize::try_from(events.data()).unwrap_or(usize::MAX);
         if self.ready(source) == Watch::Drop
-            && let Err(e) = ops.remove(Events::empty_raw(events.fd()))
+            && let Err(e) = uninterrupted(|| ops.remove(Events::empty_raw(events.fd())))
         {
             log::warn!("cannot stop watching source {source}: {e:?}");
+        }
+    }
+}
+
+/// Calls the event loop until no signal interrupts it.
+fn uninterrupted<T>(
+    mut call: impl FnMut() -> Result<T, event_manager::Error>,
+) -> Result<T, event_manager::Error> {
+    use event_manager::Error::{Epoll, EventFd};
+    loop {
+        match call() {
+            Err(Epoll(e) | EventFd(e)) if e.errno() == libc::EINTR => {}
+            done => return done,
         }
     }
 }
@@ -139,6 +158,9 @@ pub struct IoThread {
     thread: Option<JoinHandle<()>>,
     /// Disconnected when the thread has ended.
     ended: Mutex<Receiver<()>>,
+    /// What stands for the thread, if there is none.
+    #[cfg(fuzzing)]
+    by_hand: Option<crate::fuzzing::ByHand>,
 }
 
 impl std::fmt::Debug for IoThread {
@@ -153,13 +175,17 @@ impl IoThread {
 
     /// Starts a thread called `name` (at most 15 bytes, the kernel's limit).
     pub fn spawn(name: &str) -> Result<Self, IoError> {
-        Self::spawn_with(name, Vec::new())
+        Self::spawn_with(name, Vec::new(), || ())
     }
 
     /// The same, with `workers` for it from the start: for these nobody waits, and nobody can take
-    /// them back.
-    pub fn spawn_with(name: &str, workers: Vec<Box<dyn Worker>>) -> Result<Self, IoError> {
-        let mut manager = EventManager::<Slot>::new_with_capacity(Self::BATCH)?;
+    /// them back. The thread calls `begin` first.
+    pub fn spawn_with(
+        name: &str,
+        workers: Vec<Box<dyn Worker>>,
+        begin: fn(),
+    ) -> Result<Self, IoError> {
+        let mut manager = uninterrupted(|| EventManager::<Slot>::new_with_capacity(Self::BATCH))?;
         for worker in workers {
             manager.add_subscriber(Slot { worker, leases: None });
         }
@@ -167,18 +193,18 @@ impl IoThread {
         let stop = Arc::new(AtomicBool::new(false));
         let stopped = stop.clone();
         let (running, ended) = sync_channel(0);
-        let thread = thread::Builder::new()
-            .name(name.into())
-            .spawn(move || {
-                // Dropped, and so disconnected, when the thread ends, however it ends.
-                let _running: SyncSender<()> = running;
-                while !stopped.load(Ordering::Acquire) {
-                    if let Err(e) = manager.run() {
-                        log::error!("I/O loop: {e:?}");
-                    }
+        let run = move || {
+            // Dropped, and so disconnected, when the thread ends, however it ends.
+            let _running: SyncSender<()> = running;
+            begin();
+            while !stopped.load(Ordering::Acquire) {
+                if let Err(e) = turn(&mut manager) {
+                    log::error!("I/O loop: {e:?}");
                 }
-            })
-            .map_err(IoError::Spawn)?;
+            }
+        };
+        let thread = spawn(|work| thread::Builder::new().name(name.into()).spawn(work), run);
+        let thread = thread.map_err(IoError::Spawn)?;
         Ok(Self {
             endpoint,
             tickets: Arc::default(),
@@ -186,7 +212,29 @@ impl IoThread {
             stop,
             thread: Some(thread),
             ended: Mutex::new(ended),
+            #[cfg(fuzzing)]
+            by_hand: None,
         })
+    }
+
+    /// One without a thread: its workers work when [`Self::turn`] is called.
+    #[cfg(fuzzing)]
+    pub fn by_hand() -> Result<Self, IoError> {
+        Ok(Self {
+            endpoint: EventManager::<Slot>::new_with_capacity(1)?.remote_endpoint(),
+            tickets: Arc::default(),
+            next_ticket: AtomicU64::new(0),
+            stop: Arc::default(),
+            thread: None,
+            ended: Mutex::new(sync_channel(0).1),
+            by_hand: Some(crate::fuzzing::ByHand::default()),
+        })
+    }
+
+    /// Has workers handle what is ready now; how much that was.
+    #[cfg(fuzzing)]
+    pub fn turn(&self) -> usize {
+        self.by_hand.as_ref().map_or(0, crate::fuzzing::ByHand::turn)
     }
 
     /// Puts `worker` to work, as soon as the thread has time. Waits for nobody. `leases` are those of
@@ -197,6 +245,10 @@ impl IoThread {
         leases: Option<Arc<Leases>>,
     ) -> Result<Ticket, IoError> {
         let ticket = Ticket(self.next_ticket.fetch_add(1, Ordering::Relaxed));
+        #[cfg(fuzzing)]
+        if let Some(by_hand) = &self.by_hand {
+            return by_hand.add(ticket, worker, leases).map(|()| ticket);
+        }
         let tickets = self.tickets.clone();
         self.endpoint.fire(move |ops| {
             let id = ops.add_subscriber(Slot { worker, leases });
@@ -212,6 +264,10 @@ impl IoThread {
         let claim = Arc::new(AtomicBool::new(false));
         let now = Instant::now();
         let deadline = now.checked_add(PATIENCE).unwrap_or(now);
+        #[cfg(fuzzing)]
+        if let Some(by_hand) = &self.by_hand {
+            return by_hand.take(ticket, deadline);
+        }
         let claimed = claim.clone();
         let (sender, receiver) = sync_channel(1);
         self.endpoint.fire(move |ops| {
@@ -239,6 +295,14 @@ impl IoThread {
             Err(_) => Err(IoError::Busy),
         }
     }
+}
+
+/// Waits for events and handles them.
+fn turn(manager: &mut EventManager<Slot>) -> event_manager::Result<usize> {
+    // Whoever slept here would stop all threads of a model.
+    #[cfg(feature = "models")]
+    crate::sync::models::step();
+    if cfg!(feature = "models") { manager.run_with_timeout(0) } else { manager.run() }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -1,7 +1,7 @@
 //! Device models. Knows guest memory, queues and file descriptors; knows nothing of KVM, HTTP or
 //! the command line, so that every device is tested without `/dev/kvm`.
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 #![cfg_attr(
     test,
     expect(
@@ -14,6 +14,8 @@
 
 pub mod backend;
 pub mod bus;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod io;
 pub mod legacy;
 pub mod limiter;
@@ -21,6 +23,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mmds;
 pub mod observer;
+pub mod sync;
 pub mod sys;
 mod timer;
 pub mod virtio;

@@ -10,6 +10,7 @@ use rustix::io::Errno;
 
 use super::file::{self, Access, Kind, OpenError};
 use super::overlay::{Keeping, LayerError, Overlay, Place};
+use super::passed;
 use crate::sys::rw::{self, IoSlices, Lock};
 use crate::sys::uring::Direction;
 
@@ -289,21 +290,30 @@ fn look(path: &Path, access: Access, kind: Kind) -> Result<(Arc<File>, Identity,
 /// Locks `file` for `access`; the lock lasts as long as what this gives.
 pub(crate) fn take_lock(file: &File, path: &Path, access: Access) -> Result<Arc<File>, DiskError> {
     let failed = |source| DiskError::Host { what: "lock", path: path.into(), source };
-    if !rw::try_lock(file, lock_for(access)).map_err(failed)? {
+    let is_free = is_free_for_all(file, path, access).map_err(failed)?;
+    if !is_free || !rw::try_lock(file, lock_for(access)).map_err(failed)? {
         return Err(DiskError::InUse(path.into()));
     }
     Ok(Arc::new(file.try_clone().map_err(failed)?))
 }
 
-fn check_lock(file: &File, path: &Path, access: Access) -> Result<(), DiskError> {
-    match rw::can_lock(file, lock_for(access)) {
+pub(crate) fn check_lock(file: &File, path: &Path, access: Access) -> Result<(), DiskError> {
+    let is_free = is_free_for_all(file, path, access)
+        .and_then(|is_free| Ok(is_free && rw::can_lock(file, lock_for(access))?));
+    match is_free {
         Ok(true) => Ok(()),
         Ok(false) => Err(DiskError::InUse(path.into())),
         Err(source) => Err(DiskError::Host { what: "lock", path: path.into(), source }),
     }
 }
 
-pub(crate) fn lock_for(access: Access) -> Lock {
+/// Whether nobody has a lock in the way, not even through the same open file: one that was passed may have been passed
+/// to another as well, and a lock excludes nobody who has it by that.
+fn is_free_for_all(file: &File, path: &Path, access: Access) -> std::io::Result<bool> {
+    Ok(!passed::is_descriptor(path) || rw::is_unlocked(file, lock_for(access))?)
+}
+
+fn lock_for(access: Access) -> Lock {
     match access {
         Access::Read => Lock::Shared,
         Access::ReadWrite => Lock::Exclusive,

@@ -3,11 +3,15 @@
 //! A path may lead to a FIFO that nobody writes to, a device that answers forever or a directory.
 //! So everything is opened non-blocking, looked at through the open descriptor, and refused by
 //! type before it can block anybody.
-use std::fs::File;
-use std::os::unix::fs::MetadataExt;
+use std::fs::{File, Metadata};
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, open as open_at};
+use rustix::io::retry_on_intr;
+
+use super::passed::{self, Held};
 
 /// What the file is to be used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +54,17 @@ pub enum OpenError {
         /// What was wanted.
         wanted: &'static str,
     },
+    /// It names a descriptor that is not here.
+    #[error("{}", passed::missing(.0))]
+    NotHeld(PathBuf),
+    /// It names a descriptor that cannot be used so.
+    #[error("{path} {why}")]
+    Unfit {
+        /// The name.
+        path: PathBuf,
+        /// What it is, and what was wanted.
+        why: &'static str,
+    },
 }
 
 /// Whether `e` came about because the host ran out of something: descriptors or memory. Then it is
@@ -61,8 +76,13 @@ pub fn is_shortage(e: &(dyn std::error::Error + 'static)) -> bool {
         .any(|errno| matches!(errno, libc::EMFILE | libc::ENFILE | libc::ENOMEM))
 }
 
-/// Opens `path` for `access`, if it is of `kind`.
+/// Opens `path` for `access`, if it is of `kind`. What names a descriptor that was passed is copied: its offset and its
+/// lock are those of whoever else has it.
 pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> {
+    if passed::is_descriptor(path) {
+        let held = passed::held(path).ok_or_else(|| OpenError::NotHeld(path.into()))?;
+        return open_held(&held, path, access, kind);
+    }
     let (flags, purpose) = match access {
         Access::Read => (OFlags::RDONLY, "reading"),
         Access::ReadWrite => (OFlags::RDWR, "reading and writing"),
@@ -70,7 +90,7 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     let failed = |source| OpenError::Open { path: path.into(), purpose, source };
     let flags = flags | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
     // What cannot be opened is best explained by what it is: a directory says EISDIR, a socket ENXIO.
-    let file = rustix::fs::open(path, flags, Mode::empty()).map_err(|e| {
+    let file = retry_on_intr(|| open_at(path, flags, Mode::empty())).map_err(|e| {
         let found = std::fs::metadata(path).ok().map(|m| FileType::from_raw_mode(m.mode()));
         match found.and_then(|found| refuse(found, kind)) {
             Some((found, wanted)) => OpenError::Kind { path: path.into(), found, wanted },
@@ -82,20 +102,96 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     if let Some((found, wanted)) = refuse(found, kind) {
         return Err(OpenError::Kind { path: path.into(), found, wanted });
     }
-    // What is left may wait: of a file that must not, io_uring before Linux 5.13 reads only what is in
-    // memory already, and answers EAGAIN for the rest.
     let status = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
-    rustix::fs::fcntl_setfl(&file, status.difference(OFlags::NONBLOCK))
-        .map_err(|e| failed(e.into()))?;
+    let_wait(&file, status).map_err(failed)?;
     Ok(file)
+}
+
+/// What is left may wait: of a file that must not, io_uring before Linux 5.13 reads only what is in
+/// memory already, and answers EAGAIN for the rest.
+fn let_wait(file: &File, status: OFlags) -> std::io::Result<()> {
+    Ok(rustix::fs::fcntl_setfl(file, status.difference(OFlags::NONBLOCK))?)
+}
+
+/// Copies a descriptor that was passed, if it could have been opened so.
+fn open_held(held: &Held, path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> {
+    let failed = |source| OpenError::Open { path: path.into(), purpose: "use", source };
+    let file = File::from(held.as_fd().try_clone_to_owned().map_err(failed)?);
+    let found = FileType::from_raw_mode(file.metadata().map_err(failed)?.mode());
+    if let Some((found, wanted)) = refuse(found, kind) {
+        return Err(OpenError::Kind { path: path.into(), found, wanted });
+    }
+    let status = rustix::fs::fcntl_getfl(&file).map_err(|e| failed(e.into()))?;
+    match misfit(status, access) {
+        Some(why) => Err(OpenError::Unfit { path: path.into(), why }),
+        None => let_wait(&file, status).map(|()| file).map_err(failed),
+    }
+}
+
+/// What keeps a descriptor with these flags from being used for `access`, if anything does.
+fn misfit(status: OFlags, access: Access) -> Option<&'static str> {
+    let mode = status & OFlags::RWMODE;
+    if status.contains(OFlags::PATH) {
+        return Some("names a file and does not open it (O_PATH): open it for reading");
+    }
+    // Each write would go to the end; and the guest's buffers are not aligned as the host wants them.
+    if status.contains(OFlags::APPEND) && access == Access::ReadWrite {
+        return Some("is open for appending: open it without O_APPEND");
+    }
+    if status.contains(OFlags::DIRECT) {
+        return Some("is open past the page cache: open it without O_DIRECT");
+    }
+    match access {
+        Access::Read if mode == OFlags::WRONLY => Some("is open for writing only, want reading"),
+        Access::ReadWrite if mode == OFlags::WRONLY => {
+            Some("is open for writing only, want reading and writing")
+        }
+        Access::ReadWrite if mode == OFlags::RDONLY => {
+            Some("is open for reading only, want reading and writing")
+        }
+        Access::Read | Access::ReadWrite => None,
+    }
+}
+
+/// A file from its beginning, whatever its offset is: that may be somebody else's.
+#[derive(Debug)]
+pub struct FromStart<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl<'a> FromStart<'a> {
+    /// All of `file`.
+    pub fn of(file: &'a File) -> Self {
+        Self { file, offset: 0 }
+    }
+}
+
+impl std::io::Read for FromStart<'_> {
+    fn read(&mut self, bytes: &mut [u8]) -> std::io::Result<usize> {
+        let count = self.file.read_at(bytes, self.offset)?;
+        self.offset = self.offset.saturating_add(count as u64);
+        Ok(count)
+    }
+}
+
+/// What is known of the file that `path` names, by path or as a descriptor that was passed.
+pub fn metadata(path: &Path) -> std::io::Result<Metadata> {
+    if !passed::is_descriptor(path) {
+        return std::fs::metadata(path);
+    }
+    let held = passed::held(path).ok_or(std::io::ErrorKind::NotFound)?;
+    File::from(held.as_fd().try_clone_to_owned()?).metadata()
+}
+
+/// The directory that `path` is in.
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Refuses a path at which no file could be made, because of the directory that it is in.
 pub fn check_parent(path: &Path) -> std::io::Result<()> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let parent = parent(path);
     let access = rustix::fs::Access::WRITE_OK | rustix::fs::Access::EXEC_OK;
     match std::fs::metadata(parent)?.is_dir() {
         true => Ok(rustix::fs::access(parent, access)?),
@@ -105,6 +201,9 @@ pub fn check_parent(path: &Path) -> std::io::Result<()> {
 
 /// Refuses a path to which output could not be appended, without making a file there.
 pub fn check_writable(path: &Path) -> std::io::Result<()> {
+    if path.as_os_str().is_empty() {
+        return Err(std::io::Error::new(std::io::ErrorKind::NotFound, "the path is empty"));
+    }
     match rustix::fs::access(path, rustix::fs::Access::WRITE_OK) {
         Err(rustix::io::Errno::NOENT) => check_parent(path),
         writable => Ok(writable?),
@@ -168,5 +267,63 @@ mod tests {
             assert!(e.contains("none") && e.contains("No such file"), "{e}");
         }
         std::fs::remove_dir_all(&dir).unwrap();
+    }
+
+    /// A name for a descriptor as if it had been passed.
+    fn passed(fd: impl Into<std::os::fd::OwnedFd>) -> passed::Name {
+        let arrived = [Held::new(fd.into())].into();
+        passed::with(&arrived, || serde_json::from_str(r#""passed:0""#)).unwrap()
+    }
+
+    #[test]
+    fn a_descriptor_that_was_passed_has_to_fit() {
+        let path = std::env::temp_dir().join(format!("husk-passed-{}", std::process::id()));
+        std::fs::write(&path, b"x").unwrap();
+        let opened = |flags| passed(rustix::fs::open(&path, flags, Mode::empty()).unwrap());
+        let direct = OFlags::RDWR | OFlags::DIRECT;
+        let both = [Access::Read, Access::ReadWrite];
+        for (flags, accesses, words) in [
+            (OFlags::WRONLY, &both[..], "is open for writing only, want reading"),
+            (OFlags::RDONLY, &both[1..], "is open for reading only, want reading and writing"),
+            (OFlags::RDWR | OFlags::APPEND, &both[1..], "O_APPEND"),
+            (direct, &both[..], "O_DIRECT"),
+            (OFlags::PATH, &both[..], "O_PATH"),
+        ] {
+            for access in accesses {
+                let name = opened(flags);
+                let e = open(&name, *access, Kind::Regular).unwrap_err().to_string();
+                assert!(e.starts_with(name.to_str().unwrap()) && e.contains(words), "{e}");
+            }
+        }
+        for (flags, access) in [
+            (OFlags::RDONLY, Access::Read),
+            (OFlags::RDWR, Access::Read),
+            (OFlags::RDWR | OFlags::NONBLOCK, Access::ReadWrite),
+            (OFlags::APPEND, Access::Read),
+        ] {
+            let name = opened(flags);
+            let file = open(&name, access, Kind::Disk).unwrap();
+            assert!(!rustix::fs::fcntl_getfl(&file).unwrap().contains(OFlags::NONBLOCK));
+            assert_eq!(metadata(&name).unwrap().ino(), std::fs::metadata(&path).unwrap().ino());
+        }
+        std::fs::remove_file(&path).unwrap();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let (socket, _peer) = std::os::unix::net::UnixStream::pair().unwrap();
+        let directory = File::open(std::env::temp_dir()).unwrap();
+        let null = File::open("/dev/null").unwrap();
+        for (name, what) in [
+            (passed(reader), "a FIFO"),
+            (passed(socket), "a socket"),
+            (passed(directory), "a directory"),
+            (passed(null), "a character device"),
+        ] {
+            let e = open(&name, Access::Read, Kind::Disk).unwrap_err().to_string();
+            assert!(e.contains(&format!("is {what}, want a regular file or")), "{e}");
+        }
+        for name in ["passed:", "passed:0", "held:0", "held:x"] {
+            let e = open(Path::new(name), Access::Read, Kind::Disk).unwrap_err();
+            assert!(matches!(e, OpenError::NotHeld(_)), "{e}");
+            assert!(metadata(Path::new(name)).is_err());
+        }
     }
 }

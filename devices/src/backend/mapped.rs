@@ -4,11 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use super::disk::{DiskError, take_lock};
+use super::disk::{DiskError, check_lock, take_lock};
 use super::file::{self, Access, Kind};
 use crate::memory::FileMemory;
 use crate::sys::map::{self, ALIGNMENT, Mapping};
-use crate::sys::rw;
 
 /// An open, locked, mapped file.
 #[derive(Debug)]
@@ -40,11 +39,7 @@ impl MappedFile {
     /// Whether [`Self::open`] would succeed now, address space aside. Leaves no trace.
     pub fn check(path: &Path, access: Access) -> Result<(), DiskError> {
         let (file, ..) = look(path, access)?;
-        match rw::can_lock(&file, super::disk::lock_for(access)) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(DiskError::InUse(path.into())),
-            Err(source) => Err(DiskError::Host { what: "lock", path: path.into(), source }),
-        }
+        check_lock(&file, path, access)
     }
 
     /// The mapping.

@@ -4,6 +4,7 @@ pub mod disk;
 pub mod file;
 pub mod mapped;
 pub mod overlay;
+pub mod passed;
 pub mod stream;
 pub mod tap;
 pub mod unix;

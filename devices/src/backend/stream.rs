@@ -145,7 +145,8 @@ fn reopen(fd: BorrowedFd<'_>, direction: Direction) -> rustix::io::Result<OwnedF
         Direction::Output => OFlags::WRONLY,
     };
     let flags = access | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-    rustix::fs::open(format!("/proc/self/fd/{}", fd.as_raw_fd()), flags, Mode::empty())
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    again(|| rustix::fs::open(&path, flags, Mode::empty()))
 }
 
 /// Repeats a call that a signal interrupted.

@@ -2,12 +2,13 @@
 //! network in user space. Either way one read or write is one frame, after a 12-byte virtio-net
 //! header (virtio 1.2, 5.1.6).
 use std::fs::File;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
+use super::passed;
 use crate::sys::rw::IoSlices;
 use crate::sys::{fd, tun};
 
@@ -65,6 +66,9 @@ pub enum TapError {
         "'{0}': no such descriptor is open; whoever starts husk has to open it and leave it open"
     )]
     NoDescriptor(String),
+    /// It was passed once, and is not kept any more.
+    #[error("{}", passed::missing(.0))]
+    NotHeld(String),
     /// The host failed.
     #[error("cannot {what}")]
     Host {
@@ -97,6 +101,11 @@ impl Tap {
     /// Opens the tap called `name`, which must exist; `fd:N` is the descriptor N of this process.
     pub fn open(name: &str) -> Result<Self, TapError> {
         check_name(name)?;
+        if passed::is_descriptor(name) {
+            let held = passed::held(name).ok_or_else(|| TapError::NotHeld(name.into()))?;
+            let copy = held.as_fd().try_clone_to_owned();
+            return Self::from_fd(copy.map_err(failed("copy the descriptor"))?);
+        }
         if let Some(number) = descriptor(name) {
             let copy = fd::duplicate(number).map_err(|_| TapError::NoDescriptor(name.into()))?;
             return Self::from_fd(copy);
@@ -105,7 +114,7 @@ impl Tap {
             return Err(TapError::Missing(name.into()));
         }
         let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = rustix::fs::open("/dev/net/tun", flags, Mode::empty())
+        let file = retry_on_intr(|| rustix::fs::open("/dev/net/tun", flags, Mode::empty()))
             .map_err(failed("open /dev/net/tun"))?;
         tun::attach(&file, name).map_err(|e| match Errno::from_io_error(&e) {
             Some(Errno::BUSY) => TapError::InUse(name.into()),
@@ -167,6 +176,13 @@ impl Tap {
     }
 }
 
+/// Ready for another process: what was set stays set.
+impl From<Tap> for OwnedFd {
+    fn from(tap: Tap) -> Self {
+        tap.file.into()
+    }
+}
+
 impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.file.as_raw_fd()
@@ -195,6 +211,7 @@ pub fn check_name(name: &str) -> Result<(), TapError> {
     let has_length = (1..=tun::MAX_NAME_BYTES).contains(&name.len());
     match descriptor(name) {
         Some(_) => Ok(()),
+        None if passed::is_descriptor(name) => Ok(()),
         None if name.starts_with(DESCRIPTOR) => Err(TapError::NoNumber(name.into())),
         None if has_length && name.chars().all(is_allowed) && !is_dots => Ok(()),
         None => Err(TapError::Name(name.into())),
@@ -202,7 +219,7 @@ pub fn check_name(name: &str) -> Result<(), TapError> {
 }
 
 /// What `fd:N` names. No interface is called so.
-fn descriptor(name: &str) -> Option<RawFd> {
+pub fn descriptor(name: &str) -> Option<RawFd> {
     let number = name.strip_prefix(DESCRIPTOR)?;
     number.parse().ok().filter(|number| *number >= 0)
 }

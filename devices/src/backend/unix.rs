@@ -14,9 +14,10 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat};
-use rustix::io::Errno;
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags, Stat, flock};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use serde::{Deserialize, Serialize};
 
 use super::file;
 
@@ -102,7 +103,7 @@ impl Listener {
         rustix::fs::fchmod(&fd, Mode::RUSR | Mode::WUSR).map_err(host("set the mode"))?;
 
         let lock = lock_directory(path);
-        match rustix::net::bind(&fd, &address) {
+        match retry_on_intr(|| rustix::net::bind(&fd, &address)) {
             Err(Errno::ADDRINUSE) if stale == StalePolicy::Fail => return Err(ListenError::Taken),
             Err(Errno::ADDRINUSE) => {
                 check_left_over(path, &address)?;
@@ -110,13 +111,13 @@ impl Listener {
                     return Err(ListenError::Lock);
                 }
                 rustix::fs::unlink(path).map_err(host("remove the left-over socket"))?;
-                rustix::net::bind(&fd, &address).map_err(host("bind"))?;
+                retry_on_intr(|| rustix::net::bind(&fd, &address)).map_err(host("bind"))?;
             }
             bound => bound.map_err(host("bind"))?,
         }
         // At once: there are clients that connect as soon as they see the file, and only once.
-        let listening = rustix::net::listen(&fd, BACKLOG);
-        let name = SocketName::of(path).map_err(host("look at the new socket"))?;
+        let listening = retry_on_intr(|| rustix::net::listen(&fd, BACKLOG));
+        let name = SocketFile::of(path).map(SocketName).map_err(host("look at the new socket"))?;
         let listener = Self { name, fd };
         listening.map_err(host("listen"))?;
         drop(lock);
@@ -136,12 +137,17 @@ impl Listener {
 
     /// Where it listens; absolute.
     pub fn path(&self) -> &Path {
-        &self.name.path
+        &self.name.0.path
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &SocketName {
+        &self.name
     }
 
     /// Takes one waiting connection, non-blocking; `Errno::AGAIN` when there is none.
     pub fn accept(&self) -> Result<OwnedFd, Errno> {
-        rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
+        accept(&self.fd)
     }
 
     /// For who accepts by other means. Drop the name before the descriptor is closed.
@@ -156,24 +162,28 @@ impl AsFd for Listener {
     }
 }
 
-/// The name of a socket; dropping it removes the file, unless it has become somebody else's.
-#[derive(Debug)]
-pub struct SocketName {
+/// The file of a socket, whoever listens on it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SocketFile {
     path: PathBuf,
     device_and_inode: (u64, u64),
 }
 
-impl SocketName {
+impl SocketFile {
     fn of(path: &Path) -> rustix::io::Result<Self> {
         // The directory may mean another one by the time of removal, if the path is relative.
         let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
         let stat = rustix::fs::lstat(&path)?;
         Ok(Self { path, device_and_inode: (stat.st_dev, stat.st_ino) })
     }
-}
 
-impl Drop for SocketName {
-    fn drop(&mut self) {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes it, unless it has become somebody else's.
+    pub fn remove(&self) {
         let is_ours = |stat: Stat| (stat.st_dev, stat.st_ino) == self.device_and_inode;
         if rustix::fs::lstat(&self.path).is_ok_and(is_ours)
             && let Err(errno) = rustix::fs::unlink(&self.path)
@@ -181,6 +191,28 @@ impl Drop for SocketName {
             log::warn!("cannot remove the socket {}: {errno}", self.path.display());
         }
     }
+}
+
+/// The name of a socket; dropping it removes the file, unless it has become somebody else's.
+#[derive(Debug)]
+pub struct SocketName(SocketFile);
+
+impl SocketName {
+    /// What it is the name of.
+    pub fn file(&self) -> &SocketFile {
+        &self.0
+    }
+}
+
+impl Drop for SocketName {
+    fn drop(&mut self) {
+        self.0.remove();
+    }
+}
+
+/// What [`Listener::accept`] does, of a socket that was taken out of one.
+pub fn accept(listener: &OwnedFd) -> Result<OwnedFd, Errno> {
+    rustix::net::accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK)
 }
 
 fn address(path: &Path) -> Result<SocketAddrUnix, ListenError> {
@@ -195,7 +227,7 @@ fn address(path: &Path) -> Result<SocketAddrUnix, ListenError> {
 
 fn socket(kind: SocketType) -> rustix::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None)
+    retry_on_intr(|| rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None))
 }
 
 /// Two of us that find the same dead socket must not both replace it.
@@ -203,16 +235,13 @@ fn socket(kind: SocketType) -> rustix::io::Result<OwnedFd> {
 /// `None` where there is no directory, it cannot be read, its filesystem has no locks or somebody
 /// will not let go: enough to bind, not to replace.
 fn lock_directory(path: &Path) -> Option<OwnedFd> {
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
     // A FIFO in its place would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(parent, flags, Mode::empty()).ok()?;
+    let directory =
+        retry_on_intr(|| rustix::fs::open(file::parent(path), flags, Mode::empty())).ok()?;
     let start = Instant::now();
     loop {
-        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
+        match retry_on_intr(|| flock(&directory, FlockOperation::NonBlockingLockExclusive)) {
             Ok(()) => return Some(directory),
             Err(Errno::AGAIN) if start.elapsed() < LOCK_PATIENCE => std::thread::sleep(LOCK_RETRY),
             Err(_) => return None,
@@ -231,7 +260,7 @@ fn check_left_over(path: &Path, address: &SocketAddrUnix) -> Result<(), ListenEr
     // A socket of another type cannot connect, but is told whether anybody is there; so the owner
     // of a live socket does not see a client that is none.
     let probe = socket(SocketType::DGRAM).map_err(host("make a socket"))?;
-    match rustix::net::connect(&probe, address) {
+    match retry_on_intr(|| rustix::net::connect(&probe, address)) {
         Err(Errno::PROTOTYPE) => Err(ListenError::InUse),
         // It connects, or has another peer.
         Ok(()) | Err(Errno::PERM) => Err(ListenError::Foreign { found: "a datagram socket" }),
@@ -407,7 +436,7 @@ mod tests {
         let dir = Scratch::new("lock");
         let dead = dir.dead("dead");
         let directory = std::fs::File::open(&dir.0).unwrap();
-        rustix::fs::flock(&directory, FlockOperation::LockExclusive).unwrap();
+        flock(&directory, FlockOperation::LockExclusive).unwrap();
         let start = Instant::now();
         assert!(matches!(bind(&dead), Err(ListenError::Lock)));
         bind(&dir.path("new")).unwrap();

@@ -5,7 +5,7 @@
 //! connection is shut, and the device is dead.
 use std::fmt;
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
+use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
@@ -23,6 +24,7 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegio
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::GuestRam;
+use crate::sys::errand::Errands;
 
 /// How long the other process may take to answer.
 pub const PATIENCE: Duration = Duration::from_millis(500);
@@ -106,10 +108,19 @@ impl fmt::Debug for BackEnd {
 }
 
 impl BackEnd {
-    /// Connects to the back end that listens at `path`, for a device with `queues` queues.
-    pub fn connect(path: &Path, queues: u64) -> Result<Self, VhostUserError> {
+    /// Connects to the back end that listens at `path`, for a device with `queues` queues. `connector` does the first step
+    /// if this thread may not.
+    pub fn connect(
+        path: &Path,
+        queues: u64,
+        connector: Option<&Errands>,
+    ) -> Result<Self, VhostUserError> {
         let failed = |source| VhostUserError::Connect { path: path.into(), source };
-        let stream = connect(path).map_err(failed)?;
+        let socket = match connector {
+            Some(connector) => connector.run(|| connect(path)),
+            None => connect(path),
+        };
+        let stream = socket.and_then(blocking).map_err(failed)?;
         let socket = stream.try_clone().map_err(failed)?;
         let frontend = Frontend::from_stream(stream, queues);
         let mut back_end = Self { frontend, socket, path: path.into(), features: 0 };
@@ -230,13 +241,17 @@ impl BackEnd {
 }
 
 /// Connects, but does not wait for a listener that does not accept.
-fn connect(path: &Path) -> std::io::Result<UnixStream> {
+fn connect(path: &Path) -> std::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
     rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    let stream = UnixStream::from(socket);
-    stream.set_nonblocking(false)?;
-    Ok(stream)
+    Ok(socket)
+}
+
+fn blocking(socket: OwnedFd) -> std::io::Result<UnixStream> {
+    let status = rustix::fs::fcntl_getfl(&socket)?;
+    rustix::fs::fcntl_setfl(&socket, status.difference(OFlags::NONBLOCK))?;
+    Ok(socket.into())
 }
 
 /// Guest memory as the protocol describes it.

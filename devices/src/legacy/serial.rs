@@ -9,14 +9,14 @@
 //! When the FIFO is full, the worker stops reading: what the host has more stays in the host's pipe
 //! or terminal, however much it is, until the guest has read what it has.
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use event_manager::EventSet;
 use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
 use vm_superio::serial::SerialEvents;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{Line, read_bytes, write_bytes};
 use crate::backend::console::{self, Console, ConsoleError, Input, Readiness};
@@ -25,6 +25,8 @@ use crate::counters;
 use crate::io::{Watch, Worker};
 use crate::limiter::TokenBucket;
 use crate::observer::{Happening, Observer};
+use crate::sync::{Mutex, MutexGuard};
+use crate::sys::again::eventfd;
 
 /// Ports in the block.
 pub const LEN: u64 = 8;
@@ -244,7 +246,7 @@ impl Serial {
         let tally = Tally(counters.clone());
         let uart = vm_superio::Serial::from_state(&state, Edge(line.into()), tally, console)
             .map_err(|_| SerialError::Fifo(state.in_buffer.len()))?;
-        let room = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(SerialError::EventFd)?;
+        let room = eventfd().map_err(SerialError::EventFd)?;
         let room = Arc::new(room);
         // Input that cannot be waited for, a file, is read when there is room: now.
         let serial = Self {

@@ -3,6 +3,7 @@
 //! pages, huge ones, a file shared with another process, an image that is mapped privately.
 use std::io;
 
+use rustix::io::retry_on_intr;
 use rustix::mm::{Advice, madvise};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
@@ -105,7 +106,9 @@ fn discard_in(region: &GuestRegion, offset: u64, len: u64) -> Result<u64, Discar
         // SAFETY: the range is whole pages of a mapping that outlives the slice, and it is guest
         // memory: that its contents change is what everybody who reads it has to expect of the guest
         // anyway, and nobody holds a reference to it.
-        Some(advice) => unsafe { madvise(at, size, advice) }.map(|()| true).map_err(Into::into),
+        Some(advice) => unsafe { retry_on_intr(|| madvise(at, size, advice)) }
+            .map(|()| true)
+            .map_err(Into::into),
     };
     match done {
         Ok(true) => Ok(bytes),

@@ -9,7 +9,10 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
-use rustix::mm::{Advice, MapFlags, MprotectFlags, ProtFlags};
+use rustix::io::retry_on_intr;
+use rustix::mm::{
+    Advice, MapFlags, MprotectFlags, ProtFlags, madvise, mmap, mmap_anonymous, mprotect,
+};
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::Bitmap;
 
@@ -105,7 +108,7 @@ impl Mapping {
         #[expect(unsafe_code, reason = "mmap over a range of our own")]
         // SAFETY: the range lies in this mapping, which nobody else knows of yet.
         unsafe {
-            rustix::mm::mmap(start, count, access.prot(), flags, file.as_fd(), 0)?;
+            retry_on_intr(|| mmap(start, count, access.prot(), flags, file.as_fd(), 0))?;
         }
         mapping.advise(0..len, Advice::LinuxDontDump)?;
         Ok(mapping)
@@ -123,7 +126,7 @@ impl Mapping {
         // SAFETY: a new mapping where the kernel likes; what is cut off before and behind the
         // aligned part lies in it, and nobody else knows of it.
         unsafe {
-            let base = rustix::mm::mmap_anonymous(std::ptr::null_mut(), whole, none, flags)?;
+            let base = retry_on_intr(|| mmap_anonymous(std::ptr::null_mut(), whole, none, flags))?;
             let before = base.align_offset(align).min(align);
             let start = base.wrapping_byte_add(before);
             let behind = align.saturating_sub(before);
@@ -194,7 +197,7 @@ impl Mapping {
         #[expect(unsafe_code, reason = "mprotect of a range of our own")]
         // SAFETY: the range lies in this mapping, of whose bytes nobody holds a reference.
         unsafe {
-            rustix::mm::mprotect(start, len, access.mprotect())?;
+            retry_on_intr(|| mprotect(start, len, access.mprotect()))?;
         }
         Ok(())
     }
@@ -235,7 +238,7 @@ impl Mapping {
         #[expect(unsafe_code, reason = "mmap over a range of our own")]
         // SAFETY: the range lies in this mapping, of whose bytes nobody holds a reference.
         unsafe {
-            rustix::mm::mmap_anonymous(start, len, access.prot(), flags | MapFlags::FIXED)?;
+            retry_on_intr(|| mmap_anonymous(start, len, access.prot(), flags | MapFlags::FIXED))?;
         }
         Ok(())
     }
@@ -245,7 +248,7 @@ impl Mapping {
         #[expect(unsafe_code, reason = "madvise of a range of our own")]
         // SAFETY: the range lies in this mapping, of whose bytes nobody holds a reference.
         unsafe {
-            rustix::mm::madvise(start, len, advice)?;
+            retry_on_intr(|| madvise(start, len, advice))?;
         }
         Ok(())
     }
@@ -283,16 +286,16 @@ pub(super) unsafe fn zeroes(
         flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
     }
     // SAFETY: the caller says what the range is.
-    let map = || unsafe { rustix::mm::mmap_anonymous(start, len, access.prot(), flags) };
+    let map = || unsafe { retry_on_intr(|| mmap_anonymous(start, len, access.prot(), flags)) };
     if !backing.vacate(offset, len, || map().map(drop))? {
         return Ok(false);
     }
     // SAFETY: as above; neither advice changes what is there.
     unsafe {
         if pages == Pages::Transparent {
-            rustix::mm::madvise(start, len, Advice::LinuxHugepage)?;
+            retry_on_intr(|| madvise(start, len, Advice::LinuxHugepage))?;
         }
-        rustix::mm::madvise(start, len, Advice::LinuxDontDump)?;
+        retry_on_intr(|| madvise(start, len, Advice::LinuxDontDump))?;
     }
     Ok(true)
 }

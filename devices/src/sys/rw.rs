@@ -298,7 +298,7 @@ pub enum Lock {
 /// Locks the whole of `file` for as long as this open file description lives; false if somebody
 /// else holds it. Two descriptions of one process exclude each other as well.
 pub fn try_lock(file: &File, lock: Lock) -> Result<bool> {
-    match ofd_lock(file, libc::F_OFD_SETLK, lock) {
+    match fcntl_lock(file, libc::F_OFD_SETLK, lock) {
         Ok(_) => Ok(true),
         Err(e) if matches!(e.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(e) => Err(e),
@@ -307,11 +307,17 @@ pub fn try_lock(file: &File, lock: Lock) -> Result<bool> {
 
 /// Whether [`try_lock`] would succeed now. Changes nothing.
 pub fn can_lock(file: &File, lock: Lock) -> Result<bool> {
-    let found = ofd_lock(file, libc::F_OFD_GETLK, lock)?;
+    let found = fcntl_lock(file, libc::F_OFD_GETLK, lock)?;
     Ok(c_int::from(found.l_type) == libc::F_UNLCK)
 }
 
-fn ofd_lock(file: &File, command: c_int, lock: Lock) -> Result<libc::flock> {
+/// The same, were `file` opened anew: what this very open file has locked counts too, as it does for locks of processes.
+pub fn is_unlocked(file: &File, lock: Lock) -> Result<bool> {
+    let found = fcntl_lock(file, libc::F_GETLK, lock)?;
+    Ok(c_int::from(found.l_type) == libc::F_UNLCK)
+}
+
+fn fcntl_lock(file: &File, command: c_int, lock: Lock) -> Result<libc::flock> {
     let kind = match lock {
         Lock::Shared => libc::F_RDLCK,
         Lock::Exclusive => libc::F_WRLCK,
@@ -325,7 +331,7 @@ fn ofd_lock(file: &File, command: c_int, lock: Lock) -> Result<libc::flock> {
         l_pid: 0,
     };
     #[expect(unsafe_code, reason = "fcntl with a lock, which rustix lacks")]
-    // SAFETY: both commands take a pointer to a `flock` that lives across the call.
+    // SAFETY: all these commands take a pointer to a `flock` that lives across the call.
     let result = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut flock) };
     if result == -1 { Err(Error::last_os_error()) } else { Ok(flock) }
 }
@@ -440,7 +446,14 @@ mod tests {
             .write(true)
             .open(format!("/proc/self/fd/{}", a.as_raw_fd()))
             .unwrap();
+        assert!(is_unlocked(&a, Lock::Exclusive).unwrap());
         assert!(try_lock(&a, Lock::Shared).unwrap());
+        // By the same open file nothing is in the way, to whom it is another's.
+        let same = a.try_clone().unwrap();
+        assert!(can_lock(&same, Lock::Exclusive).unwrap());
+        assert!(!is_unlocked(&same, Lock::Exclusive).unwrap());
+        assert!(is_unlocked(&same, Lock::Shared).unwrap());
+        drop(same);
         assert!(can_lock(&b, Lock::Shared).unwrap() && !can_lock(&b, Lock::Exclusive).unwrap());
         assert!(try_lock(&b, Lock::Shared).unwrap() && !try_lock(&b, Lock::Exclusive).unwrap());
         drop(a);

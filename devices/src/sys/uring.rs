@@ -7,12 +7,15 @@
 use std::fs::File;
 use std::io::{Error, ErrorKind, Result};
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use io_uring::register::Restriction;
 use io_uring::types::{Fd, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, opcode, squeue};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::again::{again, eventfd};
 
 use super::rw::{Full, IoSlices};
 use crate::GuestRam;
@@ -38,11 +41,59 @@ pub struct Ended {
     pub result: Result<()>,
 }
 
+/// A ring of the kernel's with nothing in flight. It reads, writes and syncs files, and does nothing else for anybody:
+/// what it is asked no seccomp filter sees.
+struct Ring {
+    ring: IoUring,
+    event: Arc<EventFd>,
+}
+
+impl Ring {
+    fn new(entries: u16) -> Result<Self> {
+        let ring =
+            again(|| IoUring::builder().dontfork().setup_r_disabled().build(entries.into()))?;
+        let event = eventfd()?;
+        let submitter = ring.submitter();
+        again(|| submitter.register_eventfd(event.as_raw_fd()))?;
+        let mut allowed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE]
+            .map(Restriction::sqe_op);
+        again(|| submitter.register_restrictions(&mut allowed))?;
+        again(|| submitter.register_enable_rings())?;
+        Ok(Self { ring, event: Arc::new(event) })
+    }
+}
+
+/// A ring while nobody uses it. It is made when a file is opened: once a guest runs, no thread may make another.
+#[derive(Clone)]
+pub struct Reserve {
+    entries: u16,
+    ring: Arc<Mutex<Option<Ring>>>,
+}
+
+impl std::fmt::Debug for Reserve {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Reserve").field("entries", &self.entries).finish_non_exhaustive()
+    }
+}
+
+impl Reserve {
+    /// Makes a ring for at most `entries` operations at a time.
+    pub fn new(entries: u16) -> Result<Self> {
+        Ok(Self { entries, ring: Arc::new(Mutex::new(Some(Ring::new(entries)?))) })
+    }
+
+    fn place(&self) -> MutexGuard<'_, Option<Ring>> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 /// A ring, and what is in flight.
 pub struct Uring {
     /// `None` only after [`Drop`] gave it up.
     ring: Option<IoUring>,
     event: Arc<EventFd>,
+    /// Where it goes when it has nothing in flight any more.
+    reserve: Reserve,
     mem: GuestRam,
     /// Never moves while something in it is in flight, as each slot keeps its vectors on the heap.
     slots: Vec<Slot>,
@@ -82,19 +133,22 @@ struct Transfer {
 unsafe impl Send for Slot {}
 
 impl Uring {
-    /// A ring for at most `entries` operations at a time, on memory in `mem`.
-    pub fn new(entries: u16, mem: GuestRam) -> Result<Self> {
-        let ring = IoUring::builder().dontfork().build(entries.into())?;
-        let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        ring.submitter().register_eventfd(event.as_raw_fd())?;
-        let slots = (0..entries).map(|_| Slot::default()).collect();
-        let free = (0..usize::from(entries)).rev().collect();
-        Ok(Self { ring: Some(ring), event: Arc::new(event), mem, slots, free })
+    /// Takes the ring of `reserve`, to work on memory in `mem`. There is none if somebody uses it, or had to leave
+    /// operations to a host that does not answer.
+    pub fn new(reserve: &Reserve, mem: GuestRam) -> Result<Self> {
+        let taken = reserve.place().take();
+        let Ring { ring, event } = taken
+            .ok_or_else(|| Error::other("the ring is still in use: the host has not answered"))?;
+        // What was told of its last user's operations.
+        let _ = event.read();
+        let slots = (0..reserve.entries).map(|_| Slot::default()).collect();
+        let free = (0..usize::from(reserve.entries)).rev().collect();
+        Ok(Self { ring: Some(ring), event, reserve: reserve.clone(), mem, slots, free })
     }
 
     /// Whether this host lets husk have one.
     pub fn check() -> Result<()> {
-        IoUring::new(1).map(drop)
+        Ring::new(1).map(drop)
     }
 
     /// Readable when something has ended.
@@ -160,7 +214,7 @@ impl Uring {
             return Ok(());
         }
         // Full of what the kernel has not been told of yet.
-        ring.submit().map_err(|_| Full)?;
+        again(|| ring.submit()).map_err(|_| Full)?;
         // SAFETY: as above.
         unsafe { ring.submission().push(&entry) }.map_err(|_| Full)
     }
@@ -168,12 +222,7 @@ impl Uring {
     /// Tells the kernel of what was begun.
     pub fn submit(&mut self) -> Result<()> {
         let Some(ring) = &self.ring else { return Ok(()) };
-        loop {
-            match ring.submit() {
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                submitted => return submitted.map(drop),
-            }
-        }
+        again(|| ring.submit()).map(drop)
     }
 
     /// The next operation that has ended, if one has.
@@ -227,6 +276,8 @@ impl Drop for Uring {
             std::mem::forget(self.ring.take());
             std::mem::forget(self.mem.clone());
             std::mem::forget(std::mem::take(&mut self.slots));
+        } else if let Some(ring) = self.ring.take() {
+            *self.reserve.place() = Some(Ring { ring, event: self.event.clone() });
         }
     }
 }
@@ -354,7 +405,7 @@ mod tests {
     #[test]
     fn reads_writes_and_syncs_across_pieces() {
         let mem = memory();
-        let mut ring = Uring::new(8, mem.clone()).unwrap();
+        let mut ring = Uring::new(&Reserve::new(8).unwrap(), mem.clone()).unwrap();
         let file = file(b"0123456789");
         begin(&mut ring, 7, Direction::Read, &file, 2, &[(0, 3), (100, 4)]);
         assert_eq!(ring.in_flight(), 1);
@@ -375,7 +426,7 @@ mod tests {
     #[test]
     fn the_end_of_the_file_is_an_error_after_what_there_was() {
         let mem = memory();
-        let mut ring = Uring::new(8, mem.clone()).unwrap();
+        let mut ring = Uring::new(&Reserve::new(8).unwrap(), mem.clone()).unwrap();
         let file = file(&[7; 10]);
         begin(&mut ring, 1, Direction::Read, &file, 0, &[(0, 5), (5, 7)]);
         let ended = finish(&mut ring);
@@ -387,7 +438,7 @@ mod tests {
 
     #[test]
     fn takes_no_more_than_it_has_room_for() {
-        let mut ring = Uring::new(4, memory()).unwrap();
+        let mut ring = Uring::new(&Reserve::new(4).unwrap(), memory()).unwrap();
         let file = file(&[1; 4096]);
         for token in 0..4 {
             begin(&mut ring, token, Direction::Read, &file, 0, &[(0, 4096)]);
@@ -401,7 +452,7 @@ mod tests {
 
     #[test]
     fn errors_of_the_host_come_back() {
-        let mut ring = Uring::new(4, memory()).unwrap();
+        let mut ring = Uring::new(&Reserve::new(4).unwrap(), memory()).unwrap();
         let file = Arc::new(File::open("/proc/self/exe").unwrap());
         begin(&mut ring, 3, Direction::Write, &file, 0, &[(0, 512)]);
         let ended = finish(&mut ring);
@@ -411,11 +462,36 @@ mod tests {
     #[test]
     fn a_ring_that_goes_lets_the_kernel_finish() {
         let mem = memory();
-        let mut ring = Uring::new(4, mem.clone()).unwrap();
+        let mut ring = Uring::new(&Reserve::new(4).unwrap(), mem.clone()).unwrap();
         let file = file(&[9; 4096]);
         begin(&mut ring, 0, Direction::Read, &file, 0, &[(0, 4096)]);
         ring.submit().unwrap();
         drop(ring);
         assert_eq!(mem.read_obj::<u8>(GuestAddress(4095)).unwrap(), 9);
+    }
+
+    #[test]
+    fn a_ring_is_used_by_one_at_a_time_and_again() {
+        let reserve = Reserve::new(4).unwrap();
+        for _ in 0..3 {
+            let mut ring = Uring::new(&reserve, memory()).unwrap();
+            assert!(Uring::new(&reserve, memory()).is_err());
+            let file = file(&[1; 512]);
+            begin(&mut ring, 5, Direction::Read, &file, 0, &[(0, 512)]);
+            assert_eq!(finish(&mut ring).token, 5);
+        }
+    }
+
+    #[test]
+    fn a_ring_opens_nothing() {
+        let Ring { mut ring, event: _ } = Ring::new(4).unwrap();
+        let path = c"/dev/null";
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        // SAFETY: the path is there until the operation has ended.
+        unsafe { ring.submission().push(&open) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        assert_eq!(ring.completion().next().unwrap().result(), -libc::EACCES);
+        let submitter = ring.submitter();
+        assert!(submitter.register_files(&[0]).is_err(), "it is what it was made as");
     }
 }

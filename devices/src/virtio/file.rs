@@ -11,7 +11,7 @@ const FIELD: &str = "path_on_host";
 
 /// What no other device of the VM may have: the file at `path`. `None` if there is no such file.
 pub(super) fn claim(path: &Path, access: Access) -> Option<Claim> {
-    let identity = disk::identity(&std::fs::metadata(path).ok()?);
+    let identity = disk::identity(&file::metadata(path).ok()?);
     Some(Claim {
         key: format!("file {identity:?}"),
         is_shared: access == Access::Read,

@@ -6,6 +6,7 @@
 //! ```
 use std::borrow::Cow;
 use std::fmt::Debug;
+use std::path::Path;
 use std::sync::Arc;
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
@@ -19,6 +20,7 @@ use crate::limiter::{Groups, Limits, RateLimiter};
 use crate::memory::OwnMemory;
 use crate::metrics::{CounterSet, Group};
 use crate::mmds::Service;
+use crate::sys::errand::Errands;
 use crate::sys::map::Pages;
 
 /// The control half of a device: what the driver sees before and besides the queues. Lives in the
@@ -133,6 +135,8 @@ pub trait Model: VirtioDevice + Sized + 'static {
     /// Fields that name what is outside the VM, or that the guest need not know: they may be others
     /// when a snapshot is restored.
     const OUTSIDE: &'static [&'static str] = &[];
+    /// Those of them that name what is opened on the host: a descriptor that was passed will do.
+    const OPENABLE: &'static [&'static str] = &[];
     /// Those of them in which `fd:N` is the descriptor N of the process.
     const DESCRIPTORS: &'static [&'static str] = &[];
     /// What `GET` shows, if it is offered: the configuration before start, [`VirtioDevice::show`]
@@ -178,6 +182,11 @@ pub trait Model: VirtioDevice + Sized + 'static {
     fn needs_shared_memory(_config: &Self::Config) -> bool {
         false
     }
+    /// Where the host side makes a Unix socket, if it does: the file is to be removed in the end, and whoever connects
+    /// may want to be connected to.
+    fn listens_at(_config: &Self::Config) -> Option<&Path> {
+        None
+    }
     /// Refuses a configuration that cannot be in a VM with so much RAM.
     fn check_ram(_config: &Self::Config, _ram_mib: u64) -> Result<(), DeviceError> {
         Ok(())
@@ -200,9 +209,17 @@ pub struct Env {
     pub rate_limit_groups: Groups,
     /// The metadata service, if there is one.
     pub mmds: Option<Arc<Service>>,
+    /// Starts a thread that connects to sockets of the host, where those that run devices may not.
+    pub connector: Option<fn() -> std::io::Result<Errands>>,
 }
 
 impl Env {
+    /// The thread that connects to sockets for a device whose own threads may not, if that is so.
+    pub fn start_connector(&self) -> Result<Option<Errands>, DeviceError> {
+        let started = self.connector.map(|start| start()).transpose();
+        started.map_err(DeviceError::host("cannot start a thread to connect"))
+    }
+
     /// The limits of a device: `own`, and those of `group`, which the configuration has in `field`.
     pub fn limits(
         &self,
@@ -414,6 +431,8 @@ pub trait Recipe: Debug + Send + Sync {
     fn claims(&self) -> Vec<Claim>;
     /// See [`Model::needs_shared_memory`].
     fn needs_shared_memory(&self) -> bool;
+    /// See [`Model::listens_at`].
+    fn listens_at(&self) -> Option<&Path>;
     /// See [`Model::rate_limit_groups`].
     fn rate_limit_groups(&self) -> Vec<(&'static str, &str)>;
     /// See [`Model::check`].
@@ -455,6 +474,9 @@ impl<M: Model> Recipe for Configured<M> {
     }
     fn needs_shared_memory(&self) -> bool {
         M::needs_shared_memory(&self.0)
+    }
+    fn listens_at(&self) -> Option<&Path> {
+        M::listens_at(&self.0)
     }
     fn rate_limit_groups(&self) -> Vec<(&'static str, &str)> {
         M::rate_limit_groups(&self.0)
@@ -503,6 +525,8 @@ pub struct Row {
     pub deprecated: &'static [&'static str],
     /// [`Model::OUTSIDE`].
     pub outside: &'static [&'static str],
+    /// [`Model::OPENABLE`].
+    pub openable: &'static [&'static str],
     /// [`Model::DESCRIPTORS`].
     pub descriptors: &'static [&'static str],
     /// [`Model::ABOUT`].
@@ -534,6 +558,7 @@ pub const fn row<M: Model>() -> Row {
         is_removable: M::REMOVABLE,
         deprecated: M::DEPRECATED,
         outside: M::OUTSIDE,
+        openable: M::OPENABLE,
         descriptors: M::DESCRIPTORS,
         about: M::ABOUT,
         metrics: M::METRICS,

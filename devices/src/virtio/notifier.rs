@@ -1,10 +1,10 @@
 //! What a device can tell its driver (virtio 1.2, 2.1, 2.3 and 4.2.2): shared by the transport,
 //! which the vCPUs lock, and the worker, which must not wait for them.
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::counters;
 use crate::observer::{Happening, Observer};
+use crate::sync::atomic::{AtomicU32, Ordering};
 
 /// Raises the device's interrupt in the guest. An irqfd in the VMM, a counter in tests.
 pub trait Interrupt: Send + Sync {

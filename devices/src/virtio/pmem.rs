@@ -18,6 +18,7 @@ use super::model::{
 use super::queue::{Served, VirtQueue, split};
 use crate::backend::file::Access;
 use crate::backend::mapped::MappedFile;
+use crate::backend::passed::Name;
 use crate::counters;
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::{Limiter, Limits, RateLimiter};
@@ -38,8 +39,8 @@ const FAILED: u32 = u32::MAX;
 pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub id: String,
-    /// A regular file.
-    pub path_on_host: PathBuf,
+    /// A regular file; `passed:N` is a descriptor that came with the request.
+    pub path_on_host: Name,
     /// Whether the guest boots from it. It then comes first: `/dev/pmem0`.
     #[serde(default, deserialize_with = "null_is_default")]
     #[schemars(with = "Option<bool>")]
@@ -61,7 +62,7 @@ impl Config {
     pub fn new(id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         Self {
             id: id.into(),
-            path_on_host: path.into(),
+            path_on_host: Name::from(path.into()),
             root_device: false,
             read_only: false,
             rate_limiter: None,
@@ -124,6 +125,7 @@ impl Model for Pmem {
     const PATCHABLE: bool = true;
     const REMOVABLE: bool = true;
     const OUTSIDE: &'static [&'static str] = &["path_on_host", "rate_limiter", "rate_limit_group"];
+    const OPENABLE: &'static [&'static str] = &["path_on_host"];
     const ABOUT: &'static str = "A file in the guest's memory, past its page cache";
     const METRICS: Group = Counters::GROUP;
     type Config = Config;

@@ -105,14 +105,14 @@ impl std::fmt::Debug for VirtQueue {
 
 /// Ring features the driver accepted.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct RingFeatures {
-    pub(super) is_indirect: bool,
-    pub(super) is_event_idx: bool,
+pub(crate) struct RingFeatures {
+    pub(crate) is_indirect: bool,
+    pub(crate) is_event_idx: bool,
 }
 
 impl VirtQueue {
     /// Checks `config` and makes it a live queue. `max_size` is a power of two.
-    pub(super) fn new(
+    pub(crate) fn new(
         index: u16,
         max_size: u16,
         config: &QueueConfig,

@@ -1,8 +1,8 @@
 //! A driver for any virtio device, honest or not: registers, rings and interrupts, no kernel.
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
@@ -10,6 +10,7 @@ use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::memory::{Backing, Leases, PAGE, Piece, Placement, Slots};
 use devices::metrics::{CounterSet, Value};
+use devices::sync::{Condvar, Mutex};
 use devices::virtio::mmio::{MmioTransport, Saved, WINDOW_SIZE, Window, WindowDevice};
 use devices::virtio::model::{DeviceError, VirtioDevice};
 use devices::virtio::notifier::{Counters, Interrupt, Notifier};
@@ -351,7 +352,7 @@ pub(crate) type Desc = (u64, u32, u16, u16);
 /// A split virtqueue from the driver's side.
 #[derive(Clone, Debug)]
 pub(crate) struct Ring {
-    mem: GuestRam,
+    pub(crate) mem: GuestRam,
     pub(crate) queue: u16,
     pub(crate) size: u16,
     pub(crate) desc: u64,

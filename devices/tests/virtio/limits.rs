@@ -78,10 +78,12 @@ fn what_is_too_much_waits_and_the_timer_lets_it_go_on() {
     let took = start.elapsed();
     assert!(took >= Duration::from_millis(160), "{took:?}");
     let waits = m.counter(ENTROPY_WAITS);
-    assert!((1..=8).contains(&waits), "{waits}");
-    assert_eq!(m.counter("rate_limiter_event_count"), waits, "nothing polls");
-    // The driver's kick, and that of the activation.
+    let wakes = m.counter("rate_limiter_event_count");
+    assert!((1..=8).contains(&wakes), "nothing polls: {wakes}");
+    // The driver's kick, and that of the activation, which may find what is offered already: then the other finds it
+    // waiting.
     assert!(m.counter("entropy_event_count") <= 2);
+    assert!((wakes..=wakes + 1).contains(&waits), "{waits} and {wakes}");
 }
 
 #[test]

@@ -30,10 +30,11 @@ pub(crate) fn kinds() -> impl Iterator<Item = &'static str> {
     MODELS.iter().map(|row| row.name).chain([ASYNC_DRIVE, LIMITED_DRIVE, LAYERED_DRIVE, METADATA])
 }
 
-const ASYNC_DRIVE: &str = "drives, Async";
-const LIMITED_DRIVE: &str = "drives, Async, which wait for a rate limit and for a group's";
-const LAYERED_DRIVE: &str = "drives, Async, with a layer over the file";
-const METADATA: &str = "network-interfaces, limited, to the metadata service";
+pub(crate) const ASYNC_DRIVE: &str = "drives, Async";
+pub(crate) const LIMITED_DRIVE: &str =
+    "drives, Async, which wait for a rate limit and for a group's";
+pub(crate) const LAYERED_DRIVE: &str = "drives, Async, with a layer over the file";
+pub(crate) const METADATA: &str = "network-interfaces, limited, to the metadata service";
 
 /// What makes a device wait often, but not for long.
 fn limit() -> serde_json::Value {
@@ -48,6 +49,7 @@ pub(crate) fn sample(name: &str) -> Sample {
             let mut json = serde_json::json!({
                 "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
                 "io_engine": if name == "drives" { "Sync" } else { "Async" },
+                "cache_type": "Writeback",
             });
             if name == LAYERED_DRIVE {
                 json["overlay"] = "Memory".into();
@@ -59,7 +61,7 @@ pub(crate) fn sample(name: &str) -> Sample {
             let file = TempFile::new(&[7; 1 << 16]);
             let json = json!({
                 "drive_id": "disk", "is_root_device": false, "path_on_host": file.path,
-                "io_engine": "Async", "rate_limiter": limit(), "rate_limit_group": "slow",
+                "io_engine": "Async", "cache_type": "Writeback", "rate_limiter": limit(), "rate_limit_group": "slow",
             });
             let limit = serde_json::from_value(limit()).unwrap();
             let mut env = Env::default();

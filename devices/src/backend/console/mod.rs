@@ -18,7 +18,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, CreateFlags, EventData, EventFlags};
 use rustix::fs::{FileType, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::pty::OpenptFlags;
 use rustix::termios::OptionalActions;
 
@@ -27,7 +27,7 @@ use self::output::Output;
 pub use self::terminal::restore_terminal;
 use self::terminal::{Escape, HELP, Key, RawMode, is_foreground};
 use super::stream::{Direction, Stream};
-use super::unix::{ListenError, Listener, StalePolicy};
+use super::unix::{self, ListenError, Listener, SocketName, StalePolicy};
 use crate::limiter::{Bucket, TokenBucket, now_ns};
 
 /// Called when the user asks to quit, on the I/O thread with the serial port locked: may set a
@@ -96,8 +96,8 @@ enum Kind {
     Terminal { _raw: RawMode, escape: Escape, quit: Quit, typed: VecDeque<u8> },
     /// A pseudo-terminal. We keep its other side open, so that it hangs up for nobody.
     Pty { _slave: OwnedFd, path: PathBuf },
-    /// A socket, with or without a client.
-    Socket(Listener),
+    /// A socket, with or without a client. Its name goes with the console unless it was taken.
+    Socket { name: Option<SocketName>, fd: OwnedFd, path: PathBuf },
 }
 
 /// A destination, with the bytes on their way to it.
@@ -180,11 +180,22 @@ impl Console {
     pub fn socket(path: &Path) -> Result<Self, ConsoleError> {
         let listener = Listener::bind(path, StalePolicy::Replace)
             .map_err(|source| ConsoleError::Listen { path: path.into(), source })?;
-        let console = Self::new(Kind::Socket(listener))?;
-        if let Kind::Socket(listener) = &console.kind {
-            console.events.watch(listener.as_fd())?;
+        let path = listener.path().to_owned();
+        let (name, fd) = listener.into_parts();
+        let console = Self::new(Kind::Socket { name: Some(name), fd, path })?;
+        if let Kind::Socket { fd, .. } = &console.kind {
+            console.events.watch(fd.as_fd())?;
         }
         Ok(console)
+    }
+
+    /// The name of the socket, if it is one: for whoever may remove files when the console goes, as the thread that drops
+    /// it last may not.
+    pub fn take_name(&mut self) -> Option<SocketName> {
+        match &mut self.kind {
+            Kind::Socket { name, .. } => name.take(),
+            Kind::Nowhere | Kind::Plain | Kind::Terminal { .. } | Kind::Pty { .. } => None,
+        }
     }
 
     /// Whether [`Self::file`] would succeed now. Makes no file.
@@ -205,8 +216,7 @@ impl Console {
     /// What the user opens or connects to: `/dev/pts/N`, or the socket.
     pub fn path(&self) -> Option<&Path> {
         match &self.kind {
-            Kind::Pty { path, .. } => Some(path),
-            Kind::Socket(listener) => Some(listener.path()),
+            Kind::Pty { path, .. } | Kind::Socket { path, .. } => Some(path),
             Kind::Nowhere | Kind::Plain | Kind::Terminal { .. } => None,
         }
     }
@@ -224,7 +234,7 @@ impl Console {
 
     /// Whether this is a socket with a client.
     pub fn has_client(&self) -> bool {
-        matches!(self.kind, Kind::Socket(_)) && self.output.host().is_some()
+        matches!(self.kind, Kind::Socket { .. }) && self.output.host().is_some()
     }
 
     /// Readable when [`ready`](Self::ready) has something to do.
@@ -249,7 +259,7 @@ impl Console {
     /// Sends what can be sent without waiting.
     pub fn flush(&mut self) {
         let Err(e) = self.output.flush() else { return };
-        if matches!(self.kind, Kind::Socket(_)) {
+        if matches!(self.kind, Kind::Socket { .. }) {
             // The client is gone. What it did not get, the next one gets.
             log::debug!("serial console client is gone: {e}");
             self.output.connect(None);
@@ -388,10 +398,10 @@ impl Console {
 
     /// Takes a new client, at most one a call; looks whether the present one is still there.
     fn accept(&mut self) {
-        let Kind::Socket(listener) = &self.kind else { return };
-        let accepted = listener.accept();
+        let Kind::Socket { fd, .. } = &self.kind else { return };
+        let accepted = unix::accept(fd);
         if accepted.is_ok()
-            && let Err(e) = self.events.rearm(listener.as_fd())
+            && let Err(e) = self.events.rearm(fd.as_fd())
         {
             log::warn!("serial console socket: {e}");
         }
@@ -457,13 +467,14 @@ pub struct Readiness(OwnedFd);
 
 impl Readiness {
     fn new() -> Result<Self, ConsoleError> {
-        epoll::create(CreateFlags::CLOEXEC).map(Self).map_err(ConsoleError::host("make an epoll"))
+        let made = retry_on_intr(|| epoll::create(CreateFlags::CLOEXEC));
+        made.map(Self).map_err(ConsoleError::host("make an epoll"))
     }
 
     const FLAGS: EventFlags = EventFlags::IN.union(EventFlags::OUT).union(EventFlags::ET);
 
     fn watch(&self, fd: BorrowedFd<'_>) -> Result<(), ConsoleError> {
-        match epoll::add(&self.0, fd, EventData::new_u64(0), Self::FLAGS) {
+        match retry_on_intr(|| epoll::add(&self.0, fd, EventData::new_u64(0), Self::FLAGS)) {
             // A regular file cannot be waited for and need not be: it is always ready. And input
             // and output may be one.
             Ok(()) | Err(Errno::PERM | Errno::EXIST) => Ok(()),
@@ -473,7 +484,7 @@ impl Readiness {
 
     /// Says again that `fd` is ready, if it is, as if it had just become so.
     fn rearm(&self, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        epoll::modify(&self.0, fd, EventData::new_u64(0), Self::FLAGS)
+        retry_on_intr(|| epoll::modify(&self.0, fd, EventData::new_u64(0), Self::FLAGS))
     }
 
     /// Takes the events. Which they were does not matter: everything is looked at.
@@ -501,7 +512,8 @@ fn open_output(path: &Path) -> Result<OwnedFd, ConsoleError> {
     let flags = OFlags::APPEND | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
     let open = |access| {
         let mode = Mode::RUSR | Mode::WUSR;
-        rustix::fs::open(path, access | flags | OFlags::CREATE, mode).map_err(|e| {
+        let open = || rustix::fs::open(path, access | flags | OFlags::CREATE, mode);
+        retry_on_intr(open).map_err(|e| {
             // What cannot be opened is best explained by what it is.
             let found = rustix::fs::stat(path).ok().and_then(|stat| unfit(kind(stat)));
             found.map_or(failed(e), refused)

@@ -7,6 +7,7 @@ use std::sync::mpsc::{Receiver, TryRecvError, sync_channel};
 use std::thread;
 
 use super::layer::{self, Layer};
+use crate::sys::again::spawn;
 
 /// Layers that are being copied to one. Dropped before that is done, it is called off.
 #[derive(Debug)]
@@ -36,7 +37,7 @@ impl Merge {
                 to
             }));
         };
-        thread::Builder::new().name("husk_overlay".into()).spawn(work)?;
+        spawn(|work| thread::Builder::new().name("husk_overlay".into()).spawn(work), work)?;
         Ok(Self { of, done, is_off })
     }
 

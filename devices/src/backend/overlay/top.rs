@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, openat, unlinkat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::layer::{self, Description, Layer, LayerError};
 use super::map::Map;
@@ -34,7 +34,7 @@ impl Room {
         let path = std::env::var_os("TMPDIR").filter(|path| !path.is_empty());
         let path = path.map_or_else(|| TEMPORARY.into(), PathBuf::from);
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = rustix::fs::open(&path, flags, Mode::empty());
+        let fd = retry_on_intr(|| rustix::fs::open(&path, flags, Mode::empty()));
         let fd = fd.map_err(|e| LayerError::host("open", &path)(e.into()))?;
         Ok(Self::Directory { fd, path })
     }
@@ -57,11 +57,11 @@ impl Room {
 
     fn file(&self) -> rustix::io::Result<OwnedFd> {
         let Self::Directory { fd, .. } = self else {
-            return memfd_create("husk-overlay", MemfdFlags::CLOEXEC);
+            return retry_on_intr(|| memfd_create("husk-overlay", MemfdFlags::CLOEXEC));
         };
         let (flags, mode) =
             (OFlags::RDWR | OFlags::EXCL | OFlags::CLOEXEC, Mode::RUSR | Mode::WUSR);
-        match openat(fd, ".", flags | OFlags::TMPFILE, mode) {
+        match retry_on_intr(|| openat(fd, ".", flags | OFlags::TMPFILE, mode)) {
             // Not every file system has files without a name: one that has just lost it, then.
             Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL) => {}
             made => return made,
@@ -69,7 +69,7 @@ impl Room {
         let mut random = [0; 16];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let name = format!(".husk-overlay-{:032x}", u128::from_ne_bytes(random));
-        let file = openat(fd, &name, flags | OFlags::CREATE, mode)?;
+        let file = retry_on_intr(|| openat(fd, &name, flags | OFlags::CREATE, mode))?;
         unlinkat(fd, &name, rustix::fs::AtFlags::empty())?;
         Ok(file)
     }

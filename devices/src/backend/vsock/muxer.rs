@@ -10,13 +10,13 @@
 mod opening;
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::epoll::{self, EventData, EventFlags};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::time::Timespec;
 
 use self::opening::Greeted;
@@ -25,13 +25,16 @@ use super::clock::Clock;
 use super::connection::{Basis, Connection, Due, Ports, Verdict};
 use super::packet::{HOST_CID, Header, TYPE_STREAM, op};
 use super::socket::HostSocket;
-use crate::backend::unix::{ListenError, Listener, StalePolicy};
+use crate::backend::unix::{ListenError, Listener, SocketName, StalePolicy};
+use crate::sys::errand::Errands;
 use crate::sys::rw::IoSlices;
 
 /// Streams that may exist at once, in both directions together.
 pub const STREAMS_MAX: usize = 2048;
 /// Answers without a connection that may wait for the guest to take them.
 const REPLIES_MAX: usize = 256;
+/// Entries of a list of streams, those no longer true included: [`shorten`].
+const LIST_MAX: usize = 2 * STREAMS_MAX;
 /// How long the host may take to say which port it wants, the guest to answer, and the guest to end
 /// a connection that the host has left. Firecracker's.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -133,22 +136,36 @@ pub struct Muxer {
     /// The host has no descriptors left, so nobody is let in.
     is_deaf: bool,
     counters: Arc<Counters>,
-    listener: Listener,
+    /// The thread that connects, if this one may not.
+    connector: Option<Errands>,
+    listener: OwnedFd,
     epoll: OwnedFd,
     clock: Clock,
 }
 
 impl Muxer {
-    /// Listens at `path` for processes that want a port of the guest, whose address is `guest_cid`.
-    pub fn bind(guest_cid: u32, path: &Path, counters: Arc<Counters>) -> Result<Self, MuxerError> {
+    /// Listens at `path` for processes that want a port of the guest, whose address is `guest_cid`; the name of the
+    /// socket, which is to be dropped where files may be removed.
+    /// `connector` connects to those that the guest wants, if whoever serves the muxer may not.
+    pub fn bind(
+        guest_cid: u32,
+        path: &Path,
+        connector: Option<Errands>,
+        counters: Arc<Counters>,
+    ) -> Result<(Self, SocketName), MuxerError> {
         let listener = Listener::bind(path, StalePolicy::Replace)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let epoll = retry_on_intr(|| epoll::create(epoll::CreateFlags::CLOEXEC))?;
         let clock = Clock::new()?;
-        epoll::add(&epoll, &listener, EventData::new_u64(LISTENER), EventFlags::IN)?;
-        epoll::add(&epoll, &clock, EventData::new_u64(CLOCK), EventFlags::IN)?;
-        Ok(Self {
+        let watch = |fd: BorrowedFd<'_>, data| {
+            retry_on_intr(|| epoll::add(&epoll, fd, EventData::new_u64(data), EventFlags::IN))
+        };
+        watch(listener.as_fd(), LISTENER)?;
+        watch(clock.as_fd(), CLOCK)?;
+        let path = listener.path().to_owned();
+        let (name, listener) = listener.into_parts();
+        let muxer = Self {
             guest_cid: guest_cid.into(),
-            path: listener.path().to_owned(),
+            path,
             slots: HashMap::new(),
             by_ports: HashMap::new(),
             queued: VecDeque::new(),
@@ -160,22 +177,25 @@ impl Muxer {
             next_port: FIRST_PORT,
             is_deaf: false,
             counters,
+            connector,
             listener,
             epoll,
             clock,
-        })
+        };
+        Ok((muxer, name))
     }
 
     /// Ends all connections; who listens and who wants in stays.
     pub fn reset(&mut self) {
         let connections = self.slots.values().filter(|slot| slot.window != 0).count();
         self.counters.conns_removed().add(connections as u64);
-        self.slots.clear();
-        self.by_ports.clear();
-        self.queued.clear();
-        self.replies.clear();
-        self.deadlines.clear();
-        self.waiting.clear();
+        // Room that a driver has made them take is given back with them.
+        self.slots = HashMap::new();
+        self.by_ports = HashMap::new();
+        self.queued = VecDeque::new();
+        self.replies = VecDeque::new();
+        self.deadlines = VecDeque::new();
+        self.waiting = VecDeque::new();
         self.windows = 0;
     }
 
@@ -414,6 +434,8 @@ impl Muxer {
             && !std::mem::replace(&mut slot.is_queued, true)
         {
             self.queued.push_back(stream);
+            let slots = &self.slots;
+            shorten(&mut self.queued, |stream| slots.contains_key(stream));
         }
     }
 
@@ -441,7 +463,8 @@ impl Muxer {
     /// Watches the descriptor of a stream from here on; false if the host cannot.
     fn watch(&self, stream: Stream, fd: impl AsFd) -> bool {
         let flags = EventFlags::IN | EventFlags::OUT | EventFlags::RDHUP | EventFlags::ET;
-        let watched = epoll::add(&self.epoll, fd, EventData::new_u64(stream.0), flags);
+        let data = EventData::new_u64(stream.0);
+        let watched = retry_on_intr(|| epoll::add(&self.epoll, &fd, data, flags));
         watched.inspect_err(|e| self.note_shortage("watch a stream", *e)).is_ok()
     }
 
@@ -476,6 +499,10 @@ impl Muxer {
         if let Some(slot) = self.slots.get_mut(&stream) {
             slot.deadline = Some(deadline);
             self.deadlines.push_back((deadline, stream));
+            let slots = &self.slots;
+            shorten(&mut self.deadlines, |(at, stream)| {
+                slots.get(stream).is_some_and(|slot| slot.deadline == Some(*at))
+            });
         }
     }
 
@@ -492,7 +519,8 @@ impl Muxer {
         self.connect_waiting();
         if std::mem::take(&mut self.is_deaf) {
             let data = EventData::new_u64(LISTENER);
-            let heard = epoll::add(&self.epoll, &self.listener, data, EventFlags::IN);
+            let add = || epoll::add(&self.epoll, &self.listener, data, EventFlags::IN);
+            let heard = retry_on_intr(add);
             self.is_deaf = heard.is_err();
         }
     }
@@ -505,6 +533,15 @@ impl Muxer {
         if let Some(next) = retry.or(first) {
             self.clock.set(next);
         }
+    }
+}
+
+/// Takes what is no longer true out of a list that has become long. A stream has one true entry in each
+/// at most, so this leaves half of it, and costs little over time. Without it a guest that asks for
+/// connections and leaves before it is answered would make the list grow for ever.
+fn shorten<T>(list: &mut VecDeque<T>, is_true: impl FnMut(&T) -> bool) {
+    if list.len() > LIST_MAX {
+        list.retain(is_true);
     }
 }
 

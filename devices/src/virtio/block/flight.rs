@@ -13,7 +13,7 @@ use super::QUEUE_SIZE;
 use super::request::{Failure, HEADER_BYTES, STATUS_BYTES};
 use crate::GuestRam;
 use crate::sys::rw::{Full, IoSlices};
-use crate::sys::uring::{Direction, Uring};
+use crate::sys::uring::{Direction, Reserve, Uring};
 use crate::virtio::chain::{Buffers, Chain, Fault};
 
 /// What a request is for.
@@ -52,9 +52,9 @@ pub(super) struct Flight {
 }
 
 impl Flight {
-    /// Of nothing yet, over memory in `mem`.
-    pub(super) fn new(mem: GuestRam) -> std::io::Result<Self> {
-        let ring = Uring::new(QUEUE_SIZE, mem)?;
+    /// Of nothing yet, by the ring in `reserve` over memory in `mem`.
+    pub(super) fn new(reserve: &Reserve, mem: GuestRam) -> std::io::Result<Self> {
+        let ring = Uring::new(reserve, mem)?;
         let requests = (0..QUEUE_SIZE).map(|_| None).collect();
         Ok(Self { ring, requests, bytes: 0, spare: Vec::new() })
     }

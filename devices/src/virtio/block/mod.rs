@@ -26,11 +26,12 @@ use crate::backend::disk::{Disk, DiskError, SECTOR_SIZE};
 use crate::backend::file::{Access, is_shortage};
 pub use crate::backend::overlay::Place;
 use crate::backend::overlay::{Frozen, Keeping};
+use crate::backend::passed::Name;
 use crate::counters;
 use crate::io::{Retired, Source, Watch, Worker};
 use crate::limiter::{Limits, RateLimiter};
 use crate::metrics::{CounterSet, Group};
-use crate::sys::uring::Uring;
+use crate::sys::uring::{Reserve, Uring};
 
 const QUEUE_SIZE: u16 = 256;
 const OVERLAY: &str = "overlay";
@@ -89,9 +90,9 @@ pub enum IoEngine {
 pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub drive_id: String,
-    /// A regular file or block device.
+    /// A regular file or block device; `passed:N` is a descriptor that came with the request.
     #[serde(default)]
-    pub path_on_host: Option<PathBuf>,
+    pub path_on_host: Option<Name>,
     /// Whether the guest boots from it. It then comes first: `/dev/vda`.
     pub is_root_device: bool,
     /// Whether the guest may only read it.
@@ -129,7 +130,7 @@ impl Config {
     pub fn new(drive_id: impl Into<String>, path: impl Into<PathBuf>) -> Self {
         Self {
             drive_id: drive_id.into(),
-            path_on_host: Some(path.into()),
+            path_on_host: Some(Name::from(path.into())),
             is_root_device: false,
             is_read_only: false,
             partuuid: None,
@@ -165,7 +166,7 @@ impl Config {
             let why = "nothing is written to a drive that is read-only: leave one of the two out";
             return Err(DeviceError::field(OVERLAY, why));
         }
-        let path = self.path_on_host.as_deref();
+        let path = self.path_on_host.as_ref().map(|path| path.as_path());
         path.ok_or_else(|| DeviceError::field("path_on_host", "is missing"))
     }
 
@@ -189,9 +190,10 @@ impl Config {
 pub struct Patch {
     /// The drive.
     pub drive_id: String,
-    /// The file to go on with: another one, or the same with another size.
+    /// The file to go on with: another one, or the same with another size; `passed:N` is a descriptor that came with the
+    /// request.
     #[serde(default)]
-    pub path_on_host: Option<PathBuf>,
+    pub path_on_host: Option<Name>,
     /// Limits on the drive's use of the host: buckets to replace.
     #[serde(default)]
     pub rate_limiter: Option<RateLimiter>,
@@ -204,6 +206,8 @@ pub struct Block {
     disk: Arc<Disk>,
     limits: Limits,
     space: [u8; 60],
+    /// For the asynchronous engine.
+    ring: Option<Reserve>,
     counters: Arc<Counters>,
 }
 
@@ -253,6 +257,7 @@ impl Model for Block {
     const REMOVABLE: bool = true;
     const OUTSIDE: &'static [&'static str] =
         &["path_on_host", "io_engine", "rate_limiter", "rate_limit_group", "overlay"];
+    const OPENABLE: &'static [&'static str] = &["path_on_host"];
     const ABOUT: &'static str = "A disk: a file or block device of the host";
     const METRICS: Group = Counters::GROUP;
     const OTHER_METRICS: &'static [Group] = &[vhost_user::GROUP];
@@ -276,7 +281,7 @@ impl Model for Block {
     }
 
     fn claims(config: &Config) -> Vec<Claim> {
-        let path = config.path_on_host.as_deref();
+        let path = config.path_on_host.as_ref().map(|path| path.as_path());
         let base = path.and_then(|path| claim(path, config.access()));
         let layer = match &config.overlay {
             Some(Place::File(path)) => claim(path, Access::ReadWrite),
@@ -312,7 +317,7 @@ impl Model for Block {
     fn open_any(config: &Config, env: &Env) -> Result<Box<dyn VirtioDevice>, DeviceError> {
         let Some(socket) = &config.socket else { return Ok(Box::new(Self::open(config, env)?)) };
         Self::check(config)?;
-        Ok(Box::new(VhostUserBlock::connect(config, socket)?))
+        Ok(Box::new(VhostUserBlock::connect(config, socket, env)?))
     }
 
     fn open(config: &Config, env: &Env) -> Result<Self, DeviceError> {
@@ -324,8 +329,12 @@ impl Model for Block {
             None => Disk::open(path, config.access()).map_err(refused)?,
         };
         let space = config_space(disk.size(), disk.is_writable());
+        let ring = match config.io_engine {
+            IoEngine::Sync => None,
+            IoEngine::Async => Some(Reserve::new(QUEUE_SIZE).map_err(DeviceError::host(NO_URING))?),
+        };
         let (disk, config) = (Arc::new(disk), config.clone());
-        Ok(Self { config, disk, limits, space, counters: Arc::default() })
+        Ok(Self { config, disk, limits, space, ring, counters: Arc::default() })
     }
 }
 
@@ -370,13 +379,8 @@ impl VirtioDevice for Block {
         id.iter_mut().zip(self.config.drive_id.bytes()).for_each(|(to, from)| *to = from);
         let (disk, counters) = (self.disk.clone(), self.counters.clone());
         let limiter = self.limits.limiter()?;
-        let flight = match self.config.io_engine {
-            IoEngine::Sync => None,
-            IoEngine::Async => {
-                let flight = Flight::new(requests.mem().clone());
-                Some(flight.map_err(DeviceError::host(NO_URING))?)
-            }
-        };
+        let flight = self.ring.as_ref().map(|ring| Flight::new(ring, requests.mem().clone()));
+        let flight = flight.transpose().map_err(DeviceError::host(NO_URING))?;
         let executor = Executor { disk, id, features, limiter, flight, counters };
         Ok(Box::new(BlockWorker { requests, executor, is_held: false }))
     }

@@ -9,14 +9,16 @@ use std::time::{Duration, Instant};
 use event_manager::EventSet;
 use serde::Deserialize;
 use serde_json::Value;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{CacheType, Config, Patch, QUEUE_SIZE, feature};
 use crate::backend::vhost_user::{BackEnd, PATIENCE, Ring, VhostUserError};
 use crate::io::{Retired, Watch, Worker};
 use crate::metrics::{CounterSet, Group};
+use crate::sys::again::eventfd;
+use crate::sys::errand::Errands;
 use crate::virtio::mmio::TRANSPORT_FEATURES;
-use crate::virtio::model::{Change, DeviceError, Left, VirtioDevice};
+use crate::virtio::model::{Change, DeviceError, Env, Left, VirtioDevice};
 use crate::virtio::queue::{VirtQueue, split};
 
 /// How often to look whether a back end has finished.
@@ -59,6 +61,8 @@ pub(super) struct VhostUserBlock {
     drive_id: String,
     path: PathBuf,
     back_end: Shared,
+    /// The thread that connects again, if others may not.
+    connector: Option<Errands>,
     features: u64,
     space: Vec<u8>,
     counters: Arc<Counters>,
@@ -69,10 +73,11 @@ type Shared = Arc<Mutex<BackEnd>>;
 
 impl VhostUserBlock {
     /// Connects to the back end at `path`.
-    pub(super) fn connect(config: &Config, path: &Path) -> Result<Self, DeviceError> {
+    pub(super) fn connect(config: &Config, path: &Path, env: &Env) -> Result<Self, DeviceError> {
+        let connector = env.start_connector()?;
         let counters = Arc::new(Counters::default());
         let mut back_end =
-            counters.init_time_us().time(|| BackEnd::connect(path, 1)).map_err(refused)?;
+            counters.init_time_us().time(|| BackEnd::connect(path, 1, None)).map_err(refused)?;
         let offered = back_end.features();
         if offered & TRANSPORT_FEATURES != TRANSPORT_FEATURES {
             let what = "VERSION_1, indirect descriptors or event indices";
@@ -85,6 +90,7 @@ impl VhostUserBlock {
             features: offered & (FEATURES | flush),
             space: back_end.config(SPACE_BYTES).map_err(refused)?,
             back_end: Arc::new(Mutex::new(back_end)),
+            connector,
             counters,
         })
     }
@@ -111,7 +117,8 @@ impl VhostUserBlock {
         let mut back_end = lock(&self.back_end);
         if let Err(e) = back_end.start(queue.mem(), features, rings) {
             log::warn!("drive {}: {e}; connecting again", self.drive_id);
-            let mut other = BackEnd::connect(&self.path, 1).map_err(refused)?;
+            let mut other =
+                BackEnd::connect(&self.path, 1, self.connector.as_ref()).map_err(refused)?;
             if other.features() & features != features {
                 let what = "what an earlier one offered";
                 return Err(refused(VhostUserError::Lacks { path: self.path.clone(), what }));
@@ -147,8 +154,7 @@ impl VirtioDevice for VhostUserBlock {
         _saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         let [requests] = split(queues)?;
-        let call = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(DeviceError::host("cannot make an eventfd"))?;
+        let call = eventfd().map_err(DeviceError::host("cannot make an eventfd"))?;
         let counters = self.counters.clone();
         counters.activate_time_us().time(|| self.start(features, &requests, &call))?;
         // A second connection would see the end of the first as its own.

@@ -26,7 +26,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use vmm_sys_util::eventfd::EventFd;
 
 use self::registers::Registers;
 use self::removed::Placeholder;
@@ -40,6 +40,7 @@ use crate::backend::overlay::Frozen;
 use crate::io::{IoError, IoThread, Retired, Ticket};
 use crate::metrics::CounterSet;
 use crate::observer::Happening;
+use crate::sys::again::eventfd;
 
 /// Bytes of address space per window: registers, then the configuration space.
 pub const WINDOW_SIZE: u64 = 0x1000;
@@ -166,7 +167,7 @@ impl MmioTransport {
         let kicks = device
             .queue_sizes()
             .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map(Arc::new))
+            .map(|_| eventfd().map(Arc::new))
             .collect::<Result<_, _>>()
             .map_err(DeviceError::host("cannot make an eventfd for a queue"))?;
         let mut transport = Self {

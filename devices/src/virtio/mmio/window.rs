@@ -1,10 +1,11 @@
 //! The two addresses of a device, as the bus sees them.
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
 use super::MmioTransport;
 use crate::bus::BusDevice;
+use crate::sync::Mutex;
 
 /// One of the two addresses a device answers at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

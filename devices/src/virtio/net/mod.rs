@@ -16,6 +16,7 @@ use self::detour::Junction;
 use self::worker::{Limiters, NetWorker};
 use super::model::{Change, Claim, DeviceError, Env, Model, VirtioDevice, check_id};
 use super::queue::{VirtQueue, split};
+use crate::backend::passed::Name;
 use crate::backend::tap::{self, Tap, TapError, offload};
 use crate::counters;
 use crate::io::Worker;
@@ -58,8 +59,8 @@ pub struct Config {
     /// The id: 1 to 64 letters, digits, underscores or hyphens.
     pub iface_id: String,
     /// The tap on the host, which must exist; or `fd:N` for the descriptor N, of a tap or a packet socket, that husk has
-    /// been started with.
-    pub host_dev_name: String,
+    /// been started with; or `passed:N` for one that came with the request.
+    pub host_dev_name: Name<String>,
     /// The guest's address, as in `06:00:AC:10:00:02`. Without one the guest makes one up.
     #[serde(default)]
     pub guest_mac: Option<String>,
@@ -86,7 +87,7 @@ impl Config {
     pub fn new(iface_id: impl Into<String>, host_dev_name: impl Into<String>) -> Self {
         Self {
             iface_id: iface_id.into(),
-            host_dev_name: host_dev_name.into(),
+            host_dev_name: Name::from(host_dev_name.into()),
             guest_mac: None,
             mtu: None,
             rx_rate_limiter: None,
@@ -238,6 +239,7 @@ impl Model for Net {
         "rx_rate_limit_group",
         "tx_rate_limit_group",
     ];
+    const OPENABLE: &'static [&'static str] = &["host_dev_name"];
     const DESCRIPTORS: &'static [&'static str] = &["host_dev_name"];
     const ABOUT: &'static str = "A network interface, plugged into a tap of the host";
     const METRICS: Group = Counters::GROUP;
@@ -254,7 +256,7 @@ impl Model for Net {
             key: format!("tap {tap}"),
             is_shared: false,
             is_of_host: true,
-            refusal: refused(TapError::InUse(tap.clone())),
+            refusal: refused(TapError::InUse(tap.to_string())),
         }];
         claims.extend(config.guest_mac.as_ref().map(|mac| Claim {
             key: format!("mac {}", mac.to_ascii_lowercase()),

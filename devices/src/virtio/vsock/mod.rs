@@ -4,7 +4,7 @@
 mod worker;
 
 use std::borrow::Cow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use schemars::JsonSchema;
@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use self::worker::VsockWorker;
 use super::model::{DeviceError, Env, Model, NoPatch, VirtioDevice};
 use super::queue::{VirtQueue, split};
-use crate::backend::unix::{ListenError, Listener};
+use crate::backend::unix::{ListenError, Listener, SocketName};
 use crate::backend::vsock::{Counters, Muxer, MuxerError};
 use crate::io::Worker;
 use crate::metrics::{CounterSet, Group};
@@ -89,6 +89,8 @@ pub struct Vsock {
     /// Whether the guest has had its driver up in this process, so that connections it knows of are
     /// those that are there.
     is_known: bool,
+    /// Of the socket on the host. Here and not with the muxer, as a thread that runs workers may remove no files.
+    _name: SocketName,
     counters: Arc<Counters>,
 }
 
@@ -107,11 +109,16 @@ impl Model for Vsock {
         Listener::check(&config.uds_path).map_err(|e| config.refused(e))
     }
 
-    fn open(config: &Config, _env: &Env) -> Result<Self, DeviceError> {
+    fn listens_at(config: &Config) -> Option<&Path> {
+        Some(&config.uds_path)
+    }
+
+    fn open(config: &Config, env: &Env) -> Result<Self, DeviceError> {
         config.check_cid()?;
         let counters = Arc::<Counters>::default();
-        let muxer = Muxer::bind(config.guest_cid, &config.uds_path, counters.clone());
-        let muxer = muxer.map_err(|e| match e {
+        let connector = env.start_connector()?;
+        let muxer = Muxer::bind(config.guest_cid, &config.uds_path, connector, counters.clone());
+        let (muxer, name) = muxer.map_err(|e| match e {
             MuxerError::Listen(e) => config.refused(e),
             MuxerError::Host(e) => DeviceError::host("cannot watch streams")(e),
         })?;
@@ -119,6 +126,7 @@ impl Model for Vsock {
             space: u64::from(config.guest_cid).to_le_bytes(),
             home: Arc::new(Mutex::new(Some(muxer))),
             is_known: false,
+            _name: name,
             counters,
         })
     }

@@ -2,9 +2,10 @@
 use std::path::PathBuf;
 
 use rustix::event::epoll;
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
-use super::{EVENTS_PER_TURN, Entry, Muxer, STREAMS_MAX, Slot, Stream};
+use super::{EVENTS_PER_TURN, Entry, Muxer, STREAMS_MAX, Slot, Stream, shorten};
+use crate::backend::unix;
 use crate::backend::vsock::connection::{Connection, Ports, Verdict};
 use crate::backend::vsock::packet::Header;
 use crate::backend::vsock::socket::{HostSocket, parse_connect};
@@ -20,7 +21,7 @@ impl Muxer {
     /// Lets in those who wait at the listener.
     pub(super) fn accept(&mut self) {
         for _ in 0..EVENTS_PER_TURN {
-            match self.listener.accept() {
+            match unix::accept(&self.listener) {
                 Ok(fd) if self.slots.len() >= STREAMS_MAX => {
                     self.counters.conns_refused().inc();
                     drop(fd);
@@ -38,7 +39,8 @@ impl Muxer {
                 Err(e) => {
                     // No descriptors, most likely. The listener would be ready for ever.
                     self.note_shortage("accept a connection", e);
-                    self.is_deaf = epoll::delete(&self.epoll, &self.listener).is_ok();
+                    let delete = || epoll::delete(&self.epoll, &self.listener);
+                    self.is_deaf = retry_on_intr(delete).is_ok();
                     return;
                 }
             }
@@ -64,7 +66,7 @@ impl Muxer {
             return self.reply(request);
         }
         let stream = self.new_stream();
-        match HostSocket::connect(&self.path_of(ports.host)) {
+        match self.reach(ports.host) {
             Ok(socket) if self.watch(stream, &socket) => {
                 let basis = self.basis(ports, socket);
                 self.put(stream, Connection::grant(request, basis));
@@ -74,12 +76,23 @@ impl Muxer {
                 self.slots.insert(stream, Slot::of(Entry::Waiting(*request)));
                 self.by_ports.insert(ports, stream);
                 self.waiting.push_back(stream);
+                let slots = &self.slots;
+                shorten(&mut self.waiting, |stream| slots.contains_key(stream));
                 self.be_patient(stream);
             }
             refused => {
                 log::debug!("vsock: no connection to port {}: {:?}", ports.host, refused.err());
                 self.reply(request);
             }
+        }
+    }
+
+    /// Connects to who listens for connections to `port`.
+    fn reach(&self, port: u32) -> Result<HostSocket, Errno> {
+        let path = self.path_of(port);
+        match &self.connector {
+            Some(connector) => connector.run(|| HostSocket::connect(&path)),
+            None => HostSocket::connect(&path),
         }
     }
 
@@ -99,7 +112,7 @@ impl Muxer {
             };
             let request = *request;
             let ports = Ports { host: request.dst_port, guest: request.src_port };
-            match HostSocket::connect(&self.path_of(ports.host)) {
+            match self.reach(ports.host) {
                 Err(Errno::AGAIN) => self.waiting.push_back(stream),
                 Ok(socket) if self.watch(stream, &socket) => {
                     let basis = self.basis(ports, socket);
