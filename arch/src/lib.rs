@@ -9,10 +9,15 @@
 //! * [`Platform::write`] — describe the machine to the kernel, in every form it may look for;
 //! * [`HostCpu::new`], [`HostCpu::configure`] — give a vCPU its identity and first registers;
 //! * [`VcpuState`], [`VmState`] — everything KVM knows of a vCPU and of what they share;
+//! * [`again`], [`extension`] — call KVM so that a signal or a failure is not taken for an answer;
 //! * [`CpuConfig`], [`CpuTemplate`] — how a guest's CPU is to differ from the host's.
 
+#[cfg(fuzzing)]
+pub mod fuzzing;
+mod kvm;
 mod x86_64;
 
+pub use kvm::{again, extension};
 pub use x86_64::acpi::power_ports;
 pub use x86_64::boot::{Initrd, Platform, VirtioMmio, check_cmdline};
 pub use x86_64::cpu_config::{

@@ -1,5 +1,8 @@
 //! Why a guest cannot be booted from what the user gave.
+use std::io;
 use std::path::PathBuf;
+
+use vm_memory::GuestMemoryError;
 
 /// A kernel, an initrd or a command line is no good, or RAM cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -44,12 +47,31 @@ impl BootError {
     }
 }
 
+impl FileError {
+    /// What a read came to of bytes that were in the file a moment ago.
+    pub(super) fn of_read(error: io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::UnexpectedEof => Self::Shrunk,
+            _ => Self::Read(error),
+        }
+    }
+
+    /// The same of a read into RAM.
+    pub(super) fn of_copy(error: GuestMemoryError) -> Self {
+        match error {
+            GuestMemoryError::PartialBuffer { .. } => Self::Shrunk,
+            GuestMemoryError::IOError(e) => Self::of_read(e),
+            other => Self::Read(io::Error::other(other)),
+        }
+    }
+}
+
 /// What can be wrong with a kernel or an initrd.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
     /// The host cannot read it.
     #[error("cannot read: {0}")]
-    Read(std::io::Error),
+    Read(io::Error),
     /// It ends before it should.
     #[error("truncated: {what} needs bytes up to {end:#x}, the file has {len:#x}")]
     Truncated {
@@ -60,6 +82,9 @@ pub enum FileError {
         /// Where the file ends.
         len: u64,
     },
+    /// It has become shorter since its length was asked for.
+    #[error("it became shorter while it was read: start again when it is complete")]
+    Shrunk,
     /// It is empty.
     #[error("the file is empty")]
     Empty,

@@ -19,6 +19,7 @@ use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 
 use super::{compat, raw};
+use crate::kvm::{again, extension};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_DEADLINE: u32 = 0x6e0;
@@ -111,20 +112,21 @@ const XSAVE_ROW: usize = 16;
 impl VcpuState {
     /// Reads the state of a vCPU that is not running, with the MSRs of `HostCpu::msr_indices`.
     pub fn read(vm: &VmFd, vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self, StateError> {
-        let mp_state = vcpu.get_mp_state().map_err(kvm("KVM_GET_MP_STATE"))?;
-        let cpuid = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+        let mp_state = again(|| vcpu.get_mp_state()).map_err(kvm("KVM_GET_MP_STATE"))?;
+        let cpuid =
+            again(|| vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES)).map_err(kvm("KVM_GET_CPUID2"))?;
         Ok(Self {
             cpuid: cpuid.as_slice().to_vec(),
-            tsc_khz: vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?,
+            tsc_khz: again(|| vcpu.get_tsc_khz()).map_err(kvm("KVM_GET_TSC_KHZ"))?,
             mp_state,
-            regs: vcpu.get_regs().map_err(kvm("KVM_GET_REGS"))?,
-            sregs: vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?,
+            regs: again(|| vcpu.get_regs()).map_err(kvm("KVM_GET_REGS"))?,
+            sregs: again(|| vcpu.get_sregs()).map_err(kvm("KVM_GET_SREGS"))?,
             xsave: read_xsave(vm, vcpu)?,
-            xcrs: vcpu.get_xcrs().map_err(kvm("KVM_GET_XCRS"))?,
-            debugregs: vcpu.get_debug_regs().map_err(kvm("KVM_GET_DEBUGREGS"))?,
-            lapic: vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?,
+            xcrs: again(|| vcpu.get_xcrs()).map_err(kvm("KVM_GET_XCRS"))?,
+            debugregs: again(|| vcpu.get_debug_regs()).map_err(kvm("KVM_GET_DEBUGREGS"))?,
+            lapic: again(|| vcpu.get_lapic()).map_err(kvm("KVM_GET_LAPIC"))?,
             msrs: read_msrs(vcpu, msr_indices)?,
-            events: vcpu.get_vcpu_events().map_err(kvm("KVM_GET_VCPU_EVENTS"))?,
+            events: again(|| vcpu.get_vcpu_events()).map_err(kvm("KVM_GET_VCPU_EVENTS"))?,
         })
     }
 
@@ -139,15 +141,15 @@ impl VcpuState {
     pub fn write(&self, vm: &VmFd, vcpu: &VcpuFd, passed: Duration) -> Result<(), StateError> {
         self.write_cpuid(vcpu)?;
         self.set_tsc_rate(vm, vcpu)?;
-        vcpu.set_mp_state(self.mp_state).map_err(kvm("KVM_SET_MP_STATE"))?;
-        vcpu.set_regs(&self.regs).map_err(kvm("KVM_SET_REGS"))?;
-        vcpu.set_sregs(&self.sregs).map_err(kvm("KVM_SET_SREGS"))?;
+        again(|| vcpu.set_mp_state(self.mp_state)).map_err(kvm("KVM_SET_MP_STATE"))?;
+        again(|| vcpu.set_regs(&self.regs)).map_err(kvm("KVM_SET_REGS"))?;
+        again(|| vcpu.set_sregs(&self.sregs)).map_err(kvm("KVM_SET_SREGS"))?;
         write_xsave(vm, vcpu, &self.xsave)?;
-        vcpu.set_xcrs(&self.xcrs).map_err(kvm("KVM_SET_XCRS"))?;
-        vcpu.set_debug_regs(&self.debugregs).map_err(kvm("KVM_SET_DEBUGREGS"))?;
-        vcpu.set_lapic(&self.lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+        again(|| vcpu.set_xcrs(&self.xcrs)).map_err(kvm("KVM_SET_XCRS"))?;
+        again(|| vcpu.set_debug_regs(&self.debugregs)).map_err(kvm("KVM_SET_DEBUGREGS"))?;
+        again(|| vcpu.set_lapic(&self.lapic)).map_err(kvm("KVM_SET_LAPIC"))?;
         write_msrs(vcpu, &self.msrs_after(passed))?;
-        vcpu.set_vcpu_events(&self.events).map_err(kvm("KVM_SET_VCPU_EVENTS"))
+        again(|| vcpu.set_vcpu_events(&self.events)).map_err(kvm("KVM_SET_VCPU_EVENTS"))
     }
 
     /// Has the TSC of the `first` vCPU of a VM be what it is set to next, by the state that this is.
@@ -177,7 +179,7 @@ impl VcpuState {
     pub fn write_cpuid(&self, vcpu: &VcpuFd) -> Result<(), StateError> {
         let cpuid =
             CpuId::from_entries(&self.cpuid).map_err(|_| StateError::TooMany("CPUID leaves"))?;
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("KVM_SET_CPUID2"))
+        again(|| vcpu.set_cpuid2(&cpuid)).map_err(kvm("KVM_SET_CPUID2"))
     }
 
     /// Puts other general registers in their place: those of some instructions ago.
@@ -191,20 +193,23 @@ impl VcpuState {
     }
 
     fn set_tsc_rate(&self, vm: &VmFd, vcpu: &VcpuFd) -> Result<(), StateError> {
-        let (was, is) = (self.tsc_khz, vcpu.get_tsc_khz().map_err(kvm("KVM_GET_TSC_KHZ"))?);
+        let (was, is) =
+            (self.tsc_khz, again(|| vcpu.get_tsc_khz()).map_err(kvm("KVM_GET_TSC_KHZ"))?);
         if u64::from(was.abs_diff(is)) * 1_000_000 <= u64::from(was) * TSC_TOLERANCE_PPM {
             return Ok(());
         }
-        if !vm.check_extension(Cap::TscControl) {
+        let can_scale = extension(|| vm.check_extension_int(Cap::TscControl))
+            .map_err(kvm("KVM_CHECK_EXTENSION of KVM_CAP_TSC_CONTROL"))?;
+        if can_scale == 0 {
             return Err(StateError::Tsc { was, is });
         }
-        vcpu.set_tsc_khz(was).map_err(kvm("KVM_SET_TSC_KHZ"))
+        again(|| vcpu.set_tsc_khz(was)).map_err(kvm("KVM_SET_TSC_KHZ"))
     }
 }
 
 /// The MSRs that are part of a vCPU's state: those that KVM lists, and the MTRRs, which it does not.
 pub(crate) fn msr_indices(kvm_fd: &Kvm) -> Result<Vec<u32>, StateError> {
-    let list = kvm_fd.get_msr_index_list().map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    let list = again(|| kvm_fd.get_msr_index_list()).map_err(kvm("KVM_GET_MSR_INDEX_LIST"))?;
     let mut indices = list.as_slice().to_vec();
     let mtrrs = MTRRS.into_iter().flatten();
     indices.extend(mtrrs.filter(|index| !list.as_slice().contains(index)));
@@ -225,7 +230,7 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, StateErr
         let entries: Vec<_> =
             rest.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }).collect();
         let mut msrs = Msrs::from_entries(&entries).map_err(|_| StateError::TooMany("MSRs"))?;
-        let read = vcpu.get_msrs(&mut msrs).map_err(kvm("KVM_GET_MSRS"))?;
+        let read = again(|| vcpu.get_msrs(&mut msrs)).map_err(kvm("KVM_GET_MSRS"))?;
         found.extend(msrs.as_slice().iter().take(read).map(|msr| (msr.index, msr.data)));
         rest = rest.get(read + 1..).unwrap_or_default();
     }
@@ -241,7 +246,7 @@ fn write_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), StateError> {
             .map(|&(index, data)| kvm_msr_entry { index, data, ..Default::default() })
             .collect();
         let entries = Msrs::from_entries(&entries).map_err(|_| StateError::TooMany("MSRs"))?;
-        let written = vcpu.set_msrs(&entries).map_err(kvm("KVM_SET_MSRS"))?;
+        let written = again(|| vcpu.set_msrs(&entries)).map_err(kvm("KVM_SET_MSRS"))?;
         if let Some(&(index, value)) = rest.get(written)
             && read_msrs(vcpu, &[index])? != [(index, value)]
         {
@@ -254,7 +259,10 @@ fn write_msrs(vcpu: &VcpuFd, msrs: &[(u32, u64)]) -> Result<(), StateError> {
 
 /// An area that is large enough for all that this VM's vCPUs may have in theirs.
 fn xsave_area(vm: &VmFd) -> Result<Xsave, StateError> {
-    let size = usize::try_from(vm.check_extension_int(Cap::Xsave2)).unwrap_or(0);
+    // Taken for a small one, it would be written beyond its end.
+    let size = extension(|| vm.check_extension_int(Cap::Xsave2))
+        .map_err(kvm("KVM_CHECK_EXTENSION of KVM_CAP_XSAVE2"))?;
+    let size = usize::try_from(size).map_err(|_| StateError::TooMany("XSAVE state"))?;
     let more = size.saturating_sub(size_of::<kvm_xsave>()).div_ceil(size_of::<u32>());
     Xsave::new(more).map_err(|_| StateError::TooMany("XSAVE state"))
 }
@@ -263,10 +271,10 @@ fn read_xsave(vm: &VmFd, vcpu: &VcpuFd) -> Result<Vec<[u32; XSAVE_ROW]>, StateEr
     let mut area = xsave_area(vm)?;
     // SAFETY: the area has the size that KVM says it needs, or that of KVM_GET_XSAVE where it does
     // not know the other call, which then fails.
-    match unsafe { vcpu.get_xsave2(&mut area) } {
+    match again(|| unsafe { vcpu.get_xsave2(&mut area) }) {
         Ok(()) => {}
         Err(e) if e.errno() == libc::ENOTTY => {
-            let small = vcpu.get_xsave().map_err(kvm("KVM_GET_XSAVE"))?;
+            let small = again(|| vcpu.get_xsave()).map_err(kvm("KVM_GET_XSAVE"))?;
             // SAFETY: only the words that follow are counted in it, of which there are none.
             unsafe { area.as_mut_fam_struct() }.xsave = small;
         }
@@ -296,7 +304,7 @@ fn write_xsave(vm: &VmFd, vcpu: &VcpuFd, rows: &[[u32; XSAVE_ROW]]) -> Result<()
     let region = unsafe { &mut area.as_mut_fam_struct().xsave.region };
     region.iter_mut().zip(head).for_each(|(to, from)| *to = *from);
     // SAFETY: the area has the size that KVM reads.
-    unsafe { vcpu.set_xsave2(&area) }.map_err(kvm("KVM_SET_XSAVE"))
+    again(|| unsafe { vcpu.set_xsave2(&area) }).map_err(kvm("KVM_SET_XSAVE"))
 }
 
 /// What the vCPUs share: interrupt controllers and clocks.
@@ -333,11 +341,11 @@ impl VmState {
     pub fn read(vm: &VmFd, has_pit: bool) -> Result<Self, StateError> {
         let chip = |chip_id| {
             let mut chip = kvm_irqchip { chip_id, ..Default::default() };
-            vm.get_irqchip(&mut chip).map_err(kvm("KVM_GET_IRQCHIP"))?;
+            again(|| vm.get_irqchip(&mut chip)).map_err(kvm("KVM_GET_IRQCHIP"))?;
             Ok::<_, StateError>(chip)
         };
-        let pit = has_pit.then(|| vm.get_pit2().map(Pit).map_err(kvm("KVM_GET_PIT2")));
-        let mut clock = vm.get_clock().map_err(kvm("KVM_GET_CLOCK"))?;
+        let pit = has_pit.then(|| again(|| vm.get_pit2()).map(Pit).map_err(kvm("KVM_GET_PIT2")));
+        let mut clock = again(|| vm.get_clock()).map_err(kvm("KVM_GET_CLOCK"))?;
         // KVM tells only where its clock is the host's TSC, and since Linux 5.16.
         if clock.flags & KVM_CLOCK_REALTIME == 0 {
             clock.realtime = realtime_ns();
@@ -371,15 +379,17 @@ impl VmState {
             (KVM_IRQCHIP_PIC_SLAVE, self.pic_slave),
             (KVM_IRQCHIP_IOAPIC, self.io_apic),
         ] {
-            vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }).map_err(kvm("KVM_SET_IRQCHIP"))?;
+            again(|| vm.set_irqchip(&kvm_irqchip { chip_id, ..chip }))
+                .map_err(kvm("KVM_SET_IRQCHIP"))?;
         }
         if let Some(Pit(pit)) = &self.pit {
-            vm.set_pit2(pit).map_err(kvm("KVM_SET_PIT2"))?;
+            again(|| vm.set_pit2(pit)).map_err(kvm("KVM_SET_PIT2"))?;
         }
         // KVM would add the time itself, but from Linux 5.16 on only, and not to the TSCs.
         let passed = u64::try_from(passed.as_nanos()).unwrap_or(u64::MAX);
         let clock = self.clock.clock.saturating_add(passed);
-        vm.set_clock(&kvm_clock_data { clock, ..Default::default() }).map_err(kvm("KVM_SET_CLOCK"))
+        again(|| vm.set_clock(&kvm_clock_data { clock, ..Default::default() }))
+            .map_err(kvm("KVM_SET_CLOCK"))
     }
 }
 

@@ -10,6 +10,7 @@ use super::kernel::Entry;
 use super::state::{StateError, VcpuState};
 use super::template::CpuChoice;
 use super::{cpuid, regs, state};
+use crate::kvm::{again, extension};
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
@@ -75,6 +76,14 @@ pub enum SetupError {
     /// KVM took only some of the MSRs.
     #[error("KVM refused MSR {0:#x}")]
     Msr(u32),
+    /// KVM does not say whether it can do something.
+    #[error("KVM_CHECK_EXTENSION of {name}: {source}")]
+    Unanswered {
+        /// What it was asked for.
+        name: String,
+        /// What it said.
+        source: kvm_ioctls::Error,
+    },
     /// KVM cannot do what husk is built on.
     #[error("KVM lacks {0}")]
     Lacks(&'static str),
@@ -88,6 +97,10 @@ pub enum SetupError {
 
 fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> SetupError {
     move |source| SetupError::Kvm { what, source }
+}
+
+fn unanswered(name: impl Into<String>) -> impl FnOnce(kvm_ioctls::Error) -> SetupError {
+    move |source| SetupError::Unanswered { name: name.into(), source }
 }
 
 /// What KVM must be able to do, unless the user waives it.
@@ -113,12 +126,14 @@ pub struct HostCpu {
 impl HostCpu {
     /// Asks KVM, and judges `choice` by what it says.
     pub fn new(kvm_fd: &Kvm, choice: CpuChoice<'_>) -> Result<Self, SetupError> {
-        let supported = kvm_fd
-            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        let supported = again(|| kvm_fd.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES))
             .map_err(kvm("KVM_GET_SUPPORTED_CPUID"))?;
         let config = choice.resolve(&supported)?;
-        check_capabilities(&config.kvm_capabilities, |cap| kvm_fd.check_extension_raw(cap) > 0)?;
-        Ok(Self::of(supported, &config, kvm_fd.check_extension(Cap::TscDeadlineTimer))?)
+        let has = |cap| extension(|| kvm_fd.check_extension_raw(cap)).map(|found| found > 0);
+        check_capabilities(&config.kvm_capabilities, has)?;
+        let name = "KVM_CAP_TSC_DEADLINE_TIMER";
+        let has_tsc_deadline = has(Cap::TscDeadlineTimer as c_ulong).map_err(unanswered(name))?;
+        Ok(Self::of(supported, &config, has_tsc_deadline)?)
     }
 
     /// What is `supported`, changed. What tells a vCPU its own place, and what husk itself hides, is
@@ -162,20 +177,20 @@ impl HostCpu {
         entry: Option<&Entry>,
     ) -> Result<(), SetupError> {
         let cpuid = self.cpuid_for(apic_id, topology)?;
-        vcpu.set_cpuid2(&cpuid).map_err(|e| match self.is_cpuid_changed {
+        again(|| vcpu.set_cpuid2(&cpuid)).map_err(|e| match self.is_cpuid_changed {
             true => CpuError::CpuidRefused(e).into(),
             false => kvm("KVM_SET_CPUID2")(e),
         })?;
         self.write_msrs(vcpu)?;
-        let mut lapic = vcpu.get_lapic().map_err(kvm("KVM_GET_LAPIC"))?;
+        let mut lapic = again(|| vcpu.get_lapic()).map_err(kvm("KVM_GET_LAPIC"))?;
         set_local_vector(&mut lapic, APIC_LVT0, DELIVER_EXTINT);
         set_local_vector(&mut lapic, APIC_LVT1, DELIVER_NMI);
-        vcpu.set_lapic(&lapic).map_err(kvm("KVM_SET_LAPIC"))?;
+        again(|| vcpu.set_lapic(&lapic)).map_err(kvm("KVM_SET_LAPIC"))?;
         if let Some(entry) = entry {
-            let mut sregs = vcpu.get_sregs().map_err(kvm("KVM_GET_SREGS"))?;
+            let mut sregs = again(|| vcpu.get_sregs()).map_err(kvm("KVM_GET_SREGS"))?;
             regs::enter(&mut sregs, entry.protocol);
-            vcpu.set_sregs(&sregs).map_err(kvm("KVM_SET_SREGS"))?;
-            vcpu.set_regs(&regs::regs(entry)).map_err(kvm("KVM_SET_REGS"))?;
+            again(|| vcpu.set_sregs(&sregs)).map_err(kvm("KVM_SET_SREGS"))?;
+            again(|| vcpu.set_regs(&regs::regs(entry))).map_err(kvm("KVM_SET_REGS"))?;
         }
         Ok(())
     }
@@ -194,8 +209,9 @@ impl HostCpu {
         let here = self.cpuid_for(apic_id, topology)?;
         if saved.check(&here).is_err() {
             // KVM may give a vCPU more than it says it supports.
-            vcpu.set_cpuid2(&here).map_err(kvm("KVM_SET_CPUID2"))?;
-            let here = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(kvm("KVM_GET_CPUID2"))?;
+            again(|| vcpu.set_cpuid2(&here)).map_err(kvm("KVM_SET_CPUID2"))?;
+            let here =
+                again(|| vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES)).map_err(kvm("KVM_GET_CPUID2"))?;
             saved.check(&here)?;
         }
         // Some of them may not be part of what is saved.
@@ -223,7 +239,7 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), SetupError> {
         },
     ];
     let msrs = Msrs::from_entries(&entries).map_err(|_| SetupError::Msr(0))?;
-    let set = vcpu.set_msrs(&msrs).map_err(kvm("KVM_SET_MSRS"))?;
+    let set = again(|| vcpu.set_msrs(&msrs)).map_err(kvm("KVM_SET_MSRS"))?;
     match entries.get(set) {
         Some(refused) => Err(SetupError::Msr(refused.index)),
         None => Ok(()),
@@ -233,20 +249,20 @@ fn set_msrs(vcpu: &VcpuFd) -> Result<(), SetupError> {
 /// Finds what is missing of what husk needs and of what the user asks for.
 fn check_capabilities(
     asked: &[Capability],
-    is_there: impl Fn(c_ulong) -> bool,
+    has: impl Fn(c_ulong) -> Result<bool, kvm_ioctls::Error>,
 ) -> Result<(), SetupError> {
     for (cap, name) in CAPABILITIES {
         let is_waived = asked.iter().any(|asked| match asked {
             Capability::Waived(number) => *number == cap as u32,
             Capability::Needed(_) => false,
         });
-        if !is_waived && !is_there(cap as c_ulong) {
+        if !is_waived && !has(cap as c_ulong).map_err(unanswered(name))? {
             return Err(SetupError::Lacks(name));
         }
     }
     for capability in asked {
         if let Capability::Needed(number) = capability
-            && !is_there((*number).into())
+            && !has((*number).into()).map_err(unanswered(number.to_string()))?
         {
             return Err(CpuError::NoCapability(*number).into());
         }
@@ -262,12 +278,13 @@ fn change_msr(vcpu: &VcpuFd, modifier: &MsrModifier) -> Result<(), SetupError> {
             .map_err(|_| SetupError::Msr(index))
     };
     let mut msr = single(0)?;
-    if vcpu.get_msrs(&mut msr).map_err(kvm("KVM_GET_MSRS"))? == 0 {
+    if again(|| vcpu.get_msrs(&mut msr)).map_err(kvm("KVM_GET_MSRS"))? == 0 {
         return Err(CpuError::NoMsr(index).into());
     }
     let before = msr.as_slice().first().map_or(0, |entry| entry.data);
     let after = modifier.bitmap.apply_to(before);
-    if vcpu.set_msrs(&single(after)?).map_err(kvm("KVM_SET_MSRS"))? == 0 {
+    let changed = single(after)?;
+    if again(|| vcpu.set_msrs(&changed)).map_err(kvm("KVM_SET_MSRS"))? == 0 {
         return Err(CpuError::MsrRefused { index, before, after }.into());
     }
     Ok(())
@@ -289,7 +306,7 @@ mod tests {
     #[test]
     fn capabilities_are_asked_for_unless_waived() {
         let lacking = |asked: &[Capability], missing: c_ulong| {
-            check_capabilities(asked, |cap| cap != missing).map_err(|e| e.to_string())
+            check_capabilities(asked, |cap| Ok(cap != missing)).map_err(|e| e.to_string())
         };
         let irqfd = Cap::Irqfd as u32;
         assert_eq!(lacking(&[], 999), Ok(()));
@@ -298,6 +315,14 @@ mod tests {
         let asked = [Capability::Needed(1), Capability::Needed(171)];
         assert_eq!(lacking(&asked, 999), Ok(()));
         assert_eq!(lacking(&asked, 171), Err("Missing KVM capabilities: 171".into()));
+    }
+
+    #[test]
+    fn a_capability_of_which_kvm_does_not_answer_is_not_taken_for_lacking() {
+        let silent = |_| Err(kvm_ioctls::Error::new(libc::ENOMEM));
+        let e = check_capabilities(&[], silent).unwrap_err();
+        assert!(matches!(&e, SetupError::Unanswered { name, .. } if name == "KVM_CAP_IRQCHIP"));
+        assert!(e.to_string().contains("Cannot allocate memory"), "{e}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ const SECTOR: u64 = 512;
 const BOOT_FLAG: u16 = 0xaa55;
 const HDRS: u32 = 0x5372_6448;
 /// Protocol 2.12 brought `xloadflags`, and with it the promise of a 64-bit entry.
-const VERSION_MIN: u16 = 0x020c;
+pub(super) const VERSION_MIN: u16 = 0x020c;
 const XLF_KERNEL_64: u16 = 1;
 const LOADED_HIGH: u8 = 1;
 /// The 64-bit entry, from the start of the loaded part.
@@ -37,11 +37,12 @@ pub(super) fn read(source: &Source<'_>, magic: [u8; 4]) -> Result<Image, FileErr
     }
     let header = parse_header(&first);
     check(&first)?;
-    let offset = (u64::from(setup_sects(&first)) + 1) * SECTOR;
+    let offset = u64::from(setup_sects(&first)).saturating_add(1).saturating_mul(SECTOR);
     let file_len = source.len.saturating_sub(offset);
     let announced = u64::from(first.u32_at(0x1f4)) * 16;
     if announced == 0 || announced > file_len.next_multiple_of(16) {
-        let (what, end) = ("the protected-mode kernel (syssize)", offset + announced.max(1));
+        let (what, end) =
+            ("the protected-mode kernel (syssize)", offset.saturating_add(announced.max(1)));
         return Err(FileError::Truncated { what, end, len: source.len });
     }
     let addr = load_address(&first)?;
@@ -52,17 +53,17 @@ pub(super) fn read(source: &Source<'_>, magic: [u8; 4]) -> Result<Image, FileErr
         return Err(FileError::Field { field: "pref_address", value: addr, want });
     };
     if file_len <= ENTRY_64 {
-        let (what, end) = ("the 64-bit entry", offset + ENTRY_64);
+        let (what, end) = ("the 64-bit entry", offset.saturating_add(ENTRY_64));
         return Err(FileError::Truncated { what, end, len: source.len });
     }
     let segment = Segment { file_offset: offset, file_len, addr, mem_len };
-    Ok(Image { segment, entry: addr + ENTRY_64, header })
+    Ok(Image { segment, entry: addr.saturating_add(ENTRY_64), header })
 }
 
 fn parse_header(first: &[u8]) -> setup_header {
     let mut header = setup_header::default();
-    let len = header.as_slice().len();
-    header.as_mut_slice().copy_from_slice(&first[HEADER..HEADER + len]);
+    let fields = first.iter().skip(HEADER);
+    header.as_mut_slice().iter_mut().zip(fields).for_each(|(to, from)| *to = *from);
     header
 }
 
@@ -74,8 +75,8 @@ fn check(first: &[u8]) -> Result<(), FileError> {
     if first.u16_at(0x206) < VERSION_MIN {
         return field("version", first.u16_at(0x206).into(), "0x20c or later");
     }
-    if first[0x211] & LOADED_HIGH == 0 {
-        return field("loadflags", first[0x211].into(), "bit 0 (LOADED_HIGH) set");
+    if first.u8_at(0x211) & LOADED_HIGH == 0 {
+        return field("loadflags", first.u8_at(0x211).into(), "bit 0 (LOADED_HIGH) set");
     }
     if first.u16_at(0x236) & XLF_KERNEL_64 == 0 {
         let want = "bit 0 (a 64-bit entry at 0x200) set";
@@ -89,7 +90,10 @@ fn check(first: &[u8]) -> Result<(), FileError> {
 
 /// 0 means 4, for the sake of very old kernels.
 fn setup_sects(first: &[u8]) -> u8 {
-    if first[HEADER] == 0 { 4 } else { first[HEADER] }
+    match first.u8_at(HEADER) {
+        0 => 4,
+        count => count,
+    }
 }
 
 /// Where the kernel would like to be: there it runs without moving itself.

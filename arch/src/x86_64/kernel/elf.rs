@@ -50,11 +50,11 @@ pub(super) fn read(source: &Source<'_>) -> Result<Image, FileError> {
 fn check_header(header: &[u8]) -> Result<(), FileError> {
     let field = |field, value: u64, want| Err(FileError::Field { field, value, want });
     let kind = header.u16_at(16);
-    if header[4] != CLASS_64 {
-        return field("EI_CLASS", header[4].into(), "2 (64-bit)");
+    if header.u8_at(4) != CLASS_64 {
+        return field("EI_CLASS", header.u8_at(4).into(), "2 (64-bit)");
     }
-    if header[5] != LITTLE_ENDIAN {
-        return field("EI_DATA", header[5].into(), "1 (little-endian)");
+    if header.u8_at(5) != LITTLE_ENDIAN {
+        return field("EI_DATA", header.u8_at(5).into(), "1 (little-endian)");
     }
     if header.u16_at(18) != EM_X86_64 {
         return field("e_machine", header.u16_at(18).into(), "62 (x86-64)");
@@ -107,11 +107,12 @@ fn segment(source: &Source<'_>, header: &[u8]) -> Result<Option<Segment>, FileEr
 fn check_overlaps(segments: &[Segment]) -> Result<(), FileError> {
     let mut sorted = segments.to_vec();
     sorted.sort_by_key(|s| s.addr);
-    match sorted.windows(2).find(|pair| pair[1].addr < pair[0].end()) {
-        Some(pair) => Err(FileError::Overlap {
+    let mut neighbours = sorted.iter().zip(sorted.iter().skip(1));
+    match neighbours.find(|(below, above)| above.addr < below.end()) {
+        Some((_, above)) => Err(FileError::Overlap {
             what: "segment",
-            start: pair[1].addr,
-            end: pair[1].end(),
+            start: above.addr,
+            end: above.end(),
             other: "another segment",
         }),
         None => Ok(()),
@@ -127,11 +128,11 @@ fn find_pvh_entry(source: &Source<'_>, header: &[u8]) -> Result<Option<u64>, Fil
     let mut rest = notes.as_slice();
     while rest.len() >= 12 {
         let (name_len, desc_len) = (rest.u32_at(0) as usize, rest.u32_at(4) as usize);
-        let name_end = 12 + name_len;
-        let desc_start = 12 + name_len.next_multiple_of(4);
-        let desc_end = desc_start + desc_len;
+        let name_end = name_len.saturating_add(12);
+        let desc_start = name_len.next_multiple_of(4).saturating_add(12);
+        let desc_end = desc_start.saturating_add(desc_len);
         let Some(desc) = rest.get(desc_start..desc_end) else { break };
-        if rest.u32_at(8) == XEN_PHYS32_ENTRY && &rest[12..name_end] == b"Xen\0" {
+        if rest.u32_at(8) == XEN_PHYS32_ENTRY && rest.get(12..name_end) == Some(b"Xen\0") {
             // Linux writes a 32-bit word, others a 64-bit one; the address is below 4 GiB.
             if desc.len() != 4 && desc.len() != 8 {
                 let want = "4 or 8";
@@ -140,7 +141,8 @@ fn find_pvh_entry(source: &Source<'_>, header: &[u8]) -> Result<Option<u64>, Fil
             }
             return Ok(Some(desc.u32_at(0).into()));
         }
-        rest = rest.get(desc_start + desc_len.next_multiple_of(4)..).unwrap_or_default();
+        let next = desc_start.saturating_add(desc_len.next_multiple_of(4));
+        rest = rest.get(next..).unwrap_or_default();
     }
     Ok(None)
 }

@@ -4,8 +4,11 @@
 //! points), so the headers are read here. An image is judged in two steps: [`Kernel::read`] finds
 //! what is wrong with the file by itself, [`Kernel::load`] what is wrong with it in this much RAM.
 //! The file is read with read(2) only: one that shrinks meanwhile gives an error, not a SIGBUS.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 mod bzimage;
 mod elf;
+mod positioned;
 
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -15,6 +18,7 @@ use std::path::{Path, PathBuf};
 use linux_loader::loader::bootparam::setup_header;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use self::positioned::Positioned;
 use super::boot::check_cmdline;
 use super::error::{BootError, FileError};
 use super::layout;
@@ -87,12 +91,13 @@ pub struct Entry {
 impl Entry {
     /// Highest address an initrd may use, exclusive, as far as the kernel cares.
     pub(crate) fn initrd_ceiling(&self) -> u64 {
-        self.setup_header.map_or(layout::HOLE, |h| u64::from(h.initrd_addr_max) + 1)
+        self.setup_header.map_or(layout::HOLE, |h| u64::from(h.initrd_addr_max).saturating_add(1))
     }
 
     /// Most bytes of command line the kernel takes, the NUL included.
     pub(crate) fn cmdline_max(&self) -> usize {
-        let own = self.setup_header.map_or(usize::MAX, |h| h.cmdline_size as usize + 1);
+        let own =
+            self.setup_header.map_or(usize::MAX, |h| (h.cmdline_size as usize).saturating_add(1));
         own.min(layout::CMDLINE_MAX)
     }
 }
@@ -167,14 +172,10 @@ impl Kernel {
     }
 
     fn copy(&self, mem: &GuestRam) -> Result<(), FileError> {
-        let mut file = &self.file;
-        for segment in &self.segments {
-            let len = usize::try_from(segment.file_len).unwrap_or(usize::MAX);
-            file.seek(SeekFrom::Start(segment.file_offset)).map_err(FileError::Read)?;
-            mem.read_exact_volatile_from(GuestAddress(segment.addr), &mut file, len)
-                .map_err(|e| FileError::Read(std::io::Error::other(e)))?;
-        }
-        Ok(())
+        self.segments.iter().try_for_each(|segment| {
+            let Segment { addr, file_offset, file_len, .. } = *segment;
+            copy_part(mem, addr, &self.file, file_offset, file_len)
+        })
     }
 
     fn failed(&self, why: FileError) -> BootError {
@@ -219,37 +220,59 @@ impl<'a> Source<'a> {
         if end > self.len {
             return Err(FileError::Truncated { what, end, len: self.len });
         }
-        self.file.read_exact_at(to, offset).map_err(FileError::Read)
+        self.file.read_exact_at(to, offset).map_err(FileError::of_read)
     }
 }
 
 /// Reads all of `file` into RAM at `addr`.
 pub(crate) fn copy_file(mem: &GuestRam, addr: u64, file: &File, len: u64) -> Result<(), FileError> {
-    let mut file = file;
-    file.rewind().map_err(FileError::Read)?;
-    let len = usize::try_from(len).unwrap_or(usize::MAX);
-    mem.read_exact_volatile_from(GuestAddress(addr), &mut file, len)
-        .map_err(|e| FileError::Read(std::io::Error::other(e)))
+    copy_part(mem, addr, file, 0, len)
 }
 
-/// Little-endian integers out of a header that has been read.
+fn copy_part(
+    mem: &GuestRam,
+    addr: u64,
+    file: &File,
+    offset: u64,
+    len: u64,
+) -> Result<(), FileError> {
+    let len = usize::try_from(len).unwrap_or(usize::MAX);
+    mem.read_exact_volatile_from(GuestAddress(addr), &mut Positioned { file, offset }, len)
+        .map_err(FileError::of_copy)
+}
+
+/// Little-endian integers out of a header that has been read in full: what lay beyond it would be zero.
 trait Fields {
+    fn u8_at(&self, at: usize) -> u8;
     fn u16_at(&self, at: usize) -> u16;
     fn u32_at(&self, at: usize) -> u32;
     fn u64_at(&self, at: usize) -> u64;
 }
 
 impl Fields for [u8] {
+    fn u8_at(&self, at: usize) -> u8 {
+        u8::from_le_bytes(bytes_at(self, at))
+    }
     fn u16_at(&self, at: usize) -> u16 {
-        u16::from_le_bytes([self[at], self[at + 1]])
+        u16::from_le_bytes(bytes_at(self, at))
     }
     fn u32_at(&self, at: usize) -> u32 {
-        u32::from(self.u16_at(at)) | u32::from(self.u16_at(at + 2)) << 16
+        u32::from_le_bytes(bytes_at(self, at))
     }
     fn u64_at(&self, at: usize) -> u64 {
-        u64::from(self.u32_at(at)) | u64::from(self.u32_at(at + 4)) << 32
+        u64::from_le_bytes(bytes_at(self, at))
     }
 }
 
+fn bytes_at<const N: usize>(header: &[u8], at: usize) -> [u8; N] {
+    header.get(at..).and_then(|rest| rest.first_chunk()).copied().unwrap_or([0; N])
+}
+
 #[cfg(test)]
+#[expect(
+    clippy::arithmetic_side_effects,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that panics is a test that fails"
+)]
 mod tests;

@@ -197,8 +197,9 @@ fn a_kernel_that_shrinks_is_an_error() {
     let shrinking = file.try_clone().unwrap();
     let kernel = Kernel::parse(Path::new("k"), file).unwrap();
     shrinking.set_len(0x1080).unwrap();
-    let e = kernel.load(&ram(2 << 20)).unwrap_err().to_string();
-    assert!(e.contains("cannot read"), "{e}");
+    let e = kernel.load(&ram(2 << 20)).unwrap_err();
+    assert!(e.is_config(), "{e:?}");
+    assert!(e.to_string().contains("became shorter while it was read"), "{e}");
 }
 
 #[test]
@@ -236,4 +237,59 @@ fn names_the_bad_bzimage_field() {
     put(&mut image, 0x260, &0x2000_0000u32.to_le_bytes());
     let e = read(&image).unwrap().load(&ram(32 << 20)).unwrap_err().to_string();
     assert!(e.contains("not in RAM"), "{e}");
+}
+
+/// What lies at a limit is within it.
+#[test]
+fn limits_are_within() {
+    // Segments that end where the file does, have all their bytes in it, touch, and end where RAM does.
+    let headers =
+        [(LOAD, 0x1000, 0x1f_e000, 0x1000, 0x1000), (LOAD, 0x2000, 0x1f_f000, 0x1000, 0x1000)];
+    let mut image = elf(0x1f_e000, &headers);
+    put(&mut image, 0x2ffc, b"last");
+    let mem = ram(2 << 20);
+    read(&image).unwrap().load(&mem).unwrap();
+    assert_eq!(mem.read_obj::<[u8; 4]>(GuestAddress(0x1f_fffc)).unwrap(), *b"last");
+    // Program headers at the end of the file.
+    let mut image = good();
+    image.extend_from_within(64..64 + 56);
+    put(&mut image, 32, &0x3000_u64.to_le_bytes());
+    put(&mut image, 56, &1_u16.to_le_bytes());
+    assert_eq!(read(&image).unwrap().entry().end, 0x10_0800);
+    // None at all may be anywhere.
+    put(&mut image, 32, &0_u64.to_le_bytes());
+    put(&mut image, 56, &0_u16.to_le_bytes());
+    assert!(refusal(&image).contains("no segment"));
+    let mut image = bzimage();
+    put(&mut image, 0x206, &bzimage::VERSION_MIN.to_le_bytes());
+    put(&mut image, 0x258, &layout::HIGH_RAM.to_le_bytes());
+    assert_eq!(read(&image).unwrap().entry().start, layout::HIGH_RAM);
+}
+
+#[test]
+fn a_bzimage_that_ends_in_its_header_is_none() {
+    assert!(refusal(&bzimage()[..0x26f]).contains("neither"));
+    assert!(refusal(&bzimage()[..0x270]).contains("syssize"));
+}
+
+#[test]
+fn a_kernel_takes_so_much_command_line() {
+    let kernel = read(&bzimage()).unwrap();
+    kernel.check_cmdline(&"x".repeat(2047)).unwrap();
+    let e = kernel.check_cmdline(&"x".repeat(2048)).unwrap_err().to_string();
+    assert!(e.contains("2047"), "{e}");
+}
+
+#[test]
+fn a_file_is_copied_from_its_beginning() {
+    let (mem, file) = (ram(1 << 20), file(b"initrd"));
+    copy_file(&mem, 0x1000, &file, 6).unwrap();
+    assert_eq!(mem.read_obj::<[u8; 6]>(GuestAddress(0x1000)).unwrap(), *b"initrd");
+    copy_file(&mem, 0x1000, &file, 7).unwrap_err();
+    copy_file(&mem, (1 << 20) - 1, &file, 6).unwrap_err();
+}
+
+#[test]
+fn protocols_have_names() {
+    assert_eq!([Protocol::Linux64, Protocol::Pvh].map(|p| p.to_string()), ["Linux 64-bit", "PVH"]);
 }
