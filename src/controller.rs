@@ -6,6 +6,7 @@
 //!                            │ ▲
 //!                            └─┘ Pause, Resume, a guest's reset, Load
 //! ```
+mod confine;
 mod fork;
 mod live;
 mod owed;
@@ -22,6 +23,7 @@ use std::time::Instant;
 use devices::mmds::Mmds;
 use serde_json::{Value, json};
 
+use self::confine::Confinement;
 use self::owed::Owed;
 use self::rewind::Origin;
 use crate::boot::{BootPhases, Stopwatch};
@@ -33,7 +35,7 @@ use crate::fork::Nursery;
 use crate::instance::{InstanceInfo, State};
 use crate::machine::{Machine, ThreadNames};
 use crate::metrics::{self, Metrics, Source};
-use crate::request::{Reply, Request, Respond};
+use crate::request::{Call, Reply, Request, Respond};
 use crate::snapshot::Writing;
 
 /// What does not change during a VM's life.
@@ -94,6 +96,7 @@ pub(crate) struct Controller {
     forks: Vec<Owed>,
     /// The snapshot that is being written, and whoever waits for it.
     saving: Option<(Writing, Owed)>,
+    confinement: Confinement,
 }
 
 impl std::fmt::Debug for Controller {
@@ -120,11 +123,23 @@ impl Controller {
             children: 0,
             forks: Vec::new(),
             saving: None,
+            confinement: Confinement::default(),
         }
     }
 
     /// Answers a request, now or (for [`Request::Wait`]) when there is an answer.
-    pub(crate) fn answer(&mut self, request: Request, respond: Respond) {
+    pub(crate) fn answer(&mut self, call: Call) {
+        let Call { request, arrived, respond } = call;
+        let respond = self.explain(respond);
+        if let Err(e) = self.check_paths(&request) {
+            return respond(Err(e));
+        }
+        self.with_paths_if_needed(request, |this, request| {
+            arrived.with(|| this.answer_here(request, respond));
+        });
+    }
+
+    fn answer_here(&mut self, request: Request, respond: Respond) {
         match (request, self.ending()) {
             (Request::Wait, None) => self.waiting.push(respond),
             (Request::Wait, Some(ending)) => respond(Ok(json!(ending))),
@@ -278,7 +293,9 @@ impl Controller {
             let sources = self.sources();
             self.metrics.tick(now, &sources);
         }
-        self.record_if_due(now);
+        if self.record_due().is_some_and(|due| due <= now) {
+            self.with_paths(|this| this.record_if_due(now));
+        }
     }
 
     /// How long the last start took, if there was one.

@@ -151,6 +151,37 @@ pub enum Refusal {
     /// The VM is not forked.
     #[error("fork: {0}")]
     Fork(#[from] ForkError),
+    /// The sandbox keeps husk from it.
+    #[error(
+        "{}; once the guest runs, husk uses files by path only where --allow says, besides those it has open",
+        chain(.0)
+    )]
+    OutOfReach(Box<Refusal>),
+    /// Nothing is opened by path any more.
+    #[error(
+        "{section}: {field}: once the guest runs, nothing is opened by path (--allow none): pass a descriptor with the \
+         request, by SCM_RIGHTS over the API's socket, and name it passed:0"
+    )]
+    ByPath {
+        /// The section of the configuration.
+        section: &'static str,
+        /// The field, as in the API.
+        field: &'static str,
+    },
+    /// The same, of what cannot come open.
+    #[error("{0}, and once the guest runs, nothing is opened by path (--allow none)")]
+    NeedsPaths(&'static str),
+    /// The sandbox that was asked for cannot be had.
+    #[error("--require-sandbox: {0}")]
+    Sandbox(String),
+    /// A place where files are to be used is not there.
+    #[error("--allow: cannot find {path}")]
+    Allow {
+        /// The path.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
     /// The VMM is gone: the process is on its way out.
     #[error("the microVM is being torn down")]
     Gone,
@@ -171,7 +202,7 @@ impl Refusal {
     /// The exit code of a process that could not start its VM for this reason.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Host { .. } | Self::Kvm { .. } => ExitCode::Host,
+            Self::Host { .. } | Self::Kvm { .. } | Self::Sandbox(_) => ExitCode::Host,
             Self::Device { source: DeviceError::Host { .. } | DeviceError::Io(_), .. } => {
                 ExitCode::Host
             }
@@ -179,7 +210,9 @@ impl Refusal {
             Self::Boot(e) if !e.is_config() => ExitCode::Host,
             Self::Open { source, .. } if is_shortage(source) => ExitCode::Host,
             Self::Console(e) if is_shortage(e) => ExitCode::Host,
-            Self::ConfigFile { why, .. } | Self::AsSaved(why) => why.exit_code(),
+            Self::ConfigFile { why, .. } | Self::AsSaved(why) | Self::OutOfReach(why) => {
+                why.exit_code()
+            }
             Self::Snapshot(e) => e.exit_code(),
             Self::Fork(e) => e.exit_code(),
             Self::Gone => ExitCode::Internal,

@@ -8,6 +8,8 @@
 //!
 //! A guest decides how often its devices are reset. So what it makes happen never waits, takes bounded
 //! room, and is told of a bounded number of times a second.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -173,7 +175,7 @@ impl Board {
         let second = time.saturating_duration_since(self.started).as_secs();
         let next = |told: u64| match (told >> 8, told & 0xff) {
             (then, count) if then == second => {
-                (count < DEVICE_EVENTS_MAX.into()).then_some(told + 1)
+                (count < DEVICE_EVENTS_MAX.into()).then_some(told.saturating_add(1))
             }
             _ => Some(second << 8 | 1),
         };
@@ -266,18 +268,21 @@ impl Hub {
     /// Forgets the first `count` devices, because others have come; but not those called `kept`.
     pub(crate) fn forget_before(&mut self, count: usize, kept: Option<&str>) {
         if let Some(devices) = &mut self.devices {
-            let mut index = 0;
+            let mut index = 0_usize;
             devices.watches.retain(|watch| {
-                index += 1;
+                index = index.saturating_add(1);
                 index > count || kept == Some(watch.device.model)
             });
         }
     }
 
-    /// Forgets all devices but the first `count`, which stay after all.
+    /// Forgets all devices but the first `count`, which stay after all. If there were none, nothing is left open.
     pub(crate) fn forget_after(&mut self, count: usize) {
-        if let Some(devices) = &mut self.devices {
-            devices.watches.truncate(count);
+        match &mut self.devices {
+            // Only a VM that is live has posters.
+            Some(_) if count == 0 => self.devices = None,
+            Some(devices) => devices.watches.truncate(count),
+            None => {}
         }
     }
 
@@ -335,7 +340,7 @@ impl Hub {
         let notices: Vec<Notice> = devices.notices.try_iter().collect();
         let now = Instant::now();
         if devices.due.is_none() && devices.board.has_missed.load(Ordering::Acquire) {
-            devices.due = Some(now + MISSED_PERIOD);
+            devices.due = now.checked_add(MISSED_PERIOD);
         }
         let is_due = devices.due.is_some_and(|due| due <= now);
         let of_device = |Notice { time, device, what }| {
@@ -389,6 +394,12 @@ impl Hub {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::unwrap_used,
+    reason = "a test that panics is a test that fails"
+)]
 mod tests {
     use super::*;
 
@@ -425,6 +436,20 @@ mod tests {
         let json = serde_json::to_value(&told[0]).unwrap();
         assert_eq!((&json["event"], &json["model"]), (&"device".into(), &"drives".into()));
         assert_eq!((&json["id"], &json["what"]), (&"root".into(), &"activated".into()));
+    }
+
+    #[test]
+    fn nothing_is_left_of_devices_that_never_were() {
+        let (mut hub, told) = hub();
+        hub.watch("drives", "root").unwrap().notice(Happening::Activated);
+        hub.forget_after(0);
+        assert!(hub.bell().is_none());
+        hub.watch("drives", "root").unwrap();
+        hub.watch("drives", "data").unwrap().notice(Happening::Activated);
+        hub.forget_after(1);
+        assert_eq!(hub.watched(), 1);
+        hub.heed();
+        assert_eq!(told.lock().unwrap().len(), 1);
     }
 
     #[test]

@@ -1,6 +1,8 @@
 //! How a VM ends, and the exit code of the process: one meaning each, the same every time.
 //!
 //! docs/exit-codes.md shows this list to people.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 use serde::Serialize;
 
 /// Exit codes of the `husk` binary.
@@ -27,7 +29,7 @@ pub enum ExitCode {
     Internal = 70,
     /// Stopped by SIGINT.
     Interrupted = 130,
-    /// Stopped by SIGTERM, SIGHUP or SIGQUIT.
+    /// Stopped by SIGTERM, SIGHUP, SIGQUIT or SIGXCPU.
     Terminated = 143,
 }
 
@@ -98,6 +100,7 @@ impl std::fmt::Display for Ending {
             Self::Signalled { signal: 1 } => write!(f, "stopped by SIGHUP"),
             Self::Signalled { signal: 2 } => write!(f, "stopped by SIGINT"),
             Self::Signalled { signal: 3 } => write!(f, "stopped by SIGQUIT"),
+            Self::Signalled { signal: 24 } => write!(f, "stopped by SIGXCPU"),
             Self::Signalled { signal: 15 } => write!(f, "stopped by SIGTERM"),
             Self::Signalled { signal } => write!(f, "stopped by signal {signal}"),
             Self::HostError { detail } => write!(f, "the host failed the VM: {detail}"),

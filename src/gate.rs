@@ -11,9 +11,13 @@
 //!   of the copy                      Alone ──that vCPU looks──► Alone ──it looks again──► All
 //!                                      └────────────────────────────┴─ the time is up ──►
 //! ```
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
+use std::ops::ControlFlow;
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
+use devices::sync::{Condvar, Mutex, MutexGuard};
 use kvm_bindings::kvm_regs;
 
 /// How long the other vCPUs of a copy wait for the one that has the new id first.
@@ -70,8 +74,16 @@ impl Gate {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Runs vCPU `index` on this thread whenever it may: `turn` runs it until it is kicked, and breaks when
+    /// it is at its end.
+    pub(crate) fn drive(&self, index: u8, mut turn: impl FnMut() -> ControlFlow<()>) {
+        let mut is_running = false;
+        while self.pass(index, &mut is_running) && turn().is_continue() {}
+        self.leave(&mut is_running);
+    }
+
     /// Waits while `index` is parked. False when it is time to stop.
-    pub(crate) fn pass(&self, index: u8, is_running: &mut bool) -> bool {
+    fn pass(&self, index: u8, is_running: &mut bool) -> bool {
         let mut state = self.lock();
         loop {
             match state.target {
@@ -106,9 +118,9 @@ impl Gate {
 
     fn settle(&self, state: &mut GateState, was: &mut bool, now: bool) {
         match (std::mem::replace(was, now), now) {
-            (false, true) => state.running += 1,
+            (false, true) => state.running = state.running.saturating_add(1),
             (true, false) => {
-                state.running -= 1;
+                state.running = state.running.saturating_sub(1);
                 self.changed.notify_all();
             }
             _ => {}
@@ -116,7 +128,7 @@ impl Gate {
     }
 
     /// Leaves for good.
-    pub(crate) fn leave(&self, is_running: &mut bool) {
+    fn leave(&self, is_running: &mut bool) {
         let mut state = self.lock();
         self.settle(&mut state, is_running, false);
     }
@@ -129,15 +141,24 @@ impl Gate {
         }
         if target == Target::Run {
             match &mut state.turn {
-                Turn::Alone { until, .. } => *until = Some(Instant::now() + ALONE_MAX),
+                Turn::Alone { until, .. } => *until = Instant::now().checked_add(ALONE_MAX),
                 turn => *turn = Turn::All,
             }
         }
         self.changed.notify_all();
     }
 
+    /// Parks the vCPUs; returns when none of them is in the guest or in a device. False if there is a
+    /// deadline and it has passed. `kick` gets them out of the guest: after the aim, so that whoever is
+    /// kicked finds it.
+    pub(crate) fn park(&self, kick: impl FnOnce(), deadline: Option<Instant>) -> bool {
+        self.aim(Target::Park);
+        kick();
+        self.wait_until_parked(deadline)
+    }
+
     /// Waits until no vCPU is in the guest or in a device. False if there is a deadline and it has passed.
-    pub(crate) fn wait_until_parked(&self, deadline: Option<Instant>) -> bool {
+    fn wait_until_parked(&self, deadline: Option<Instant>) -> bool {
         let mut state = self.lock();
         while state.running > 0 {
             let Some(deadline) = deadline else {
@@ -162,7 +183,8 @@ impl Gate {
     /// Has the guest told to look at the generation id, and waits for `max` until one of its vCPUs does.
     /// It is to be parked then, with all the others, and goes on when they do. Whether there is one.
     pub(crate) fn await_look(&self, tell: impl FnOnce(), max: Duration) -> bool {
-        let end = Instant::now() + max;
+        let now = Instant::now();
+        let end = now.checked_add(max).unwrap_or(now);
         let mut state = self.lock();
         // A copy that is not done with its own new id finishes that first.
         while matches!(state.turn, Turn::Alone { .. }) && Instant::now() < end {
@@ -233,7 +255,12 @@ impl Turn {
     }
 }
 
+#[cfg(all(test, feature = "models"))]
+#[expect(clippy::unwrap_used, reason = "a model that panics is a race that was found")]
+mod models;
+
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that panics is a test that fails")]
 mod tests {
     use std::sync::Arc;
     use std::thread;

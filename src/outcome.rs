@@ -2,9 +2,12 @@
 //!
 //! vCPUs and power devices all may end a run, at the same time; whatever comes second, teardown
 //! included, changes nothing.
-use std::sync::{Arc, OnceLock};
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
+use std::sync::Arc;
 
 use devices::legacy::Power;
+use devices::sync::OnceLock;
 
 use crate::bell::Bell;
 use crate::exit::Ending;
@@ -49,7 +52,16 @@ impl Power for Outcome {
     }
 }
 
+#[cfg(all(test, feature = "models"))]
+#[expect(
+    clippy::expect_used,
+    clippy::unwrap_used,
+    reason = "a model that panics is a race that was found"
+)]
+mod models;
+
 #[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "a test that panics is a test that fails")]
 mod tests {
     use super::*;
 

@@ -2,11 +2,14 @@
 //!
 //! The API, the command line and the library all hold a [`Handle`]; the VMM thread holds the
 //! [`Requests`] at the other end. Nobody else touches the VM.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, Sender};
 
+use devices::sync::mpsc::{self, Receiver, Sender};
 use serde_json::Value;
 
+use crate::arrived::Arrived;
 use crate::bell::Bell;
 use crate::error::Refusal;
 use crate::events::Sink;
@@ -115,6 +118,7 @@ pub(crate) type Respond = Box<dyn FnOnce(Reply) + Send>;
 
 pub(crate) struct Call {
     pub(crate) request: Request,
+    pub(crate) arrived: Arrived,
     pub(crate) respond: Respond,
 }
 
@@ -151,7 +155,17 @@ impl Handle {
     /// Asks; `respond` gets the reply, on another thread. It must not block. If the VMM is gone,
     /// `respond` is dropped uncalled.
     pub fn send(&self, request: Request, respond: impl FnOnce(Reply) + Send + 'static) {
-        if self.calls.send(Call { request, respond: Box::new(respond) }).is_ok() {
+        self.send_with(request, Arrived::default(), respond);
+    }
+
+    /// The same, of a request that came with descriptors.
+    pub(crate) fn send_with(
+        &self,
+        request: Request,
+        arrived: Arrived,
+        respond: impl FnOnce(Reply) + Send + 'static,
+    ) {
+        if self.calls.send(Call { request, arrived, respond: Box::new(respond) }).is_ok() {
             self.wake.ring();
         }
     }

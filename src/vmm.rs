@@ -11,10 +11,12 @@ use crate::controller::Controller;
 use crate::exit::Ending;
 use crate::request::Requests;
 
-/// How long a guest has to power off after a signal asked for it, and a snapshot to be finished after
-/// the guest's end. What comes after it (stopping vCPUs, the last output, the socket) stays within the
-/// 2 s that are promised.
-const GRACE: Duration = Duration::from_millis(1500);
+/// How long a guest has to power off after a signal asked for it. What comes after it (stopping vCPUs, the last output,
+/// the socket) stays within the 2 s that are promised, on a host with much to do too: it takes half a second there.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// How long a snapshot has to be finished after the guest's end, if no signal presses.
+const SETTLE: Duration = Duration::from_millis(1500);
 
 /// Most requests answered before signals and the guest's end are looked at again: whoever asks and
 /// asks must not keep them from being heard.
@@ -61,7 +63,7 @@ pub(crate) fn serve(
         while answered < TURN
             && let Some(call) = requests.next()
         {
-            controller.answer(call.request, call.respond);
+            controller.answer(call);
             answered += 1;
         }
         controller.heed_outcome();
@@ -87,7 +89,7 @@ pub(crate) fn serve(
                 None => ending.clone(),
             };
             let left = stopping.map(|s| s.deadline.saturating_duration_since(Instant::now()));
-            controller.settle(left.unwrap_or(GRACE));
+            controller.settle(left.unwrap_or(SETTLE));
             return ending;
         }
         // There may be more, and their bell may have been hushed.
@@ -129,6 +131,9 @@ fn wait(
     if let Some(outcome) = controller.outcome() {
         fds.push(PollFd::from_borrowed_fd(outcome.bell().as_fd(), PollFlags::IN));
     }
+    // Whoever slept in poll would stop all threads of a model.
+    #[cfg(feature = "models")]
+    devices::sync::models::wait_until(|| poll(&mut fds, Some(&Timespec::default())) != Ok(0));
     let timeout = left.and_then(|left| Timespec::try_from(left).ok());
     // An interrupted wait only means that the loop looks again.
     if let Err(e) = poll(&mut fds, timeout.as_ref())
@@ -137,6 +142,9 @@ fn wait(
         log::error!("waiting for events: {e}");
     }
 }
+
+#[cfg(all(test, feature = "models"))]
+mod models;
 
 #[cfg(test)]
 mod tests {
@@ -150,7 +158,7 @@ mod tests {
     use crate::request::Request;
 
     /// One signal, which is there from the start.
-    struct One(Bell, Option<i32>);
+    pub(super) struct One(pub(super) Bell, pub(super) Option<i32>);
 
     impl Signals for One {
         fn fd(&self) -> BorrowedFd<'_> {
@@ -162,10 +170,10 @@ mod tests {
         }
     }
 
-    fn controller() -> Controller {
+    pub(super) fn controller() -> Controller {
         let instance = Instance {
             id: "t".into(),
-            names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api" },
+            names: ThreadNames { io: "io", vcpu: "vcpu ", api: "api", files: "files" },
             started: Instant::now(),
             counters: Arc::default(),
             tells_more: true,

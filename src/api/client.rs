@@ -1,13 +1,16 @@
 //! A small HTTP client for the API's socket: one request a connection, no waiting without bound
 //! unless asked to.
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::ops::ControlFlow;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devices::backend::file;
 use rustix::fs::FileType;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
 use super::socket;
 
@@ -57,6 +60,21 @@ impl Answer {
     }
 }
 
+/// What goes with a request's line.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ask<'a> {
+    /// JSON.
+    pub(crate) body: Option<&'a [u8]>,
+    /// Descriptors that the body names, `passed:0` the first.
+    pub(crate) passed: &'a [OwnedFd],
+}
+
+impl<'a> From<Option<&'a [u8]>> for Ask<'a> {
+    fn from(body: Option<&'a [u8]>) -> Self {
+        Self { body, passed: &[] }
+    }
+}
+
 /// How long to wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Patience {
@@ -85,14 +103,14 @@ impl Client {
     }
 
     /// Sends a request and reads the whole answer.
-    pub(crate) fn call(
+    pub(crate) fn call<'a>(
         &self,
         method: &str,
         target: &str,
-        body: Option<&[u8]>,
+        ask: impl Into<Ask<'a>>,
         patience: Patience,
     ) -> Result<Answer, ClientError> {
-        self.exchange(method, target, body, patience).map_err(|failure| self.error(failure))
+        self.exchange(method, target, ask.into(), patience).map_err(|failure| self.error(failure))
     }
 
     /// Hands each line of a `GET`'s answer to `on_line` as it comes. If the request is refused, the
@@ -109,11 +127,11 @@ impl Client {
         &self,
         method: &str,
         target: &str,
-        body: Option<&[u8]>,
+        ask: Ask<'_>,
         patience: Patience,
     ) -> Result<Answer, Failure> {
         let stream = self.connect(patience)?;
-        Reading::start(stream, method, target, body)?.into_answer()
+        Reading::start(stream, method, target, ask)?.into_answer()
     }
 
     fn read_lines(
@@ -122,7 +140,7 @@ impl Client {
         mut on_line: impl FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Option<Answer>, Failure> {
         let stream = self.connect(Patience::Endless)?;
-        let reading = Reading::start(stream, "GET", target, None)?;
+        let reading = Reading::start(stream, "GET", target, Ask::default())?;
         if reading.status != 200 {
             return reading.into_answer().map(Some);
         }
@@ -204,7 +222,7 @@ impl Reading {
         mut stream: UnixStream,
         method: &str,
         target: &str,
-        body: Option<&[u8]>,
+        Ask { body, passed }: Ask<'_>,
     ) -> Result<Self, Failure> {
         let mut request = format!(
             "{method} {target} HTTP/1.1\r\nHost: localhost\r\nAccept: application/json\r\n\
@@ -217,7 +235,7 @@ impl Reading {
         request += "\r\n";
         let mut bytes = request.into_bytes();
         bytes.extend_from_slice(body.unwrap_or_default());
-        let sent = stream.write_all(&bytes);
+        let sent = send(&mut stream, &bytes, passed);
 
         let mut stream = BufReader::new(stream);
         // A server that refuses a body answers without having read it: the answer tells more than
@@ -275,6 +293,20 @@ impl Read for Reading {
         *left = left.saturating_sub(count as u64);
         Ok(count)
     }
+}
+
+/// Sends bytes, and descriptors with the first of them.
+fn send(stream: &mut UnixStream, bytes: &[u8], passed: &[OwnedFd]) -> io::Result<()> {
+    if passed.is_empty() {
+        return stream.write_all(bytes);
+    }
+    let passed: Vec<_> = passed.iter().map(AsFd::as_fd).collect();
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(passed.len()))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let has_room = control.push(SendAncillaryMessage::ScmRights(&passed));
+    debug_assert!(has_room, "the space is made for so many");
+    let count = sendmsg(&*stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    stream.write_all(bytes.get(count..).unwrap_or_default())
 }
 
 fn read_head(stream: &mut BufReader<UnixStream>) -> Result<(u16, Rest), Failure> {

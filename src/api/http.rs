@@ -2,12 +2,14 @@
 use std::cell::OnceCell;
 use std::convert::Infallible;
 use std::fmt;
-use std::pin::Pin;
+use std::future::poll_fn;
+use std::pin::{Pin, pin};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
+use devices::backend::passed::in_senders_words;
 use devices::mmds::StoreError;
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes, Frame, Incoming, SizeHint};
@@ -18,10 +20,13 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
+use super::chime::Chime;
 use super::message::{FaultMessage, StateLine, StateTag, Version};
 use super::openapi;
+use super::passed::{self, PassedError};
 use super::route::{Act, Content, Logged, Method, Route, RouteError, Routes};
 use super::stream::{Phase, Progress};
+use crate::arrived::Arrived;
 use crate::error::Refusal;
 use crate::events::{Sink, What};
 use crate::instance::FIRECRACKER_VERSION;
@@ -32,6 +37,8 @@ use crate::request::{Handle, Request};
 #[derive(Debug)]
 pub(super) struct Api {
     pub(super) handle: Handle,
+    /// What the VMM thread answers is heard by it.
+    pub(super) chime: Arc<Chime>,
     pub(super) routes: Routes,
     /// See [`super::Options`].
     pub(super) refusals: log::Level,
@@ -89,6 +96,7 @@ async fn handle(
     body: Incoming,
 ) -> Result<Reply, Fault> {
     let body = read_body(body, parts, api, progress).await;
+    let arrived = progress.take_descriptors();
     let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
     let found = api.routes.find(parts.method.as_str(), path);
     let logged = found.as_ref().map_or(Logged::Whole, |(route, _)| route.logged);
@@ -101,7 +109,10 @@ async fn handle(
         None => api.counters.api_server.unknown_request_count().inc(),
     }
     let outcome = match (body, found) {
-        (Ok(body), Ok((route, id))) => answer(api, progress, route, id, &body).await,
+        (Ok(body), Ok((route, id))) => match arrived {
+            Ok(arrived) => answer(api, progress, (route, id), &body, arrived).await,
+            Err(why) => Err(why.into()),
+        },
         (Err(fault), _) => Err(fault),
         (Ok(body), Err(unknown)) => {
             Err(wrong_body(&parts.method, &body).unwrap_or_else(|| unknown.into()))
@@ -141,17 +152,26 @@ enum Fault {
     TooLarge { size: u64, limit: usize, is_drained: bool },
     #[error("The request's body did not arrive within {0:?}.")]
     TooSlow(std::time::Duration),
+    #[error("The request's body ended early.")]
+    CutShort,
     #[error("The request's body is broken: {0}.")]
     Broken(hyper::Error),
     #[error(transparent)]
+    Passed(#[from] PassedError),
+    #[error(transparent)]
     Refused(#[from] Refusal),
+    #[error("{0}")]
+    OfPassed(String, Refusal),
 }
 
 impl Fault {
     /// Firecracker's: one for all but one.
     fn status(&self) -> StatusCode {
         match self {
-            Self::Refused(Refusal::Metadata(StoreError::TooLarge)) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Refused(Refusal::Metadata(StoreError::TooLarge))
+            | Self::OfPassed(_, Refusal::Metadata(StoreError::TooLarge)) => {
+                StatusCode::PAYLOAD_TOO_LARGE
+            }
             _ => StatusCode::BAD_REQUEST,
         }
     }
@@ -160,7 +180,10 @@ impl Fault {
     fn ends_connection(&self) -> bool {
         matches!(
             self,
-            Self::TooSlow(_) | Self::Broken(_) | Self::TooLarge { is_drained: false, .. }
+            Self::TooSlow(_)
+                | Self::CutShort
+                | Self::Broken(_)
+                | Self::TooLarge { is_drained: false, .. }
         )
     }
 }
@@ -176,7 +199,7 @@ enum Answer {
     Nothing,
     Json(Bytes),
     Text { mime: &'static str, text: Bytes },
-    Lines { first: Bytes, rest: mpsc::Receiver<Bytes> },
+    Lines { first: Bytes, rest: Rest },
 }
 
 impl Answer {
@@ -223,6 +246,11 @@ async fn read_body(
         Ok(bytes)
     };
     let patience = progress.deadlines().body;
+    let mut read = pin!(read);
+    let read = poll_fn(|cx| match read.as_mut().poll(cx) {
+        Poll::Pending if progress.is_cut_short() => Poll::Ready(Err(Fault::CutShort)),
+        polled => polled,
+    });
     tokio::time::timeout(patience, read).await.unwrap_or(Err(Fault::TooSlow(patience)))
 }
 
@@ -239,9 +267,9 @@ fn wrong_body(method: &hyper::Method, body: &[u8]) -> Option<Fault> {
 async fn answer(
     api: &Api,
     progress: &Progress,
-    route: &Route,
-    id: Option<String>,
+    (route, id): (&Route, Option<String>),
     body: &[u8],
+    arrived: Arrived,
 ) -> Result<Reply, Fault> {
     let body = match (&route.body, body) {
         (Some(_), b"") if route.is_body_optional => b"{}",
@@ -249,10 +277,15 @@ async fn answer(
         (None, [_, ..]) => return Err(Fault::NeedlessBody(route.method.name())),
         (_, body) => body,
     };
+    passed::check(&api.routes, route, body, arrived.held().len())?;
     let answer = match route.act {
-        Act::Ask(make) => of_route(route, ask(api, make(body)?).await?),
+        Act::Ask(make) => {
+            let request = arrived.with(|| make(body))?;
+            of_route(route, ask_with(api, request, arrived).await?)
+        }
         Act::Section(name) => {
-            of_route(route, ask(api, about_section(route.method, name, id, body)).await?)
+            let request = about_section(route.method, name, id, body);
+            of_route(route, ask_with(api, request, arrived).await?)
         }
         Act::Wait => {
             progress.enter(Phase::Waiting);
@@ -287,6 +320,20 @@ fn of_route(route: &Route, value: Value) -> Answer {
 }
 
 async fn ask(api: &Api, request: Request) -> Result<Value, Refusal> {
+    send(api, request, Arrived::default()).await
+}
+
+/// Asks what came with descriptors. What is refused is refused in the words of whoever passed them.
+async fn ask_with(api: &Api, request: Request, arrived: Arrived) -> Result<Value, Fault> {
+    let held = arrived.held().clone();
+    let reply = send(api, request, arrived).await;
+    reply.map_err(|refusal| match held.is_empty() {
+        true => refusal.into(),
+        false => Fault::OfPassed(in_senders_words(&refusal.to_string(), &held), refusal),
+    })
+}
+
+async fn send(api: &Api, request: Request, arrived: Arrived) -> Result<Value, Refusal> {
     let latencies = &api.counters.latencies;
     let latency = match request {
         Request::Pause => Some(latencies.pause_vm()),
@@ -297,11 +344,11 @@ async fn ask(api: &Api, request: Request) -> Result<Value, Refusal> {
     };
     let asked = Instant::now();
     let (sender, receiver) = oneshot::channel();
-    api.handle.send(request, move |reply| {
+    api.handle.send_with(request, arrived, move |reply| {
         // Without a receiver the client has gone.
         let _ = sender.send(reply);
     });
-    let reply = receiver.await.unwrap_or(Err(Refusal::Gone));
+    let reply = api.chime.hear(receiver).await.unwrap_or(Err(Refusal::Gone));
     if let (Some(latency), Ok(_)) = (latency, &reply) {
         latency.set(micros_since(asked));
     }
@@ -318,6 +365,7 @@ async fn follow(api: &Api, progress: &Progress) -> Result<Answer, Fault> {
     });
     let instance = ask(api, Request::Subscribe(sink)).await?;
     progress.enter(Phase::Waiting);
+    let rest = Rest { lines: rest, chime: api.chime.clone() };
     Ok(Answer::Lines { first: line(&StateLine { event: StateTag::State, instance }), rest })
 }
 
@@ -399,8 +447,20 @@ enum Frames {
     Lines {
         /// Empty once sent.
         first: Bytes,
-        rest: mpsc::Receiver<Bytes>,
+        rest: Rest,
     },
+}
+
+/// Lines of events, which the VMM thread sends.
+struct Rest {
+    lines: mpsc::Receiver<Bytes>,
+    chime: Arc<Chime>,
+}
+
+impl Rest {
+    fn poll(&mut self, cx: &Context<'_>) -> Poll<Option<Bytes>> {
+        self.lines.poll_recv(&mut Context::from_waker(&self.chime.waker(cx)))
+    }
 }
 
 impl Body for ReplyBody {
@@ -418,7 +478,7 @@ impl Body for ReplyBody {
                 self.frames = Frames::Done;
                 Poll::Ready(Some(bytes))
             }
-            Frames::Lines { first, rest } if first.is_empty() => rest.poll_recv(cx),
+            Frames::Lines { first, rest } if first.is_empty() => rest.poll(cx),
             Frames::Lines { first, .. } => Poll::Ready(Some(std::mem::take(first))),
         };
         data.map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))

@@ -11,7 +11,9 @@
 //!  openapi.rs       the table as an OpenAPI document
 //!  deprecated.rs    what clients should no longer send
 //!  message.rs       the JSON of the fixed routes
+//!  passed.rs        descriptors that come with requests
 //!  counters.rs      how often each row was used
+//!  chime.rs         how other threads wake the API's tasks
 //!  client.rs        the other end, for `husk ctl`
 //! ```
 //!
@@ -19,12 +21,15 @@
 //! and comes back as JSON or as a refusal. The thread, and the tokio runtime on it, exist only while
 //! there is a socket.
 
+mod chime;
 pub(crate) mod client;
 mod counters;
 mod deprecated;
+mod hangups;
 mod http;
 pub(crate) mod message;
 mod openapi;
+mod passed;
 mod request_line;
 pub(crate) mod route;
 mod server;
@@ -35,6 +40,8 @@ mod table;
 pub(crate) use counters::RequestCounters;
 pub(crate) use deprecated::{Deprecated, DeprecatedValue};
 pub(crate) use route::{Id, Logged, Routes, Section};
+#[cfg(fuzzing)]
+pub(crate) use server::ByHand;
 pub(crate) use server::{Options, Server};
 pub(crate) use socket::bind;
 

@@ -36,6 +36,8 @@ pub(crate) struct Section {
     pub(crate) deprecated: Deprecated,
     /// How much of a request's body the log shows.
     pub(crate) logged: Logged,
+    /// Fields that name what is opened on the host: a descriptor that was passed will do.
+    pub(crate) openable: &'static [&'static str],
 }
 
 impl Section {
@@ -52,6 +54,7 @@ impl Section {
         is_removable: false,
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
+        openable: &[],
     };
 }
 
@@ -126,6 +129,17 @@ pub(crate) struct Route {
     pub(crate) logged: Logged,
     /// Whether what it sets may be too large: then the status is 413.
     pub(crate) is_limited: bool,
+    /// What in the body can be a descriptor that was passed.
+    pub(crate) openable: Openable,
+}
+
+/// Fields of a body that name what is opened on the host: descriptors that were passed will do for them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Openable {
+    /// These.
+    Fields(&'static [&'static str]),
+    /// These, and those of all sections.
+    Sections(&'static [&'static str]),
 }
 
 /// What a piece of JSON looks like.
@@ -182,6 +196,20 @@ impl Routes {
 
     pub(crate) fn sections(&self) -> &[Section] {
         &self.sections
+    }
+
+    /// Fields of the body of a request in which a descriptor that was passed will do.
+    pub(crate) fn openable(&self, route: &Route) -> Vec<&'static str> {
+        match route.openable {
+            Openable::Fields(fields) => fields.to_vec(),
+            Openable::Sections(fields) => {
+                let sections = self.sections.iter().flat_map(|section| section.openable);
+                let mut all: Vec<_> = sections.chain(fields).copied().collect();
+                all.sort_unstable();
+                all.dedup();
+                all
+            }
+        }
     }
 
     /// The route that `method` and `path` mean, and the id in the path. A query is part of the
@@ -259,7 +287,8 @@ fn split(path: &str) -> Vec<&str> {
 }
 
 fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
-    let Section { name, path, id, about, is_patch_optional, deprecated, logged, .. } = *section;
+    let Section { name, path, id, about, is_patch_optional, deprecated, logged, openable, .. } =
+        *section;
     let plain = format!("/{path}");
     let one = if id == Id::Needed { format!("/{path}/{ID_PLACE}") } else { plain.clone() };
     let route = move |method, path: &str, verb, body: Option<SchemaFn>, reply| Route {
@@ -274,6 +303,10 @@ fn section_routes(section: &Section) -> impl Iterator<Item = Route> + use<> {
         deprecated,
         logged,
         is_limited: false,
+        openable: match body {
+            Some(_) => Openable::Fields(openable),
+            None => Openable::Fields(&[]),
+        },
     };
     let get = section
         .get

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use devices::backend::unix::{ListenError, Listener, StalePolicy};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
 /// Why there is no socket.
@@ -33,7 +33,9 @@ pub(crate) fn bind(path: &Path, stale: StalePolicy) -> Result<Listener, BindErro
 pub(super) fn connect(path: &Path, deadline: Instant) -> io::Result<OwnedFd> {
     let address = SocketAddrUnix::new(path)?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-    let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    let kind = SocketType::STREAM;
+    let socket =
+        retry_on_intr(|| rustix::net::socket_with(AddressFamily::UNIX, kind, flags, None))?;
     loop {
         match rustix::net::connect(&socket, &address) {
             Ok(()) => break,

@@ -21,11 +21,13 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use super::passed::{self, PassedError, Received, Waiting};
 use super::request_line::RequestLine;
+use crate::arrived::{Arrived, Room};
 
 /// How long a client may take.
 #[derive(Clone, Copy, Debug)]
@@ -67,19 +69,26 @@ pub(super) struct Progress {
     /// Whether somebody was told "not now" whom the next flush makes ready.
     is_flush_awaited: Cell<bool>,
     is_closing: Cell<bool>,
+    is_hung_up: Cell<bool>,
+    is_cut_short: Cell<bool>,
     task: RefCell<Option<Waker>>,
+    /// What came with the request that is coming.
+    descriptors: RefCell<Waiting>,
     deadlines: Deadlines,
 }
 
 impl Progress {
-    pub(super) fn new(deadlines: Deadlines) -> Self {
+    pub(super) fn new(deadlines: Deadlines, room: Room) -> Self {
         Self {
             phase: Cell::new(Phase::Opening),
             since: Cell::new(Instant::now()),
             unflushed: Cell::new(None),
             is_flush_awaited: Cell::new(false),
             is_closing: Cell::new(false),
+            is_hung_up: Cell::new(false),
+            is_cut_short: Cell::new(false),
             task: RefCell::new(None),
+            descriptors: RefCell::new(Waiting::new(room)),
             deadlines,
         }
     }
@@ -110,6 +119,25 @@ impl Progress {
     /// Asks the connection to end after the reply in progress.
     pub(super) fn close(&self) {
         self.is_closing.set(true);
+        self.wake();
+    }
+
+    /// Tells the connection that its client is gone.
+    pub(super) fn hang_up(&self) {
+        self.is_hung_up.set(true);
+        self.wake();
+    }
+
+    pub(super) fn is_hung_up(&self) -> bool {
+        self.is_hung_up.get()
+    }
+
+    /// Whether the client will send no more of a body of which some is missing.
+    pub(super) fn is_cut_short(&self) -> bool {
+        self.is_cut_short.get()
+    }
+
+    fn wake(&self) {
         if let Some(task) = self.task.borrow().as_ref() {
             task.wake_by_ref();
         }
@@ -144,6 +172,25 @@ impl Progress {
             Poll::Ready(())
         })
         .await;
+    }
+
+    /// What came with the request that is there, whole.
+    pub(super) fn take_descriptors(&self) -> Result<Arrived, PassedError> {
+        self.descriptors.borrow_mut().take()
+    }
+
+    /// Keeps what came with `bytes`, if they are of a request.
+    fn note_descriptors(&self, before: Phase, received: Received) {
+        if received.fds.is_empty() && !received.is_cut {
+            return;
+        }
+        let mut descriptors = self.descriptors.borrow_mut();
+        match (before, self.phase()) {
+            (Phase::Serving | Phase::Waiting, _) | (_, Phase::Opening | Phase::Idle) => {
+                descriptors.refuse(PassedError::OutOfTurn);
+            }
+            _ => descriptors.add(received.fds, received.is_cut),
+        }
     }
 
     fn note_read(&self, bytes: &[u8]) {
@@ -192,6 +239,27 @@ impl Stream {
         Self { inner, progress, line: RequestLine::Past, refusal: None }
     }
 
+    /// Reads bytes, and notes the descriptors that come with them.
+    fn poll_receive(
+        &self,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<Received>> {
+        loop {
+            ready!(self.inner.poll_read_ready(cx))?;
+            let receive = || passed::receive(&self.inner, buffer.initialize_unfilled());
+            match self.inner.try_io(Interest::READABLE, receive) {
+                Ok(received) => {
+                    buffer.advance(received.bytes);
+                    return Poll::Ready(Ok(received));
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Poll::Ready(Err(e)),
+            }
+        }
+    }
+
     fn poll_write_with(
         &mut self,
         cx: &mut Context<'_>,
@@ -231,19 +299,24 @@ impl AsyncRead for Stream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.inner).poll_read(cx, buffer))?;
+        let received = ready!(self.poll_receive(cx, buffer))?;
         let bytes = buffer.filled().get(before..).unwrap_or_default();
         let is_owed = self.progress.is_busy() || self.progress.phase() == Phase::Body;
         if bytes.is_empty() && is_owed && self.is_half_closed() {
-            // hyper would drop the reply. It sees the end when the reply has gone out. A body that
-            // ends too early runs into its deadline.
+            // hyper would drop the reply. It sees the end when the reply has gone out.
             self.progress.is_flush_awaited.set(true);
+            if self.progress.phase() == Phase::Body && !self.progress.is_cut_short.replace(true) {
+                // Whoever waits for the rest is polled by the same task.
+                cx.waker().wake_by_ref();
+            }
             return Poll::Pending;
         }
         if matches!(self.progress.phase(), Phase::Opening | Phase::Idle) {
             self.line = RequestLine::Ahead;
         }
+        let phase = self.progress.phase();
         self.progress.note_read(bytes);
+        self.progress.note_descriptors(phase, received);
         let bytes = buffer.filled_mut().get_mut(before..).unwrap_or_default();
         self.line.pass(bytes);
         Poll::Ready(Ok(()))
@@ -305,4 +378,42 @@ fn refusal(status_line: &str) -> Vec<u8> {
         body.len()
     )
     .into_bytes()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_belong_to_the_request_whose_bytes_they_come_with() {
+        let deadline = Duration::from_secs(1);
+        let deadlines = Deadlines { head: deadline, body: deadline, write: deadline };
+        let progress = Progress::new(deadlines, Room::of(None));
+        let come = |bytes: &[u8]| {
+            let fds = vec![std::fs::File::open("/dev/null").unwrap().into()];
+            let before = progress.phase();
+            progress.note_read(bytes);
+            progress.note_descriptors(before, Received { bytes: bytes.len(), fds, is_cut: false });
+        };
+        let taken = || progress.take_descriptors().map(|arrived| arrived.held().len());
+        for (phase, bytes, count) in [
+            (Phase::Opening, &b"GET"[..], Some(1)),
+            (Phase::Idle, b"GET", Some(1)),
+            (Phase::Head, b"\r\n", Some(1)),
+            (Phase::Body, b"\r\n", Some(1)),
+            // The reply has gone out, but for what the client has not read yet.
+            (Phase::Sent, b"GET", Some(1)),
+            (Phase::Idle, b"\r\n", None),
+            (Phase::Serving, b"GET", None),
+            (Phase::Waiting, b"GET", None),
+        ] {
+            progress.enter(phase);
+            come(bytes);
+            assert_eq!(taken(), count.ok_or(PassedError::OutOfTurn), "{phase:?}");
+        }
+        progress.enter(Phase::Head);
+        come(b"a");
+        come(b"b");
+        assert_eq!((taken(), taken()), (Ok(2), Ok(0)));
+    }
 }

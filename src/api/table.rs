@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use super::deprecated::Deprecated;
 use super::message::{Action, ActionType, StateLine, Version, Vm, VmState};
-use super::route::{Act, Content, Logged, Method, Route, Shape};
+use super::route::{Act, Content, Logged, Method, Openable, Route, Shape};
 use crate::error::Refusal;
 use crate::events::Event;
 use crate::exit::Ending;
@@ -37,12 +37,15 @@ pub(super) const ROUTES: &[Route] = &[
         shape::<Action>(),
         act,
     ),
-    change(
-        Method::Put,
-        "/vm",
-        "Set the whole configuration, and start",
-        Shape::Configuration,
-        |body| Ok(Request::Launch { body: body.to_vec() }),
+    opening(
+        &[],
+        change(
+            Method::Put,
+            "/vm",
+            "Set the whole configuration, and start",
+            Shape::Configuration,
+            |body| Ok(Request::Launch { body: body.to_vec() }),
+        ),
     ),
     change(Method::Patch, "/vm", "Pause the microVM, or let it go on", shape::<Vm>(), set_state),
     change(
@@ -55,12 +58,15 @@ pub(super) const ROUTES: &[Route] = &[
     // Overrides may have metadata in them.
     private(deprecating(
         Deprecated { fields: &["mem_file_path", "enable_diff_snapshots"], ..Deprecated::NOTHING },
-        change(
-            Method::Put,
-            "/snapshot/load",
-            "Restore a microVM from a snapshot",
-            shape::<LoadParams>(),
-            load,
+        opening(
+            LoadParams::OPENABLE,
+            change(
+                Method::Put,
+                "/snapshot/load",
+                "Restore a microVM from a snapshot",
+                shape::<LoadParams>(),
+                load,
+            ),
         ),
     )),
     change(
@@ -138,6 +144,7 @@ const fn get(path: &'static str, summary: &'static str, reply: Content, act: Act
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
         is_limited: false,
+        openable: Openable::Fields(&[]),
     }
 }
 
@@ -160,12 +167,19 @@ const fn change(
         deprecated: Deprecated::NOTHING,
         logged: Logged::Whole,
         is_limited: false,
+        openable: Openable::Fields(&[]),
     }
 }
 
 /// Has something in its body that clients should no longer send.
 const fn deprecating(deprecated: Deprecated, mut route: Route) -> Route {
     route.deprecated = deprecated;
+    route
+}
+
+/// Opens what these fields name, and what sections do.
+const fn opening(fields: &'static [&'static str], mut route: Route) -> Route {
+    route.openable = Openable::Sections(fields);
     route
 }
 

@@ -82,7 +82,7 @@ impl Fixture {
 impl Drop for Fixture {
     fn drop(&mut self) {
         if let Some(server) = self.server.take() {
-            server.shutdown(Duration::ZERO);
+            server.shutdown(Duration::ZERO, None);
         }
         // It may have been killed by the test already.
         let _ = self.handle.call(Request::Kill);
@@ -114,7 +114,7 @@ impl FakeVmm {
         }
     }
 
-    fn answer(&mut self, Call { request, respond }: Call) -> ControlFlow<()> {
+    fn answer(&mut self, Call { request, respond, .. }: Call) -> ControlFlow<()> {
         let info = json!({ "id": "t", "state": "Running", "app_name": "husk", "vmm_version": "0" });
         let mut reply: Reply = Ok(Value::Null);
         match request {
@@ -398,6 +398,20 @@ fn drops_slow_heads_but_not_idle_connections() {
 }
 
 #[test]
+fn bodies_that_end_early_are_answered_at_once() {
+    let fixture = Fixture::new(options());
+    for body in ["", "{"] {
+        let mut client = fixture.connect();
+        client.send(&format!("PUT /vm HTTP/1.1\r\nContent-Length: 10\r\n\r\n{body}"));
+        client.0.get_ref().shutdown(std::net::Shutdown::Write).unwrap();
+        let (head, body) = client.receive();
+        assert!(head.starts_with("HTTP/1.1 400 ") && head.contains("Connection: close"), "{head}");
+        assert!(body.contains("ended early"), "{body}");
+        assert!(client.is_closed());
+    }
+}
+
+#[test]
 fn refuses_slow_bodies() {
     let deadlines = Deadlines { body: SHORT, ..options().deadlines };
     let fixture = Fixture::new(Options { deadlines, ..options() });
@@ -503,7 +517,7 @@ fn sends_what_is_owed_before_it_goes() {
     fixture.vmm.take().unwrap().join().unwrap();
 
     let started = Instant::now();
-    fixture.server.take().unwrap().shutdown(LONG);
+    fixture.server.take().unwrap().shutdown(LONG, None);
     assert!(started.elapsed() < LONG / 2);
 
     assert!(killing.receive().0.starts_with("HTTP/1.1 204"));
@@ -526,7 +540,7 @@ fn goes_in_time_though_a_client_is_never_answered() {
     waiting.send("GET /wait HTTP/1.1\r\n\r\n");
     fixture.settle();
     let started = Instant::now();
-    fixture.server.take().unwrap().shutdown(SHORT);
+    fixture.server.take().unwrap().shutdown(SHORT, None);
     assert!((SHORT..LONG).contains(&started.elapsed()));
     assert!(waiting.is_closed());
 }

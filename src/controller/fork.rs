@@ -2,6 +2,7 @@
 //! sees the rest through and answers.
 use std::time::Instant;
 
+use devices::sys::again::spawn;
 use devices::virtio::{mem, model::Model};
 use serde_json::{Value, json};
 
@@ -22,16 +23,14 @@ impl Controller {
         self.nursery = Some(nursery);
     }
 
-    /// Starts what makes children now, if the VM that is about to start is to have some.
-    pub(super) fn prepare_for_children(&self, config: &VmConfig) -> Result<(), Refusal> {
+    /// Says what speaks against children of the VM that is about to start.
+    pub(super) fn check_for_children(config: &VmConfig) {
         let is_forkable = config.machine.forkable;
         if is_forkable && config.devices().any(|recipe| recipe.model() == mem::Mem::NAME) {
             log::warn!(
                 "forkable is of no use with memory hotplug: all memory is copied for each fork"
             );
         }
-        let nursery = self.nursery.as_ref().filter(|_| is_forkable);
-        nursery.map_or(Ok(()), Nursery::prepare).map_err(|e| ForkError::Process(e).into())
     }
 
     /// Gives an image of the VM to `sink`, and then answers.
@@ -132,7 +131,9 @@ impl Controller {
 
 /// Runs `work`, which is to answer, on a thread of its own. If there is none, that is the answer.
 fn see_through(owed: &Owed, work: impl FnOnce() + Send + 'static) {
-    if let Err(e) = std::thread::Builder::new().name("husk_fork".into()).spawn(work) {
+    if let Err(e) =
+        spawn(|work| std::thread::Builder::new().name("husk_fork".into()).spawn(work), work)
+    {
         owed.answer(Refusal::host("cannot start a thread to fork the microVM")(e));
     }
 }

@@ -1,7 +1,9 @@
 //! A reply that another thread owes: given by that thread, or by the controller if the VM ends before.
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
+
+use devices::sync::Mutex;
+use devices::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
 
 use crate::error::Refusal;
 use crate::request::Respond;
@@ -39,7 +41,7 @@ impl Owing {
 impl Owed {
     /// Whether nobody waits for an answer any more.
     pub(super) fn is_settled(&self) -> bool {
-        self.answered.try_recv() == Err(std::sync::mpsc::TryRecvError::Disconnected)
+        self.answered.try_recv() == Err(TryRecvError::Disconnected)
     }
 
     /// Waits until the answer has been given. False if `deadline` comes before.
@@ -59,6 +61,9 @@ impl Owed {
 fn take(slot: &Slot) -> Option<Respond> {
     slot.lock().unwrap_or_else(PoisonError::into_inner).take()
 }
+
+#[cfg(all(test, feature = "models"))]
+mod models;
 
 #[cfg(test)]
 mod tests {

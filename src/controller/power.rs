@@ -84,6 +84,14 @@ impl Controller {
     /// Draws the consequence if the guest has ended its run: boots it again, or ends the VM.
     pub(crate) fn heed_outcome(&mut self) {
         let Phase::Live(live) = &self.phase else { return };
+        if live.machine.outcome().get().is_some() {
+            // What ends may have sockets to remove.
+            self.with_paths(Self::draw_consequence);
+        }
+    }
+
+    fn draw_consequence(&mut self) {
+        let Phase::Live(live) = &self.phase else { return };
         let Some(ending) = live.machine.outcome().get().cloned() else { return };
         let restarts = live.config.on_reboot() == OnReboot::Restart && live.machine.can_reboot();
         if ending == Ending::Reset && restarts {
@@ -95,6 +103,10 @@ impl Controller {
 
     /// Ends the VM, whatever it is doing. The first ending stays.
     pub(crate) fn end(&mut self, ending: Ending) {
+        self.with_paths(|this| this.end_here(ending));
+    }
+
+    fn end_here(&mut self, ending: Ending) {
         match std::mem::replace(&mut self.phase, Phase::Ended(ending.clone())) {
             Phase::Live(live) => {
                 let sources = live.machine.sources();

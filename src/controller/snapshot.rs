@@ -80,6 +80,12 @@ impl Controller {
     /// Waits so long for what threads of their own see through, and then calls it off. The process may end after
     /// this: whoever asked has been answered, and nothing that is half done is left.
     pub(crate) fn settle(&mut self, patience: Duration) {
+        if self.saving.is_some() || !self.forks.is_empty() {
+            self.with_paths(|this| this.settle_here(patience));
+        }
+    }
+
+    fn settle_here(&mut self, patience: Duration) {
         let deadline = Instant::now() + patience;
         let mut late = Vec::new();
         if let Some((writing, owed)) = self.saving.take()

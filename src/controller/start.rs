@@ -13,7 +13,8 @@ use crate::exit::Ending;
 use crate::machine::Machine;
 use crate::metrics::Source;
 use crate::parts::{self, Parts};
-use crate::snapshot::{LoadParams, Overrides, Restore};
+use crate::sandbox;
+use crate::snapshot::{LoadParams, Noted, Overrides, Restore};
 use crate::takeover::Taken;
 
 /// A machine that does not run yet.
@@ -47,12 +48,24 @@ impl Controller {
             false => self.metrics.open(config.metrics.as_ref())?,
         };
         if restore.is_none() {
-            self.prepare_for_children(&config)?;
+            Self::check_for_children(&config);
+        }
+        // What another process serves cannot be mapped.
+        let mapped = restore.filter(|restore| restore.handler.is_none());
+        let image = mapped.filter(|restore| restore.prefaults()).map(|restore| &restore.image);
+        // Found before files can no longer be.
+        let noted = image.and_then(Noted::find);
+        let records = mapped
+            .filter(|restore| restore.record_ms.is_some())
+            .and_then(|restore| restore.image.working_set_path());
+        if records.is_some() && sandbox::opens_nothing() {
+            return Err(Refusal::NeedsPaths("what the guest touches is noted in a file"));
         }
         let devices_before = self.hub.watched();
         let made = self.make(&config, &mut watch, restore);
         let Made { mut machine, serial_path, .. } = made
             .and_then(|made| self.replace_old(made, &config, restore))
+            .and_then(|made| self.close_sandbox(&config, records).map(|()| made))
             .inspect_err(|_| self.hub.forget_after(devices_before))?;
         let has_port = self.see_off_old(&machine);
         self.hub.forget_before(devices_before, has_port.then_some(parts::SERIAL));
@@ -68,10 +81,8 @@ impl Controller {
             machine.run();
         }
         let boot = finish(watch);
-        // What another process serves cannot be mapped.
-        let mapped = restore.filter(|restore| restore.handler.is_none());
-        if let Some(restore) = mapped.filter(|restore| restore.prefaults()) {
-            machine.prefault(&restore.image);
+        if let Some(noted) = noted {
+            machine.prefault(noted);
         }
         let origin = Origin::of(mapped.map(|restore| &restore.image));
         let wait = mapped.and_then(|restore| restore.record_ms).map(Duration::from_millis);
