@@ -3,11 +3,14 @@
 //! Two VMs that go on from one snapshot are the same up to here. [`Identity::renew`] makes the
 //! difference, before the guest's first instruction, and has the guest told of it; docs/identity.md
 //! says what the guest does then.
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
+use std::sync::{Arc, PoisonError};
 
 use arch::{GuestRam, layout};
 use devices::legacy::acpi::Acpi;
 use devices::legacy::generation::Generation;
+use devices::sync::{Mutex, MutexGuard};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -106,17 +109,22 @@ impl Identity {
     ) -> Result<(), Refusal> {
         self.current = Current::new(self.current.counter.wrapping_add(1))?;
         lock(&self.page).replace(self.current.id);
-        self.write(ram, payload)?;
+        self.place(ram, payload, usize::try_from(layout::PAYLOAD_LEN).unwrap_or(usize::MAX))?;
         lock(acpi).announce_generation();
         Ok(())
     }
 
-    /// Puts what lies in RAM in its place.
+    /// Puts what lies in RAM, which has only zeros there yet, in its place.
     pub(crate) fn write(&self, ram: &GuestRam, payload: Option<&Payload>) -> Result<(), Refusal> {
+        self.place(ram, payload, 0)
+    }
+
+    /// Puts what lies in RAM in its place. After a payload there are zeros, up to `len` bytes from its beginning.
+    fn place(&self, ram: &GuestRam, payload: Option<&Payload>, len: usize) -> Result<(), Refusal> {
         let text = payload.map_or("", Payload::as_str);
-        let region = payload_region(self.current.counter, random()?, text);
-        let written = write_changes(ram, layout::VMCLOCK, &vmclock(self.current.counter))
-            .and_then(|()| write_changes(ram, layout::PAYLOAD, &region));
+        let bytes = with_header(self.current.counter, random()?, text);
+        let written = write_changes(ram, layout::VMCLOCK, &vmclock(self.current.counter), 0)
+            .and_then(|()| write_changes(ram, layout::PAYLOAD, &bytes, len));
         let failed = |e| Refusal::host("cannot write the identity")(std::io::Error::other(e));
         written.map_err(failed)
     }
@@ -132,19 +140,26 @@ fn random<const N: usize>() -> Result<[u8; N], Refusal> {
     while !rest.is_empty() {
         let got = rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty());
         let count = got.map_err(Refusal::host("no random numbers"))?;
-        rest = &mut rest[count..];
+        rest = rest.get_mut(count..).unwrap_or_default();
     }
     Ok(bytes)
 }
 
-/// Writes the pages that are not so yet: clones share the others.
-fn write_changes(ram: &GuestRam, at: u64, bytes: &[u8]) -> Result<(), GuestMemoryError> {
-    for (addr, page) in (at..).step_by(PAGE).zip(bytes.chunks(PAGE)) {
-        let mut there = [0; PAGE];
-        let there = &mut there[..page.len()];
-        ram.read_slice(there, GuestAddress(addr))?;
+/// Writes the pages of `bytes`, and of zeros after them up to `len`, that are not so yet: clones share the others.
+fn write_changes(
+    ram: &GuestRam,
+    at: u64,
+    bytes: &[u8],
+    len: usize,
+) -> Result<(), GuestMemoryError> {
+    let starts = (0..len.max(bytes.len())).step_by(PAGE);
+    for (addr, start) in (at..).step_by(PAGE).zip(starts) {
+        let (mut page, mut there) = ([0; PAGE], [0; PAGE]);
+        let rest = bytes.get(start..).unwrap_or_default();
+        page.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+        ram.read_slice(&mut there, GuestAddress(addr))?;
         if there != page {
-            ram.write_slice(page, GuestAddress(addr))?;
+            ram.write_slice(&page, GuestAddress(addr))?;
         }
     }
     Ok(())
@@ -157,7 +172,9 @@ fn vmclock(counter: u64) -> Vec<u8> {
     const VM_GEN_COUNTER_PRESENT: u64 = 1 << 8;
     const NOTIFICATION_PRESENT: u64 = 1 << 9;
     let mut page = vec![0; usize::try_from(layout::VMCLOCK_LEN).unwrap_or(PAGE)];
-    let mut put = |at: usize, bytes: &[u8]| page[at..at + bytes.len()].copy_from_slice(bytes);
+    let mut put = |at: usize, bytes: &[u8]| {
+        page.iter_mut().skip(at).zip(bytes).for_each(|(to, from)| *to = *from);
+    };
     put(0x00, b"VCLK");
     put(0x04, &u32::try_from(layout::VMCLOCK_LEN).unwrap_or(0).to_le_bytes());
     put(0x08, &1_u16.to_le_bytes());
@@ -172,14 +189,14 @@ fn vmclock(counter: u64) -> Vec<u8> {
     page
 }
 
-/// The payload's pages: a header, the text, zeros.
+/// What a payload's pages begin with: a header, the text.
 ///
 /// ```text
 ///    0  "huskdata"              8  u32 version       12  u32 bytes before the text
 ///   16  u64 generation counter  24  u32 bytes of text 28  u32 CRC-32 of the text
 ///   32  seed, 32 bytes          64  text
 /// ```
-fn payload_region(counter: u64, seed: [u8; SEED_LEN], text: &str) -> Vec<u8> {
+fn with_header(counter: u64, seed: [u8; SEED_LEN], text: &str) -> Vec<u8> {
     let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
     let mut region = Vec::new();
     region.extend(PAYLOAD_MAGIC);
@@ -190,7 +207,6 @@ fn payload_region(counter: u64, seed: [u8; SEED_LEN], text: &str) -> Vec<u8> {
     region.extend(crc32(text.as_bytes()).to_le_bytes());
     region.extend(seed);
     region.extend(text.as_bytes());
-    region.resize(usize::try_from(layout::PAYLOAD_LEN).unwrap_or(region.len()), 0);
     region
 }
 
@@ -202,6 +218,11 @@ fn crc32(bytes: &[u8]) -> u32 {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    reason = "a test that panics is a test that fails"
+)]
 mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -354,7 +375,7 @@ mod tests {
     fn no_option_rom_begins_in_these_pages() {
         let text = serde_json::Value::from("U\u{aa}".repeat(16_000)).to_string();
         let seed = [0x55; SEED_LEN];
-        let all = [vmclock(0xaa55_aa55_aa55_aa55), payload_region(0xaa55, seed, &text)].concat();
+        let all = [vmclock(0xaa55_aa55_aa55_aa55), with_header(0xaa55, seed, &text)].concat();
         assert!(all.chunks(2048).all(|rom| !rom.starts_with(&[0x55, 0xaa])));
     }
 }

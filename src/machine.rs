@@ -4,7 +4,7 @@ mod rewind;
 mod save;
 mod take_over;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use devices::GuestRam;
@@ -13,6 +13,8 @@ use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
 use devices::limiter::RateLimiter;
 use devices::observer::Happening;
+use devices::sync::{Mutex, MutexGuard};
+use devices::sys::again::spawn;
 use devices::virtio::model::DeviceError;
 use kvm_ioctls::VmFd;
 use serde_json::Value;
@@ -89,6 +91,8 @@ pub(crate) struct ThreadNames {
     pub(crate) vcpu: &'static str,
     /// The API's thread.
     pub(crate) api: &'static str,
+    /// The thread that uses paths.
+    pub(crate) files: &'static str,
 }
 
 impl Machine {
@@ -221,9 +225,12 @@ impl Machine {
 
     /// Stops the machine for good, and sees its last output off.
     pub(crate) fn finish(self) {
-        self.end(|Self { vcpus, rest: Rest(parts), .. }| {
+        self.end(|Self { vcpus, rest: Rest(parts), devices, .. }| {
             drop(vcpus);
-            lock(&parts.serial).finish(SERIAL_DEADLINE);
+            let serial = parts.serial.clone();
+            lock(&serial).finish(SERIAL_DEADLINE);
+            // The port goes last, and here: it may have a socket's file to remove, which an I/O thread may not.
+            drop((devices, parts));
         });
     }
 
@@ -244,7 +251,7 @@ impl Machine {
             // Nobody waits for it any more if it took too long.
             let _ = sender.send(());
         };
-        match std::thread::Builder::new().name("husk_end".into()).spawn(end) {
+        match spawn(|work| std::thread::Builder::new().name("husk_end".into()).spawn(work), end) {
             Ok(_) if receiver.recv_timeout(SERVED_END).is_ok() => {}
             Ok(_) => log::warn!("threads of the microVM still wait for memory that nobody serves"),
             Err(e) => log::error!("cannot start a thread to end the microVM: {e}"),

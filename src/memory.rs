@@ -16,14 +16,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 
-use arch::{GuestRam, layout};
+use arch::{GuestRam, again, layout};
 use devices::memory::{Backing, Behind, GuestRegion};
 use devices::sys::map::Pages;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 use rustix::fs::MemfdFlags;
-use rustix::mm::Advice;
-use vm_memory::mmap::{GuestRegionMmap, MmapRegion};
+use rustix::io::retry_on_intr;
+use rustix::mm::{Advice, madvise};
+use vm_memory::mmap::{GuestRegionMmap, MmapRegion, MmapRegionError};
 use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 pub(crate) use self::dump::{Changes, Dump, Dumped, Patch, Plan, Zeroes};
@@ -270,8 +271,12 @@ pub(crate) fn map(
         };
         offset += len;
         let len = usize::try_from(len).map_err(|_| too_big(what()))?;
-        let region = MmapRegion::build(file, len, libc::PROT_READ | libc::PROT_WRITE, flags)
-            .map_err(|e| Refusal::Host { what: what(), source: std::io::Error::other(e) })?;
+        let access = libc::PROT_READ | libc::PROT_WRITE;
+        let map = || match MmapRegion::build(file.clone(), len, access, flags) {
+            Err(MmapRegionError::Mmap(e)) => Err(e),
+            mapped => mapped.map_err(std::io::Error::other),
+        };
+        let region = devices::sys::again::again(map).map_err(Refusal::host(what()))?;
         let image_at = offset - len as u64;
         if let (Sharing::Private, Some(image)) = (sharing, mapped) {
             image::lay_over(image, image_at, &region).map_err(Refusal::host(what()))?;
@@ -315,8 +320,8 @@ fn file(machine: &MachineConfig, len: u64) -> std::io::Result<File> {
         HugePages::None | HugePages::Transparent => MemfdFlags::empty(),
     };
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING | pages;
-    let fd = rustix::fs::memfd_create("husk-guest-ram", flags)?;
-    rustix::fs::ftruncate(&fd, len)?;
+    let fd = retry_on_intr(|| rustix::fs::memfd_create("husk-guest-ram", flags))?;
+    retry_on_intr(|| rustix::fs::ftruncate(&fd, len))?;
     Ok(File::from(fd))
 }
 
@@ -365,7 +370,7 @@ fn advise_as_ram(region: &MmapRegion, pages: HugePages) -> std::io::Result<()> {
 
 fn advise(region: &MmapRegion, advice: Advice) -> std::io::Result<()> {
     // SAFETY: the range is the mapping just made, and neither advice changes its contents.
-    unsafe { rustix::mm::madvise(region.as_ptr().cast(), region.size(), advice) }
+    unsafe { retry_on_intr(|| madvise(region.as_ptr().cast(), region.size(), advice)) }
         .map_err(Into::into)
 }
 
@@ -385,7 +390,7 @@ pub(crate) fn register(vm: &VmFd, ram: &GuestRam, machine: &MachineConfig) -> Re
         };
         // SAFETY: the range is a mapping of ours, and it outlives the VM: the machine that owns both
         // drops the VM and its vCPUs first.
-        unsafe { vm.set_user_memory_region(slot) }
+        again(|| unsafe { vm.set_user_memory_region(slot) })
             .map_err(Refusal::kvm("KVM_SET_USER_MEMORY_REGION"))?;
     }
     Ok(())

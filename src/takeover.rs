@@ -9,12 +9,14 @@
 //!
 //! Until both stand still nothing of the old VM is touched, so it goes on if anything fails.
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
+use devices::backend::unix::SocketName;
 use devices::io::IoThread;
 use devices::legacy::serial::Serial;
 use devices::limiter::Groups;
 use devices::mmds::Service;
+use devices::sync::Mutex;
 
 use crate::config::VmConfig;
 use crate::machine::Machine;
@@ -35,9 +37,11 @@ pub(crate) struct Taken {
 /// The serial port, what feeds it, and what leads to it.
 #[derive(Clone, Debug)]
 pub(crate) struct Port {
-    pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) io: Arc<IoThread>,
+    pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) path: Option<PathBuf>,
+    /// The socket that it is, if it is one.
+    pub(crate) name: Option<Arc<SocketName>>,
 }
 
 impl Taken {

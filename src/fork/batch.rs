@@ -7,7 +7,8 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
 use devices::backend::overlay::{Description, Frozen};
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::retry_on_intr;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -128,7 +129,8 @@ impl Batch {
 
     /// Writes what children are to be to a file in memory.
     pub(super) fn write_specs(&mut self, specs: &[Spec]) -> io::Result<File> {
-        let mut file = File::from(rustix::fs::memfd_create("husk-children", MemfdFlags::CLOEXEC)?);
+        let mut file =
+            File::from(retry_on_intr(|| memfd_create("husk-children", MemfdFlags::CLOEXEC))?);
         let mut at = 0;
         for spec in specs {
             let json = serde_json::to_vec(spec)?;
@@ -143,7 +145,7 @@ impl Batch {
     /// Writes it, and the extents of an image, to a file in memory.
     pub(super) fn to_file(&self, extents: &[Extent]) -> io::Result<File> {
         let flags = MemfdFlags::CLOEXEC;
-        let mut file = File::from(rustix::fs::memfd_create("husk-fork", flags)?);
+        let mut file = File::from(retry_on_intr(|| memfd_create("husk-fork", flags))?);
         let json = serde_json::to_vec(self)?;
         let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
         bytes.extend(json);
@@ -205,7 +207,7 @@ impl Newborn {
     /// end when this is dropped.
     pub(crate) fn may_live(&self) -> bool {
         let mut word = [DIE];
-        let read = rustix::io::retry_on_intr(|| rustix::io::read(&self.go, &mut word));
+        let read = retry_on_intr(|| rustix::io::read(&self.go, &mut word));
         read == Ok(1) && word == [LIVE]
     }
 }
@@ -221,9 +223,7 @@ impl Report {
             why.truncate(at);
         }
         let message = serde_json::to_vec(&self)?;
-        rustix::io::retry_on_intr(|| {
-            rustix::net::send(socket, &message, rustix::net::SendFlags::NOSIGNAL)
-        })?;
+        retry_on_intr(|| rustix::net::send(socket, &message, rustix::net::SendFlags::NOSIGNAL))?;
         Ok(())
     }
 }

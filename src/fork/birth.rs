@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use devices::backend::unix::SocketFile;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
@@ -20,8 +21,9 @@ use rustix::time::Timespec;
 
 use super::batch::{Arrival, DIE, LIVE, Report};
 use super::params::Child;
-use super::zygote::{Order, Zygote, pair};
+use super::zygote::{Live, Order, Zygote, pair};
 use super::{Batch, ForkError, Household, Spec};
+use crate::signals::Held;
 use crate::snapshot::Image;
 
 /// How long children may take to be there, all together. What they open may be on a file system that
@@ -37,8 +39,8 @@ const REPORT_MAX: usize = 16 << 10;
 pub(crate) struct Nursery {
     /// What children have of this process.
     pub(crate) household: Household,
-    /// Started when it is needed, or before. One order is sent at a time.
-    zygote: Arc<Mutex<Option<Zygote>>>,
+    /// One order is sent at a time.
+    zygote: Arc<Mutex<Zygote>>,
 }
 
 /// Children to be.
@@ -50,38 +52,23 @@ pub(crate) struct Birth {
 }
 
 impl Nursery {
-    pub(crate) fn new(household: Household) -> Self {
-        Self { household, zygote: Arc::default() }
+    /// Of a process with one thread, whose API listens at `socket` and which holds signals back.
+    pub(crate) fn begin(
+        household: Household,
+        socket: &SocketFile,
+        held: &Held,
+        live: Live,
+    ) -> io::Result<Self> {
+        Ok(Self { household, zygote: Arc::new(Mutex::new(Zygote::begin(socket, held, live)?)) })
     }
 
-    /// Sees to it that children can be made from now on without a program being started.
-    pub(crate) fn prepare(&self) -> io::Result<()> {
-        let mut zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
-        if zygote.is_none() {
-            *zygote = Some(Zygote::start()?);
-        }
-        Ok(())
+    fn ask(&self, order: &Order) -> Result<(), ForkError> {
+        let zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
+        zygote.ask(order).map_err(|e| match Errno::from_io_error(&e) {
+            Some(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => ForkError::Barren,
+            _ => ForkError::Process(e),
+        })
     }
-
-    fn ask(&self, order: &Order) -> io::Result<()> {
-        let mut zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(zygote) = &*zygote {
-            match zygote.ask(order) {
-                // Somebody has ended it.
-                Err(e) if is_gone(&e) => {}
-                result => return result,
-            }
-        }
-        let new = Zygote::start()?;
-        new.ask(order)?;
-        *zygote = Some(new);
-        Ok(())
-    }
-}
-
-fn is_gone(e: &io::Error) -> bool {
-    let errno = Errno::from_io_error(e);
-    errno.is_some_and(|e| [Errno::PIPE, Errno::CONNRESET, Errno::NOTCONN].contains(&e))
 }
 
 impl Birth {
@@ -100,7 +87,7 @@ impl Birth {
         let file = batch.to_file(&image.memory.extents).map_err(process)?;
         let memory = image.memory.file.clone();
         let order = Order { batch: file, children, memory, reports: theirs, go: hear, layers };
-        nursery.ask(&order).map_err(process)?;
+        nursery.ask(&order)?;
         // From here on the children alone have these ends.
         drop(order);
         let count = specs.len();

@@ -113,7 +113,10 @@ fn new_file(len: u64) -> io::Result<File> {
 
 /// A file in memory that can be [sealed](seal).
 pub(super) fn sealable_file(name: &CStr) -> io::Result<File> {
-    Ok(rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?.into())
+    Ok(rustix::io::retry_on_intr(|| {
+        rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+    })?
+    .into())
 }
 
 /// Sees to it that nobody who is given the file can change it: children of one parent are not to reach each other.

@@ -31,7 +31,7 @@ pub(crate) use self::freeze::Freezing;
 pub use self::freeze::ImageSink;
 pub use self::params::{Child, ChildOverrides, ForkParams, Forked};
 pub(crate) use self::plan::{Parent, plan};
-pub(crate) use self::zygote::{SUBCOMMAND, serve};
+pub(crate) use self::zygote::{fork, remove_socket_later};
 
 use crate::exit::ExitCode;
 
@@ -50,9 +50,9 @@ pub enum ForkError {
         why: String,
     },
     /// A child would have what its parent has, or another child.
-    #[error("child {number}: {why}")]
+    #[error("child {}: {why}", number.saturating_add(1))]
     Child {
-        /// Which, from 0, as in the request.
+        /// Which, from 0, as the list of overrides has them; people are told from 1.
         number: usize,
         /// What it said, or what is said of it.
         why: String,
@@ -66,6 +66,9 @@ pub enum ForkError {
     /// A VM of a library has no processes for children.
     #[error("a VM in a library is forked by Vm::fork")]
     Library,
+    /// Somebody has ended the process that makes children.
+    #[error("the process that makes children has been ended: there can be no more")]
+    Barren,
     /// The VM ended meanwhile.
     #[error("the microVM ended before its children ran")]
     Ended,
@@ -101,7 +104,9 @@ impl ForkError {
             | Self::Unforkable(_)
             | Self::Library
             | Self::Ended => ExitCode::Config,
-            Self::Process(_) | Self::Lost { .. } | Self::Late { .. } => ExitCode::Host,
+            Self::Barren | Self::Process(_) | Self::Lost { .. } | Self::Late { .. } => {
+                ExitCode::Host
+            }
         }
     }
 }

@@ -1,5 +1,6 @@
 //! The configuration of each child: its parent's, with what names the outside replaced. Refuses what a
 //! child cannot have because its parent has it, or a sibling, before anything is made.
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use devices::virtio::model::Claim;
@@ -9,7 +10,7 @@ use serde_json::{Value, json};
 use super::{ChildOverrides, ForkError, ForkParams, Spec};
 use crate::config::{SerialTo, VmConfig};
 use crate::parts;
-use crate::snapshot::Overrides;
+use crate::snapshot::{Overrides, forget_passed};
 
 /// What children are the children of.
 #[derive(Clone, Copy, Debug)]
@@ -26,9 +27,12 @@ pub(crate) struct Parent<'a> {
 pub(crate) fn plan(parent: Parent<'_>, params: &ForkParams) -> Result<Vec<Spec>, ForkError> {
     let count = params.count()?;
     check_parent(parent.config)?;
-    let saved = parent.config.to_json();
+    let mut saved = parent.config.to_json();
+    // No child has what was passed to its parent.
+    forget_passed(&mut saved);
     let order: Vec<_> = parent.config.devices().map(|d| (d.model(), d.id())).collect();
     let mut taken = host_claims(parent.config);
+    let mut ids = BTreeSet::new();
     (0..count)
         .map(|index| {
             let ChildOverrides { api_sock, overrides } = params.of(index);
@@ -41,12 +45,16 @@ pub(crate) fn plan(parent: Parent<'_>, params: &ForkParams) -> Result<Vec<Spec>,
             if overrides.name_boot_files() {
                 parts::open_boot(&child).map_err(|e| ForkError::child(index, &e))?;
             }
-            claim(index, &child, &mut taken)?;
             let id = overrides.id.unwrap_or_else(|| format!("{}-{number}", parent.id));
             if !is_id(&id) {
                 let why = format!("id: '{id}' is too long: give one by an override");
                 return Err(ForkError::Child { number: index, why });
             }
+            if !ids.insert(id.clone()) {
+                let why = format!("id: '{id}' is that of another child");
+                return Err(ForkError::Child { number: index, why });
+            }
+            claim(index, &child, &mut taken)?;
             let api_sock = api_sock.or_else(|| parent.api_sock.map(|path| numbered(path, number)));
             let ForkParams { paused: is_paused, end_with_parent: ends_with_parent, .. } = *params;
             let Overrides { mmds, payload, .. } = overrides;

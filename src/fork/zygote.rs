@@ -1,36 +1,55 @@
-//! The process that forks: it has one thread, waits, and is a child of the VMM's process from when the
-//! first fork is asked for, or from before the VM starts if that is to be forkable.
+//! The process that forks: a child of the VMM's process that it had before its VM, its threads and its sandbox.
 //!
 //! ```text
-//!   VMM ──SOCK_SEQPACKET──► zygote: [batch, children, memory, reports, go] ──fork(2)──► children
+//!   VMM ──fork(2)──► zygote, which waits ──fork(2)──► children, each a VMM with a zygote of its own
+//!    └──SOCK_SEQPACKET──► order: [batch, children, memory, reports, go]
 //! ```
 //!
-//! Nothing is executed for a child: what the dynamic linker has relocated and what the batch has been
-//! read into are shared by all. What each is to be is read by that child alone. The zygote ends when the VMM's process
-//! does; children live on.
+//! Nothing is ever executed: what the dynamic linker has relocated and what the batch has been read into are shared by
+//! all. What each child is to be is read by that child alone. Before its first order the zygote confines itself as the
+//! thread of its parent that uses paths does. It ends when the VMM's process does, however that ends; children live on.
+//! A VMM that has to end without being able to remove the API's socket says so, and the zygote does it then.
 #![expect(unsafe_code, reason = "makes processes")]
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicI32, Ordering};
 
 use arch::layout;
+use devices::backend::file;
+use devices::backend::unix::SocketFile;
 use rustix::fs::{Mode, OFlags};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
 };
-use rustix::process::{Pid, Signal};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_send_signal, waitpid};
 
 use super::batch::{Batch, Newborn, Report, Spec};
+use crate::exit::ExitCode;
+use crate::sandbox;
+use crate::signals::Held;
 use crate::snapshot::MemoryImage;
 
-/// The word by which husk starts itself as a zygote; not for people, and not in the help.
-pub(crate) const SUBCOMMAND: &str = "forked";
+/// The end of [`Zygote`]'s socket, for [`remove_socket_later`].
+static LAST_WORDS: AtomicI32 = AtomicI32::new(-1);
+
+/// What asks for children, and what for the removal of the API's socket once the VMM is gone.
+const FORK: u8 = 0;
+const REMOVE: u8 = 1;
+
+/// Has the API's socket removed when this process has ended. Async-signal-safe: one system call.
+pub(crate) fn remove_socket_later() {
+    let (socket, word) = (LAST_WORDS.load(Ordering::Acquire), [REMOVE]);
+    if socket >= 0 {
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+        // SAFETY: a byte to write to a descriptor; if it is no more, or another's, this process is about to end.
+        unsafe { libc::send(socket, word.as_ptr().cast(), word.len(), flags) };
+    }
+}
 
 /// Most descriptors of one message: those that are always there, and a layer for each device.
 const FDS: usize = 5 + layout::VIRTIO_IRQS.len();
@@ -50,24 +69,51 @@ pub(super) struct Order {
     pub(super) layers: Vec<File>,
 }
 
+/// What the VMM says.
+enum Message {
+    Fork(Order),
+    Remove,
+}
+
+/// What a newborn does with its life; the exit code of its process.
+pub(crate) type Live = fn(Newborn) -> ExitCode;
+
 /// The VMM's end.
 #[derive(Debug)]
 pub(crate) struct Zygote {
     socket: OwnedFd,
-    process: Child,
+    pid: Pid,
+    /// None where the kernel has no descriptors of processes.
+    process: Option<OwnedFd>,
 }
 
 impl Zygote {
-    /// Starts the process.
-    pub(crate) fn start() -> io::Result<Self> {
+    /// Makes the process, before this one has other threads. `api` is the file of the API's socket; signals that are
+    /// `held` back here are not in there.
+    pub(crate) fn begin(api: &SocketFile, held: &Held, live: Live) -> io::Result<Self> {
         let (socket, theirs) = pair()?;
-        let process = Command::new("/proc/self/exe")
-            .arg0("husk")
-            .arg(SUBCOMMAND)
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
-            .spawn()?;
-        Ok(Self { socket, process })
+        // SAFETY: this process has one thread, so that the other finds nothing locked or half done.
+        match unsafe { fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => {
+                drop(socket);
+                let code = match held.let_go().and_then(|()| serve(theirs, api)) {
+                    Ok(Some(newborn)) => live(newborn),
+                    Ok(None) => ExitCode::Clean,
+                    Err(e) => {
+                        crate::logger::complain(&format!("cannot wait to be forked: {e}"));
+                        ExitCode::Host
+                    }
+                };
+                std::process::exit(code as i32)
+            }
+            pid => {
+                let pid = Pid::from_raw(pid).ok_or(io::ErrorKind::NotFound)?;
+                let process = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok();
+                LAST_WORDS.store(socket.as_raw_fd(), Ordering::Release);
+                Ok(Self { socket, pid, process })
+            }
+        }
     }
 
     /// Asks for children. It fails if the process is not there any more.
@@ -81,7 +127,7 @@ impl Zygote {
         if !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let word = [IoSlice::new(&[0])];
+        let word = [IoSlice::new(&[FORK])];
         rustix::io::retry_on_intr(|| {
             rustix::net::sendmsg(&self.socket, &word, &mut ancillary, SendFlags::NOSIGNAL)
         })?;
@@ -93,11 +139,51 @@ impl Drop for Zygote {
     fn drop(&mut self) {
         // It has nothing to finish, and may be stopped. A process that copies memory may have the socket too: closing
         // that would not do.
-        if let Err(e) = self.process.kill() {
-            return log::warn!("cannot end the process that makes children: {e}");
+        let killed = self.process.as_ref().map(|process| pidfd_send_signal(process, Signal::KILL));
+        if let Some(Err(e)) = killed {
+            log::debug!("the process that makes children has ended: {e}");
         }
-        if let Err(e) = self.process.wait() {
+        let Some(Ok(())) = killed else { return };
+        let waited = rustix::io::retry_on_intr(|| waitpid(Some(self.pid), WaitOptions::empty()));
+        if let Err(e) = waited {
             log::warn!("cannot wait for the process that makes children: {e}");
+        }
+    }
+}
+
+/// Leaves behind the parent's terminal and all descriptors but standard error, and confines itself. Gives the socket
+/// back, under another number.
+fn settle_in(socket: OwnedFd, api: &SocketFile) -> io::Result<OwnedFd> {
+    rustix::stdio::dup2_stdin(&socket)?;
+    // Closed with the rest; it must not be closed again.
+    std::mem::forget(socket);
+    close_inherited();
+    sandbox::forget_inherited();
+    crate::logger::open_again();
+    let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let null = rustix::io::retry_on_intr(|| rustix::fs::open("/dev/null", flags, Mode::empty()))?;
+    rustix::stdio::dup2_stdin(&null)?;
+    rustix::stdio::dup2_stdout(&null)?;
+    drop(null);
+    // What is typed on the parent's terminal is not for children.
+    rustix::process::setsid()?;
+    rustix::thread::set_name(c"husk_zygote")?;
+    let directory = file::parent(api.path()).to_owned();
+    sandbox::enter_zygote(&[directory]);
+    Ok(socket)
+}
+
+/// fork(2), again if a signal interrupts it.
+///
+/// # Safety
+/// As of `fork`: what the new process does must be safe whatever other threads of this one were doing.
+pub(crate) unsafe fn fork() -> libc::pid_t {
+    loop {
+        // SAFETY: the caller's to see to.
+        let pid = unsafe { libc::fork() };
+        if pid != -1 || io::Error::last_os_error().kind() != io::ErrorKind::Interrupted {
+            return pid;
         }
     }
 }
@@ -108,20 +194,17 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(rustix::net::socketpair(AddressFamily::UNIX, kind, flags, None)?)
 }
 
-/// Is the zygote: its socket is standard input. Returns when nobody can ask any more (`None`), and, in
-/// each child, with what it is to be.
-pub(crate) fn serve() -> io::Result<Option<Newborn>> {
-    close_inherited();
-    let socket = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
-    let null = rustix::fs::open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    rustix::stdio::dup2_stdin(&null)?;
-    drop(null);
-    // What is typed on the parent's terminal is not for children.
-    rustix::process::setsid()?;
-    rustix::thread::set_name(c"husk_zygote")?;
+/// Is the zygote. Returns when nobody can ask any more (`None`), and, in each child, with what it is to be.
+fn serve(socket: OwnedFd, api: &SocketFile) -> io::Result<Option<Newborn>> {
+    let socket = settle_in(socket, api)?;
     reap_children(true);
     let zygote = rustix::process::getpid();
-    while let Some(Order { batch, children, memory, reports, go, layers }) = receive(&socket)? {
+    let mut removes = false;
+    while let Some(message) = receive(&socket)? {
+        let Message::Fork(Order { batch, children, memory, reports, go, layers }) = message else {
+            removes = true;
+            continue;
+        };
         let read = Batch::from_file(&batch).and_then(|(mut batch, extents)| {
             batch.adopt_layers(&layers)?;
             Ok((batch, extents))
@@ -137,7 +220,7 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
         let memory = MemoryImage { file: memory, extents: extents.into(), over: [].into() };
         for index in 0..batch.children.len() {
             // SAFETY: this process has one thread.
-            match unsafe { libc::fork() } {
+            match unsafe { fork() } {
                 0 => {
                     let spec = Spec::read(&children, &batch.children[index]);
                     // Its siblings' are in there, too.
@@ -155,14 +238,17 @@ pub(crate) fn serve() -> io::Result<Option<Newborn>> {
             }
         }
     }
+    if removes {
+        api.remove();
+    }
     Ok(None)
 }
 
-/// Closes all but the standard streams: what the VMM was started with (`fd:N`) is the parent's alone.
+/// Closes all but the standard streams: what the VMM has open, or was started with (`fd:N`), is the parent's alone.
 fn close_inherited() {
     let after_standard = (libc::STDERR_FILENO + 1).cast_unsigned();
-    // SAFETY: this process has just begun: nothing in it has opened a descriptor. Kernels before 5.9 do not know the
-    // call, and leave them open.
+    // SAFETY: whatever of this process has a descriptor is never used again, nor dropped: it never returns to where it
+    // came from. Kernels before 5.9 do not know the call, and leave them open.
     unsafe { libc::syscall(libc::SYS_close_range, after_standard, u32::MAX, 0) };
 }
 
@@ -189,7 +275,7 @@ fn reap_children(at_once: bool) {
 }
 
 /// The next message; `None` when nobody can send one any more.
-fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
+fn receive(socket: &OwnedFd) -> io::Result<Option<Message>> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(FDS))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let mut word = [0];
@@ -201,6 +287,9 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
     if received.bytes == 0 {
         return Ok(None);
     }
+    if word[0][..] == [REMOVE] {
+        return Ok(Some(Message::Remove));
+    }
     let mut fds = ancillary.drain().flat_map(|message| match message {
         RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
         _ => Vec::new(),
@@ -208,5 +297,6 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Order>> {
     let mut next = || fds.next().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData));
     let (batch, children, memory) = (next()?.into(), next()?.into(), Arc::new(next()?.into()));
     let (reports, go) = (next()?, next()?);
-    Ok(Some(Order { batch, children, memory, reports, go, layers: fds.map(File::from).collect() }))
+    let layers = fds.map(File::from).collect();
+    Ok(Some(Message::Fork(Order { batch, children, memory, reports, go, layers })))
 }

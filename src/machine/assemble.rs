@@ -2,9 +2,9 @@
 //!
 //! Order matters: memory slots come before the interrupt controllers, because KVM waits for a grace
 //! period of several milliseconds when a slot is set after them.
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
-use arch::{Entry, Platform, Topology, layout};
+use arch::{Entry, Platform, Topology, again, layout};
 use devices::GuestRam;
 use devices::bus::Bus;
 use devices::legacy::acpi::Acpi;
@@ -12,6 +12,7 @@ use devices::legacy::boot_timer::{self, BootTimer};
 use devices::legacy::generation;
 use devices::legacy::i8042::I8042;
 use devices::legacy::rtc::Rtc;
+use devices::sync::Mutex;
 use kvm_bindings::{
     KVM_CAP_PMU_CAPABILITY, KVM_PIT_SPEAKER_DUMMY, KVM_PMU_CAP_DISABLE, kvm_enable_cap,
     kvm_pit_config,
@@ -131,9 +132,10 @@ impl Machine {
 
 /// KVM's VM, before it has anything.
 fn create_vm(parts: &Parts) -> Result<VmFd, Refusal> {
-    let vm = parts.kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
-    vm.set_tss_address(usize_of(layout::KVM_TSS)).map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
-    vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+    let vm = again(|| parts.kvm.create_vm()).map_err(Refusal::kvm("KVM_CREATE_VM"))?;
+    again(|| vm.set_tss_address(usize_of(layout::KVM_TSS)))
+        .map_err(Refusal::kvm("KVM_SET_TSS_ADDR"))?;
+    again(|| vm.set_identity_map_address(layout::KVM_IDENTITY_MAP))
         .map_err(Refusal::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
     Ok(vm)
 }
@@ -174,11 +176,11 @@ fn check_served(ram: &Ram) -> Result<(), Refusal> {
 }
 
 fn create_interrupt_controllers(vm: &VmFd, config: &VmConfig) -> Result<(), Refusal> {
-    vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
+    again(|| vm.create_irq_chip()).map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
     if config.machine.pit {
         // With the speaker port, whose gate kernels calibrate their clocks by.
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
-        vm.create_pit2(pit).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
+        again(|| vm.create_pit2(pit)).map_err(Refusal::kvm("KVM_CREATE_PIT2"))?;
     }
     disable_pmu(vm);
     Ok(())
@@ -211,7 +213,8 @@ fn legacy(
     outcome: &Arc<Outcome>,
     pio: &mut Bus,
 ) -> Result<Legacy, Refusal> {
-    vm.register_irqfd(&parts.serial_irq, layout::SERIAL_IRQ).map_err(Refusal::kvm("KVM_IRQFD"))?;
+    again(|| vm.register_irqfd(&parts.serial_irq, layout::SERIAL_IRQ))
+        .map_err(Refusal::kvm("KVM_IRQFD"))?;
     insert(pio, layout::SERIAL, 8, parts.serial.clone());
     let acpi = Acpi::new(Box::new(register_irq(vm, layout::ACPI_IRQ)?), outcome.clone());
     let acpi = Arc::new(Mutex::new(acpi));
@@ -249,7 +252,8 @@ fn command_line_at(config: &VmConfig, boot_us: u64) -> String {
 /// One for each place in `topology`, in its order.
 fn create_vcpus(vm: &VmFd, topology: Topology) -> Result<Vec<VcpuFd>, Refusal> {
     let ids = topology.apic_ids().into_iter();
-    ids.map(|id| vm.create_vcpu(id.into()).map_err(Refusal::kvm("KVM_CREATE_VCPU"))).collect()
+    ids.map(|id| again(|| vm.create_vcpu(id.into())).map_err(Refusal::kvm("KVM_CREATE_VCPU")))
+        .collect()
 }
 
 fn set_up_vcpus(
@@ -275,7 +279,7 @@ fn usize_of(addr: u64) -> usize {
 fn disable_pmu(vm: &VmFd) {
     let mut cap = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, ..Default::default() };
     cap.args[0] = KVM_PMU_CAP_DISABLE.into();
-    if let Err(e) = vm.enable_cap(&cap) {
+    if let Err(e) = again(|| vm.enable_cap(&cap)) {
         // Kernels before 5.18: there the counters are hidden only.
         log::debug!("KVM cannot disable performance monitoring: {e}");
     }

@@ -2,7 +2,7 @@
 //! put back.
 use std::collections::BTreeSet;
 
-use arch::Clock;
+use arch::{Clock, again};
 use devices::virtio::model::Left;
 use serde_json::Value;
 
@@ -78,7 +78,7 @@ impl Machine {
                 }
                 state.write(&self.vm, vcpu, passed)?;
                 // As in a restore.
-                let _ = vcpu.kvmclock_ctrl();
+                let _ = again(|| vcpu.kvmclock_ctrl());
                 Ok(())
             })
             .map_err(SnapshotError::State)?;
@@ -111,10 +111,8 @@ impl Machine {
     }
 
     /// Begins to take the pages that the guest was seen to touch first after another restore of `image`.
-    pub(crate) fn prefault(&mut self, image: &Image) {
-        if let Some(noted) = Noted::find(image) {
-            self.ram.prefault(move || noted.read());
-        }
+    pub(crate) fn prefault(&mut self, noted: Noted) {
+        self.ram.prefault(move || noted.read());
     }
 
     /// How the run ended, if it has: then nothing brings the vCPUs back.

@@ -1,5 +1,5 @@
 //! The state of a machine, as a snapshot has it: read, and put back.
-use arch::{Clock, HostCpu, SetupError, Topology, VcpuState, VmState};
+use arch::{Clock, HostCpu, SetupError, Topology, VcpuState, VmState, again};
 use kvm_ioctls::{VcpuFd, VmFd};
 
 use super::{Legacy, Machine, Name, Rest, lock};
@@ -106,7 +106,7 @@ impl MachineState {
             })?;
             // Tells the guest's watchdogs that the time until now was not its own. Refused where the
             // guest does not use kvm-clock.
-            let _ = vcpu.kvmclock_ctrl();
+            let _ = again(|| vcpu.kvmclock_ctrl());
         }
         Ok(self.vm.write(vm, passed).map_err(SnapshotError::from)?)
     }

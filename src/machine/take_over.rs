@@ -23,7 +23,8 @@ impl Machine {
     pub(crate) fn port(&self) -> Port {
         let Rest(parts) = &self.rest;
         let (serial, io) = (parts.serial.clone(), parts.io.clone());
-        Port { serial, io, path: parts.serial_path.clone() }
+        let (path, name) = (parts.serial_path.clone(), parts.serial_name.clone());
+        Port { serial, io, path, name }
     }
 
     /// What its devices share.

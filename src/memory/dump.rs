@@ -55,7 +55,7 @@ pub(crate) fn begin(pieces: &[Piece], order: Order<'_>) -> io::Result<Dump> {
     let parent = rustix::process::getpid();
     // SAFETY: the child runs `Copier` and nothing else; it takes no lock but the allocator's, which
     // glibc keeps usable in a child.
-    match unsafe { libc::fork() } {
+    match unsafe { crate::fork::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => {
             // A panic ends here: further out are the destructors of the VM, of which this is no more than
@@ -115,7 +115,7 @@ impl Dump {
 
     fn reap(&mut self) {
         if let Some(pid) = self.child.take()
-            && let Err(e) = waitpid(Some(pid), WaitOptions::empty())
+            && let Err(e) = rustix::io::retry_on_intr(|| waitpid(Some(pid), WaitOptions::empty()))
         {
             log::warn!("cannot wait for the process that copies memory: {e}");
         }

@@ -17,7 +17,7 @@ use std::sync::atomic::Ordering;
 
 use devices::memory::Behind;
 use rustix::fs::{SealFlags, SeekFrom};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::mm::{MapFlags, ProtFlags, mmap};
 use vm_memory::mmap::GuestRegionMmap;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -72,9 +72,10 @@ fn remap(region: &GuestRegionMmap<()>, kind: MapFlags) -> io::Result<()> {
     let addr = host_addr(region)? as *mut std::ffi::c_void;
     let flags = kind | MapFlags::FIXED | MapFlags::NORESERVE;
     let (file, start) = (offset.file().as_fd(), offset.start());
+    let access = ProtFlags::READ | ProtFlags::WRITE;
     // SAFETY: the range is all of a mapping of guest memory, of which nobody holds a reference, and
     // the VM stands still. What is there afterwards is mapped with the same rights.
-    unsafe { mmap(addr, len, ProtFlags::READ | ProtFlags::WRITE, flags, file, start) }?;
+    unsafe { retry_on_intr(|| mmap(addr, len, access, flags, file, start)) }?;
     Ok(())
 }
 

@@ -10,6 +10,7 @@ use std::thread;
 
 use devices::memory::{Behind, GuestRegion};
 use devices::sys::map::Pages;
+use rustix::io::retry_on_intr;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous};
 use vm_memory::GuestMemoryRegion;
 use vm_memory::mmap::MmapRegion;
@@ -169,8 +170,8 @@ unsafe fn map(file: &File, start: u64, host: u64, len: u64) -> io::Result<()> {
     let (to, len) = (host as *mut std::ffi::c_void, usize_of(len)?);
     // SAFETY: the caller says what the range is.
     unsafe {
-        mmap(to, len, access, flags, file.as_fd(), start)?;
-        madvise(to, len, Advice::LinuxDontDump)?;
+        retry_on_intr(|| mmap(to, len, access, flags, file.as_fd(), start))?;
+        retry_on_intr(|| madvise(to, len, Advice::LinuxDontDump))?;
     }
     Ok(())
 }
@@ -183,8 +184,8 @@ unsafe fn map_zeroes(host: u64, len: u64) -> io::Result<()> {
     let (to, len) = (host as *mut std::ffi::c_void, usize_of(len)?);
     // SAFETY: the caller says what the range is.
     unsafe {
-        mmap_anonymous(to, len, access, flags)?;
-        madvise(to, len, Advice::LinuxDontDump)?;
+        retry_on_intr(|| mmap_anonymous(to, len, access, flags))?;
+        retry_on_intr(|| madvise(to, len, Advice::LinuxDontDump))?;
     }
     Ok(())
 }

@@ -3,13 +3,13 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use arch::{HostCpu, layout};
+use arch::{HostCpu, again, extension, layout};
 use devices::GuestRam;
 use devices::memory::{Leases, Piece, Placement, Slots};
 use devices::sys::map::ALIGNMENT;
 use devices::virtio::model::DeviceError;
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::{Kvm, VmFd};
+use kvm_ioctls::{Cap, Kvm, VmFd};
 use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use super::Ram;
@@ -66,7 +66,10 @@ pub(crate) fn place(
         ram.places.push((*model, id.clone(), addr));
         let first = slot;
         slot = slot.saturating_add(own.slots());
-        let slots_max = u64::from(spare_slot(host.kvm));
+        let spare = spare_slot(host.kvm);
+        let slots_max =
+            spare.map_err(Refusal::kvm("KVM_CHECK_EXTENSION of KVM_CAP_NR_MEMSLOTS"))?;
+        let slots_max = u64::from(slots_max);
         if slot > slots_max {
             return Err(too_big("need more memory slots than KVM has, which are", slots_max));
         }
@@ -84,8 +87,10 @@ pub(crate) fn place(
 }
 
 /// The slot that nobody has for long: the last.
-pub(crate) fn spare_slot(kvm: &Kvm) -> u32 {
-    u32::try_from(kvm.get_nr_memslots()).unwrap_or(u32::MAX).saturating_sub(1)
+pub(crate) fn spare_slot(kvm: &Kvm) -> Result<u32, kvm_ioctls::Error> {
+    let count = extension(|| kvm.check_extension_int(Cap::NrMemslots))?;
+    // KVM has so many where it does not say.
+    Ok(if count == 0 { 32 } else { count } - 1)
 }
 
 /// A device's range of KVM's memory slots.
@@ -130,7 +135,7 @@ impl KvmSlots {
         };
         // SAFETY: the range is a mapping of a device's, which hides it before it unmaps it; the VM's
         // own memory map keeps what is left of it until the machine is gone.
-        unsafe { vm.set_user_memory_region(slot) }
+        again(|| unsafe { vm.set_user_memory_region(slot) })
             .map_err(|e| io::Error::other(format!("KVM_SET_USER_MEMORY_REGION: {e}")))
     }
 }

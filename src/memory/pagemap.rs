@@ -8,6 +8,9 @@ use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use rustix::process::DumpableBehavior;
+
+const PATH: &str = "/proc/self/pagemap";
 /// Bytes of a page.
 pub(crate) const PAGE: u64 = 4096;
 /// Bytes of an entry of the page map.
@@ -70,13 +73,29 @@ struct PageRegion {
     categories: u64,
 }
 
+/// Opens this process's page map.
+pub(crate) fn open() -> io::Result<File> {
+    let opened = File::open(PATH);
+    let is_denied = opened.as_ref().is_err_and(|e| e.kind() == io::ErrorKind::PermissionDenied);
+    let behavior = rustix::process::dumpable_behavior();
+    if !is_denied || behavior != Ok(DumpableBehavior::NotDumpable) {
+        return opened;
+    }
+    // Of a process that nobody may debug, root owns it (proc(5)), and this one is jailed. For this moment it may be
+    // debugged, by its own user, who is in the jail alone.
+    rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)?;
+    let opened = File::open(PATH);
+    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
+    opened
+}
+
 /// This process's page map.
 #[derive(Debug)]
 pub(crate) struct PageMap(File);
 
 impl PageMap {
     pub(crate) fn open() -> io::Result<Self> {
-        File::open("/proc/self/pagemap").map(Self)
+        open().map(Self)
     }
 
     /// The pages of `range` that were touched.

@@ -8,12 +8,13 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
-use arch::layout;
+use arch::{again, layout};
 use devices::memory::{Backing, Behind, GuestRegion};
 use devices::sys::map::Pages;
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VmFd};
-use rustix::mm::Advice;
+use rustix::io::retry_on_intr;
+use rustix::mm::{Advice, madvise};
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -137,7 +138,7 @@ fn discard_at_once(this: &OwnedFd, runs: &[Run]) -> io::Result<()> {
 fn discard_one(range: &Range<u64>) -> io::Result<()> {
     let len = usize::try_from(range.end - range.start).unwrap_or(0);
     // SAFETY: as above.
-    unsafe { rustix::mm::madvise(range.start as *mut _, len, Advice::LinuxDontNeed) }?;
+    unsafe { retry_on_intr(|| madvise(range.start as *mut _, len, Advice::LinuxDontNeed)) }?;
     Ok(())
 }
 
@@ -149,8 +150,10 @@ pub(crate) fn forget_page_tables(kvm: &Kvm, vm: &VmFd, ram: &Ram) -> io::Result<
     }
     let region = ram.guest.iter().next().ok_or(io::ErrorKind::NotFound)?;
     // Taking away any slot does it; this one is there for that only.
+    let spare = super::spare_slot(kvm);
+    let spare = spare.map_err(|e| io::Error::other(format!("KVM_CHECK_EXTENSION: {e}")))?;
     let slot = |len| kvm_userspace_memory_region {
-        slot: super::spare_slot(kvm),
+        slot: spare,
         guest_phys_addr: layout::SPARE_PAGE,
         memory_size: len,
         userspace_addr: host_addr(region).unwrap_or(0),
@@ -159,7 +162,7 @@ pub(crate) fn forget_page_tables(kvm: &Kvm, vm: &VmFd, ram: &Ram) -> io::Result<
     for len in [PAGE, 0] {
         // SAFETY: the page is the first of RAM, which outlives the VM; no vCPU runs while it can be
         // seen at a second place.
-        unsafe { vm.set_user_memory_region(slot(len)) }
+        again(|| unsafe { vm.set_user_memory_region(slot(len)) })
             .map_err(|e| io::Error::other(format!("KVM_SET_USER_MEMORY_REGION: {e}")))?;
     }
     Ok(())

@@ -18,7 +18,8 @@ use std::time::Duration;
 use arch::GuestRam;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::mm::{Advice, UserfaultfdFlags};
+use rustix::io::retry_on_intr;
+use rustix::mm::{Advice, UserfaultfdFlags, madvise};
 use rustix::net::sockopt::{self, Timeout};
 use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix,
@@ -272,7 +273,7 @@ fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     let socket = socket_with(domain, kind, SocketFlags::CLOEXEC, None)?;
     sockopt::set_socket_timeout(&socket, Timeout::Send, Some(patience))?;
     let address = SocketAddrUnix::new(path)?;
-    in_time(rustix::io::retry_on_intr(|| rustix::net::connect(&socket, &address)))?;
+    in_time(retry_on_intr(|| rustix::net::connect(&socket, &address)))?;
     Ok(socket.into())
 }
 
@@ -334,7 +335,7 @@ fn populate(start: u64, len: u64) -> io::Result<()> {
     };
     let at = std::ptr::with_exposed_provenance_mut(at);
     // SAFETY: the range is in a mapping that the caller keeps, and the advice changes no contents.
-    Ok(unsafe { rustix::mm::madvise(at, len, Advice::LinuxPopulateRead) }?)
+    Ok(unsafe { retry_on_intr(|| madvise(at, len, Advice::LinuxPopulateRead)) }?)
 }
 
 fn checked(result: libc::c_int) -> io::Result<()> {

@@ -12,6 +12,7 @@
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use arch::again;
 use devices::memory::PAGE;
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -123,7 +124,7 @@ impl Ram {
 /// What KVM has logged of a slot since it was asked last.
 fn log(vm: &VmFd, slot: u32, len: u64) -> io::Result<Vec<u64>> {
     let len = usize::try_from(len).map_err(io::Error::other)?;
-    let log = vm.get_dirty_log(slot, len);
+    let log = again(|| vm.get_dirty_log(slot, len));
     log.map_err(|e| io::Error::other(format!("KVM_GET_DIRTY_LOG: {e}")))
 }
 

@@ -143,11 +143,11 @@ impl ParentDocument {
 
     /// Where it is, for a snapshot with its state file at `state`.
     pub(super) fn place(&self, state: &Path) -> Place {
-        let directory = super::temporary::parent(state);
+        let directory = devices::backend::file::parent(state);
         let state = directory.join(&self.state);
         match &self.memory {
             Some(memory) => Place::Files { state, memory: directory.join(memory) },
-            None => Place::Directory(super::temporary::parent(&state).into()),
+            None => Place::Directory(devices::backend::file::parent(&state).into()),
         }
     }
 }

@@ -57,10 +57,10 @@ impl Compression {
 }
 
 /// Takes what was compressed, whoever says that it was.
-pub(super) struct Decompressor(FrameDecoder);
+pub(crate) struct Decompressor(FrameDecoder);
 
 impl Decompressor {
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut decoder = FrameDecoder::new();
         // No extent refers to more than itself: a frame that wants more memory is none of husk's.
         decoder.set_max_window_size(Extent::LEN_MAX.into());
@@ -68,7 +68,7 @@ impl Decompressor {
     }
 
     /// Fills `content` with what `stored` holds. False if that is not exactly as much.
-    pub(super) fn decompress(&mut self, kind: Kind, stored: &[u8], content: &mut [u8]) -> bool {
+    pub(crate) fn decompress(&mut self, kind: Kind, stored: &[u8], content: &mut [u8]) -> bool {
         let len = content.len();
         match kind {
             Kind::Plain if stored.len() == len => {

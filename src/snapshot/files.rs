@@ -17,12 +17,14 @@ use std::fs::{DirBuilder, File};
 use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use devices::backend::file::name_of;
+use devices::backend::file::{name_of, parent};
+use devices::sys::again::again;
 use rustix::fs::{FileType, FlockOperation, Mode, OFlags, flock};
+use rustix::io::retry_on_intr;
 
 use super::opening::{Summary, has_id};
 use super::params::Place;
-use super::temporary::{Temporary, parent};
+use super::temporary::Temporary;
 use super::{SnapshotError, working_set};
 
 /// The state file's name in a directory.
@@ -121,10 +123,10 @@ impl Files {
         // It is there. What fails from here on takes nothing away.
         memory.keep();
         others.into_iter().for_each(|(_, other)| other.keep());
-        std::mem::forget(directory);
+        directory.into_iter().for_each(MadeDirectory::keep);
         sync(parent(&state_path))?;
         if side != memory_path {
-            std::fs::rename(&side, &memory_path)
+            again(|| std::fs::rename(&side, &memory_path))
                 .map_err(SnapshotError::file("cannot rename to", &memory_path))?;
             sync(parent(&memory_path))?;
         }
@@ -133,9 +135,9 @@ impl Files {
     }
 }
 
-/// A directory that was made for a snapshot. Dropped, it is gone unless something is in it.
+/// A directory that was made for a snapshot. Dropped, it is gone unless it is to be kept or something is in it.
 #[derive(Debug)]
-struct MadeDirectory(PathBuf);
+struct MadeDirectory(Option<PathBuf>);
 
 impl MadeDirectory {
     /// `None` if it is there.
@@ -143,7 +145,7 @@ impl MadeDirectory {
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => {
                 sync_directory(parent(path))?;
-                Ok(Some(Self(path.into())))
+                Ok(Some(Self(Some(path.into()))))
             }
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
                 let found = std::fs::metadata(path);
@@ -158,18 +160,26 @@ impl MadeDirectory {
             Err(e) => Err(SnapshotError::file("cannot make the directory", path)(e)),
         }
     }
+
+    /// Keeps it.
+    fn keep(mut self) {
+        self.0 = None;
+    }
 }
 
 impl Drop for MadeDirectory {
     fn drop(&mut self) {
-        // Something else is in it now, then it stays.
-        let _ = std::fs::remove_dir(&self.0);
+        if let Some(path) = &self.0 {
+            // Something else is in it now, then it stays.
+            let _ = std::fs::remove_dir(path);
+        }
     }
 }
 
 fn sync_directory(path: &Path) -> Result<(), SnapshotError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let synced = rustix::fs::open(path, flags, Mode::empty()).and_then(rustix::fs::fsync);
+    let directory = retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()));
+    let synced = directory.and_then(|directory| retry_on_intr(|| rustix::fs::fsync(&directory)));
     synced.map_err(|e| SnapshotError::file("cannot sync the directory", path)(e.into()))
 }
 
@@ -340,7 +350,8 @@ fn is_other_of_snapshot(name: &OsStr, place: &Place) -> bool {
 /// Whether somebody is writing it, or the state file names it.
 fn is_wanted(path: &Path, state: &Path) -> bool {
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let Ok(file) = rustix::fs::open(path, flags, Mode::empty()).map(File::from) else {
+    let opened = retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()));
+    let Ok(file) = opened.map(File::from) else {
         return true;
     };
     let is_file = file.metadata().is_ok_and(|found| found.is_file());

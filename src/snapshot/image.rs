@@ -3,6 +3,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::io::retry_on_intr;
 use serde_json::Value;
 
 use super::chain::{CHAIN_MAX, Parent, ParentDocument};
@@ -116,7 +117,7 @@ impl Image {
         }
         layers::open(state, &mut document.machine)?;
         let flags = rustix::fs::MemfdFlags::CLOEXEC;
-        let nothing = rustix::fs::memfd_create("husk-no-memory", flags)
+        let nothing = retry_on_intr(|| rustix::fs::memfd_create("husk-no-memory", flags))
             .map_err(|e| SnapshotError::Copy(e.into()))?;
         let memory = MemoryImage {
             file: Arc::new(nothing.into()),
@@ -158,9 +159,10 @@ impl Image {
                         Rest::Zeroes | Rest::Merged => None,
                     };
                     let before = memory.extents.clone();
-                    let parent = Parent::new(&document.id, place, &own.path, before, older);
-                    let document = Arc::new(document);
-                    let (own, parent) = (Some(own), Some(parent));
+                    let parent = place
+                        .has_neighbours()
+                        .then(|| Parent::new(&document.id, place, &own.path, before, older));
+                    let (document, own) = (Arc::new(document), Some(own));
                     return Ok(Self { document, memory, own, parent });
                 }
                 Err(e) => {
@@ -235,6 +237,11 @@ impl Own {
             None => Rest::Zeroes,
             Some(parent) if !parent.is_partial => Rest::Zeroes,
             Some(parent) if parent.is_merged(&file) => Rest::Merged,
+            Some(_) if !place.has_neighbours() => {
+                let why = "it goes over another snapshot, which is found from where it is itself: name its files by their \
+                           paths, or have `husk snapshot merge` make it whole";
+                return Err(SnapshotError::Field { field: "snapshot_path", why: why.into() });
+            }
             Some(parent) => Rest::Parent(Arc::new(find_parent(place, parent, document, depth)?)),
         };
         let (file, extents) = (Arc::new(file), extents.into());

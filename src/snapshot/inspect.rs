@@ -9,8 +9,8 @@ use super::document::{Document, MemoryDocument};
 use super::layers::LayerDocument;
 use super::opening::read_state_file;
 use super::params::Place;
-use super::temporary::parent;
 use super::{Compression, DeviceState, Extent, Image, SnapshotError};
+use devices::backend::file::parent;
 
 /// A snapshot that is named on a command line: by its directory, or its state file.
 #[derive(Debug)]

@@ -3,12 +3,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use devices::backend::overlay::{Description, Frozen};
+use devices::backend::passed::is_descriptor;
 use serde::{Deserialize, Serialize};
 
 use super::SnapshotError;
 use super::document::{DeviceState, MachineState};
 use super::files::Files;
-use super::temporary::parent;
+use devices::backend::file::parent;
 
 /// What a state says of such a file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,13 @@ pub(super) fn write(
 pub(super) fn open(state: &Path, machine: &mut MachineState) -> Result<(), SnapshotError> {
     for device in &mut machine.devices {
         match &device.layer {
+            Some(_) if is_descriptor(state) => {
+                let why = format!(
+                    "what {} {} has written is beside the state file: name that by its path",
+                    device.model, device.id
+                );
+                return Err(SnapshotError::Field { field: "snapshot_path", why });
+            }
             Some(LayerDocument { layer, .. }) => {
                 let frozen = Frozen::open(&path(state, device)?, layer)?;
                 device.state.set_files(frozen);

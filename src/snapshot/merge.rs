@@ -5,7 +5,8 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use arch::layout;
-use rustix::fs::MemfdFlags;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::retry_on_intr;
 
 use super::document::Document;
 use super::extent::checksum;
@@ -57,7 +58,7 @@ impl Image {
         let mut page = [0; PAGE];
         let id_page = layout::SNAPSHOT_ID / PAGE as u64 * PAGE as u64;
         self.memory.read(id_page, &mut page)?;
-        let file = File::from(rustix::fs::memfd_create("husk-patch", MemfdFlags::CLOEXEC)?);
+        let file = File::from(retry_on_intr(|| memfd_create("husk-patch", MemfdFlags::CLOEXEC))?);
         file.write_all_at(&page, id_page)?;
         file.write_all_at(&id.to_be_bytes(), layout::SNAPSHOT_ID)?;
         let place = |start, len: u64, kind| {

@@ -36,6 +36,8 @@ use devices::backend::overlay::LayerError;
 
 pub(crate) use self::chain::Parent;
 pub use self::compression::Compression;
+#[cfg(fuzzing)]
+pub(crate) use self::compression::Decompressor;
 pub(crate) use self::document::{
     DeviceState, Document, LegacyState, MachineState, MemoryDocument, hex,
 };
@@ -45,6 +47,7 @@ pub use self::image::Image;
 pub(crate) use self::image::{MemoryImage, Segment};
 pub(crate) use self::inspect::{Inspection, Named, Over, Overlay, format_of};
 pub use self::overrides::Overrides;
+pub(crate) use self::overrides::forget_passed;
 pub(crate) use self::packed::Packer;
 pub use self::params::{
     LoadPages, LoadParams, MemoryBackend, MemoryBackendType, NetworkOverride, SnapshotParams,

@@ -4,7 +4,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use devices::backend::file::{self, Access, OpenError};
+use devices::backend::file::{self, Access, FromStart, OpenError};
 use serde::Deserialize;
 
 use super::document::{Document, MemoryDocument, hex};
@@ -53,11 +53,11 @@ fn read_id(file: &File, memory: &MemoryDocument) -> std::io::Result<String> {
 }
 
 fn read_state(path: &Path) -> Result<StateFile, SnapshotError> {
-    let mut file = file::open(path, Access::Read, file::Kind::Regular)
+    let file = file::open(path, Access::Read, file::Kind::Regular)
         .map_err(|source| SnapshotError::Open { what: "state file", source })?;
     let failed = |e| SnapshotError::file("cannot read the state file", path)(e);
     let len = file.metadata().map_err(failed)?.len();
-    StateFile::read(&mut file, len, failed)
+    StateFile::read(&mut FromStart::of(&file), len, failed)
 }
 
 /// Opens the memory file, under the name that it had when it was written if it did not get to the one that it was
@@ -85,6 +85,7 @@ pub(super) fn open_memory(
                 e => e,
             })
         }
+        Place::Files { memory, .. } if !place.has_neighbours() => check(memory.clone()),
         Place::Files { memory, .. } => check(memory.clone()).or_else(|e| {
             let side = super::files::side(memory, &document.id);
             if side.exists() { check(side) } else { Err(e) }

@@ -2,6 +2,7 @@
 //! is said by the device table (`Model::OUTSIDE`); nothing here knows a device.
 use std::borrow::Cow;
 
+use devices::backend::passed::{PASSED, is_descriptor};
 use devices::backend::tap::DESCRIPTOR;
 use devices::mmds::merge;
 use devices::virtio::{
@@ -14,9 +15,6 @@ use serde_json::{Map, Value, json};
 
 use super::SnapshotError;
 use crate::config::{BOOT_SOURCE, BootSource, Payload, SerialConfig};
-
-/// What of `boot-source` can be another: not the command line, which says where devices are.
-const BOOT_FILES: &[&str] = &["kernel_image_path", "initrd_path"];
 
 /// What names the outside of a VM, where it is to be another than when the snapshot was made. Devices
 /// have the shape of `PUT /vm`, with the fields that change: `{"drives": [{"drive_id": "root",
@@ -111,17 +109,46 @@ impl Overrides {
 /// Takes the numbers from descriptors that a process had: of this one they are others. What is left is refused unless
 /// an override says which it is to be.
 pub(super) fn forget_descriptors(saved: &mut Value) {
+    forget_passed(saved);
+    for_each_field(
+        saved,
+        |row| row.descriptors,
+        |value| {
+            if value.as_str().is_some_and(|name| name.starts_with(DESCRIPTOR)) {
+                *value = DESCRIPTOR.into();
+            }
+        },
+    );
+}
+
+/// The same, of those that were passed to it.
+pub(crate) fn forget_passed(saved: &mut Value) {
+    let forget = |value: &mut Value| {
+        if value.as_str().is_some_and(is_descriptor) {
+            *value = PASSED.into();
+        }
+    };
+    for_each_field(saved, |row| row.openable, forget);
+    let boot = saved.get_mut(BOOT_SOURCE).and_then(Value::as_object_mut);
+    for (_, value) in boot.into_iter().flatten().filter(|(f, _)| BootSource::FILES.contains(&&***f))
+    {
+        forget(value);
+    }
+}
+
+/// Does something to `fields` of all devices that there are.
+fn for_each_field(
+    saved: &mut Value,
+    fields: fn(&Row) -> &'static [&'static str],
+    mut act: impl FnMut(&mut Value),
+) {
     for row in overridable() {
         // Indexing would make sections that there are not.
         let devices = saved.get_mut(row.name).and_then(Value::as_array_mut);
         for device in devices.into_iter().flatten() {
-            for field in row.descriptors {
-                let value = device.get_mut(*field);
-                let named = |value: &&mut Value| {
-                    value.as_str().is_some_and(|name| name.starts_with(DESCRIPTOR))
-                };
-                if let Some(value) = value.filter(named) {
-                    *value = DESCRIPTOR.into();
+            for field in fields(row) {
+                if let Some(value) = device.get_mut(*field) {
+                    act(value);
                 }
             }
         }
@@ -172,7 +199,7 @@ fn apply_one(
 fn apply_boot_files(given: &Value, saved: &mut Value) -> Result<(), SnapshotError> {
     let wrong = |why: &dyn std::fmt::Display| refused(format!("{BOOT_SOURCE}: {why}"));
     let given = given.as_object().ok_or_else(|| wrong(&"want an object"))?;
-    apply_fields(BOOT_SOURCE, BOOT_FILES, given.iter(), saved)?;
+    apply_fields(BOOT_SOURCE, BootSource::FILES, given.iter(), saved)?;
     BootSource::deserialize(&*saved).map(drop).map_err(|e| wrong(&e))
 }
 
@@ -228,7 +255,7 @@ impl JsonSchema for Overrides {
             "payload": { "description": "What this VM is given and no clone of it: any JSON" },
         });
         let boot = generator.subschema_for::<BootSource>();
-        properties[BOOT_SOURCE] = part_of(boot, BOOT_FILES, None, generator);
+        properties[BOOT_SOURCE] = part_of(boot, BootSource::FILES, None, generator);
         for row in overridable() {
             let whole = (row.schema)(generator);
             let id = row.is_many.then_some(row.id_field);
@@ -381,9 +408,16 @@ mod tests {
         let mut config = json!({ "network-interfaces": [
             { "iface_id": "a", "host_dev_name": "fd:7" },
             { "iface_id": "b", "host_dev_name": "tap0" },
-        ], "drives": [{ "drive_id": "fd:", "path_on_host": "fd:7" }] });
+            { "iface_id": "held:1", "host_dev_name": "held:1" },
+        ], "drives": [
+            { "drive_id": "fd:", "path_on_host": "fd:7" },
+            { "drive_id": "b", "path_on_host": "held:12", "overlay": { "File": "held:12" } },
+        ], "boot-source": { "kernel_image_path": "held:3", "boot_args": "held:3" } });
         let mut expected = config.clone();
         forget_descriptors(&mut config);
+        expected["network-interfaces"][2]["host_dev_name"] = PASSED.into();
+        expected["drives"][1]["path_on_host"] = PASSED.into();
+        expected["boot-source"]["kernel_image_path"] = PASSED.into();
         expected["network-interfaces"][0]["host_dev_name"] = "fd:".into();
         assert_eq!(config, expected);
         let other = json!({ "network-interfaces": [{ "iface_id": "a", "host_dev_name": "fd:8" }] });

@@ -98,7 +98,8 @@ pub(super) fn unpack(
     let kept = extents.iter().filter(|extent| extent.kind != Kind::Zero);
     crate::memory::check_host_has(kept.map(|extent| u64::from(extent.len)).sum())
         .map_err(failed)?;
-    let image = rustix::fs::memfd_create("husk-unpacked", rustix::fs::MemfdFlags::CLOEXEC);
+    let flags = rustix::fs::MemfdFlags::CLOEXEC;
+    let image = rustix::io::retry_on_intr(|| rustix::fs::memfd_create("husk-unpacked", flags));
     let image = File::from(image.map_err(|e| failed(e.into()))?);
     image.set_len(len).map_err(failed)?;
     let threads = thread::available_parallelism().map_or(1, NonZero::get).min(THREADS_MAX);

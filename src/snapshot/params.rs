@@ -1,6 +1,7 @@
 //! What is asked of snapshots: the bodies of `PUT /snapshot/create` and `PUT /snapshot/load`.
 use std::path::{Path, PathBuf};
 
+use devices::backend::passed::{Name, is_descriptor};
 use devices::virtio::model::Model;
 use devices::virtio::{net, vsock};
 use schemars::JsonSchema;
@@ -99,6 +100,16 @@ pub(super) enum Place {
     Files { state: PathBuf, memory: PathBuf },
 }
 
+impl Place {
+    /// Whether it is a place in which other files could be found: not one of descriptors that were passed.
+    pub(super) fn has_neighbours(&self) -> bool {
+        match self {
+            Self::Directory(_) => true,
+            Self::Files { state, memory } => !is_descriptor(state) && !is_descriptor(memory),
+        }
+    }
+}
+
 /// What serves the memory of a VM that is restored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum MemoryBackendType {
@@ -114,8 +125,8 @@ pub enum MemoryBackendType {
 pub struct MemoryBackend {
     /// What serves it.
     pub backend_type: MemoryBackendType,
-    /// The file, or the socket.
-    pub backend_path: PathBuf,
+    /// The file, or the socket; `passed:N` is a file's descriptor that came with the request.
+    pub backend_path: Name,
 }
 
 /// Which snapshot to restore, and how: `PUT /snapshot/load`.
@@ -123,12 +134,12 @@ pub struct MemoryBackend {
 #[serde(deny_unknown_fields)]
 #[schemars(rename = "SnapshotLoadParams")]
 pub struct LoadParams {
-    /// The state file. Firecracker's form.
+    /// The state file; `passed:N` is a descriptor that came with the request. Firecracker's form.
     #[serde(default)]
-    pub snapshot_path: Option<PathBuf>,
+    pub snapshot_path: Option<Name>,
     /// The memory file. Deprecated: `mem_backend` is its successor.
     #[serde(default)]
-    pub mem_file_path: Option<PathBuf>,
+    pub mem_file_path: Option<Name>,
     /// Where the memory comes from.
     #[serde(default)]
     pub mem_backend: Option<MemoryBackend>,
@@ -227,6 +238,9 @@ pub struct VsockOverride {
 }
 
 impl LoadParams {
+    /// Fields for which a descriptor that was passed will do.
+    pub(crate) const OPENABLE: &[&str] = &["snapshot_path", "mem_file_path", "backend_path"];
+
     /// The snapshot in a directory; its guest goes on at once.
     pub fn from_directory(directory: impl Into<PathBuf>) -> Self {
         Self { directory: Some(directory.into()), resume_vm: true, ..Self::default() }
@@ -253,16 +267,19 @@ impl LoadParams {
     pub(crate) fn handler(&self) -> Option<&Path> {
         let backend = self.mem_backend.as_ref();
         let backend = backend.filter(|b| b.backend_type == MemoryBackendType::Uffd);
-        backend.map(|backend| &*backend.backend_path)
+        backend.map(|backend| backend.backend_path.as_path())
     }
 
     /// The state file of a snapshot whose memory another process serves.
     pub(super) fn state_alone(&self) -> Result<PathBuf, SnapshotError> {
         let wrong = |field, why: &str| Err(SnapshotError::Field { field, why: why.into() });
         match (&self.directory, &self.snapshot_path) {
+            _ if self.handler().is_some_and(is_descriptor) => {
+                wrong("backend_path", "Uffd serves memory by a socket that is named by its path")
+            }
             _ if self.verify => wrong("verify", "Uffd serves memory that husk does not see"),
             (Some(directory), None) => Ok(Place::Directory(directory.clone()).state()),
-            (None, Some(state)) => Ok(state.clone()),
+            (None, Some(state)) => Ok(state.to_path_buf()),
             (Some(_), Some(_)) => wrong("directory", "give it or snapshot_path, not both"),
             (None, None) => wrong("snapshot_path", "give it, or directory"),
         }
@@ -301,7 +318,7 @@ impl LoadParams {
         match (&self.directory, &self.snapshot_path, memory) {
             (Some(directory), None, None) => Ok(Place::Directory(directory.clone())),
             (None, Some(state), Some(memory)) => {
-                Ok(Place::Files { state: state.clone(), memory: memory.clone() })
+                Ok(Place::Files { state: state.to_path_buf(), memory: memory.to_path_buf() })
             }
             (Some(_), _, _) => wrong("directory", "give it, or snapshot_path and mem_backend"),
             (None, None, _) => wrong("snapshot_path", "give it and mem_backend, or directory"),

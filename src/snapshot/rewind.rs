@@ -2,6 +2,7 @@
 //! `PUT /snapshot/rewind` and `PUT /snapshot/working-set`.
 use std::path::PathBuf;
 
+use devices::backend::passed::Name;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -44,8 +45,8 @@ impl RewindParams {
         let is_named = directory.is_some() || snapshot_path.is_some() || mem_file_path.is_some();
         is_named.then(|| LoadParams {
             directory,
-            snapshot_path,
-            mem_file_path,
+            snapshot_path: snapshot_path.map(Name::from),
+            mem_file_path: mem_file_path.map(Name::from),
             ..LoadParams::default()
         })
     }
@@ -56,8 +57,8 @@ impl SnapshotParams {
     pub(crate) fn load_params(&self) -> LoadParams {
         LoadParams {
             directory: self.directory.clone(),
-            snapshot_path: self.snapshot_path.clone(),
-            mem_file_path: self.mem_file_path.clone(),
+            snapshot_path: self.snapshot_path.clone().map(Name::from),
+            mem_file_path: self.mem_file_path.clone().map(Name::from),
             ..LoadParams::default()
         }
     }

@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use arch::layout;
+use devices::sys::again::spawn;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
@@ -187,14 +188,18 @@ impl Writer {
         let (work, to_do) = sync_channel::<(Saving, Answer)>(1);
         let flags = Arc::new(Flags::default());
         let shared = flags.clone();
-        std::thread::Builder::new().name("husk_snapshot".into()).spawn(move || {
+        let see_through = move || {
             if let Ok((saving, answer)) = to_do.recv() {
                 let finished = saving.finish(&shared);
                 // Whoever hears of it may ask for the next.
                 shared.is_done.store(true, Ordering::Release);
                 answer(finished);
             }
-        })?;
+        };
+        spawn(
+            |work| std::thread::Builder::new().name("husk_snapshot".into()).spawn(work),
+            see_through,
+        )?;
         Ok(Self { work, flags })
     }
 

@@ -9,8 +9,10 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
+use devices::backend::file::parent;
+use devices::sys::again::again;
 use rustix::fs::{AtFlags, CWD, FlockOperation, Mode, OFlags, flock, linkat};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use super::SnapshotError;
 
@@ -53,7 +55,7 @@ impl Temporary {
     pub(super) fn name(&mut self, name: &Path) -> Result<(), SnapshotError> {
         let named = match &self.path {
             Some(path) if path == name => Ok(()),
-            Some(path) => std::fs::rename(path, name),
+            Some(path) => again(|| std::fs::rename(path, name)),
             None => link(&self.file, name),
         };
         named.map_err(SnapshotError::file("cannot name", name))?;
@@ -64,7 +66,8 @@ impl Temporary {
     /// Puts it in the place of `target`, for good. `name` is what it is called for a moment.
     pub(super) fn replace(mut self, target: &Path, name: &Path) -> Result<(), SnapshotError> {
         self.name(name)?;
-        std::fs::rename(name, target).map_err(SnapshotError::file("cannot rename to", target))?;
+        again(|| std::fs::rename(name, target))
+            .map_err(SnapshotError::file("cannot rename to", target))?;
         self.path = None;
         Ok(())
     }
@@ -88,7 +91,7 @@ impl Drop for Temporary {
 /// A file without a name, in the directory that `name` is in.
 fn nameless(name: &Path) -> Result<File, Errno> {
     let flags = OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC;
-    let file = rustix::fs::open(parent(name), flags, Mode::RUSR | Mode::WUSR)?;
+    let file = retry_on_intr(|| rustix::fs::open(parent(name), flags, Mode::RUSR | Mode::WUSR))?;
     // It gets its name by this.
     rustix::fs::access(own_link(&file), rustix::fs::Access::EXISTS)?;
     Ok(file.into())
@@ -100,7 +103,7 @@ fn named(name: &Path) -> io::Result<Temporary> {
 }
 
 fn link(file: &File, name: &Path) -> io::Result<()> {
-    Ok(linkat(CWD, own_link(file), CWD, name, AtFlags::SYMLINK_FOLLOW)?)
+    Ok(retry_on_intr(|| linkat(CWD, own_link(file), CWD, name, AtFlags::SYMLINK_FOLLOW))?)
 }
 
 fn own_link(file: &impl AsRawFd) -> String {
@@ -108,10 +111,6 @@ fn own_link(file: &impl AsRawFd) -> String {
 }
 
 /// The directory that a file is in.
-pub(super) fn parent(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
 #[cfg(test)]
 pub(super) mod tests {
     use std::io::Write;

@@ -18,6 +18,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use devices::backend::file::{self, Access, OpenError};
+use devices::backend::passed::is_descriptor;
 
 use super::document::hex;
 use super::extent::checksum;
@@ -174,9 +175,12 @@ pub(super) fn is_stale(path: &Path, id: &str) -> bool {
 
 impl Image {
     /// Where its working set is: in a snapshot's directory under a name of its own, else beside the memory
-    /// file. An image in memory has none.
+    /// file. An image in memory has none, nor has one that came as descriptors.
     pub(crate) fn working_set_path(&self) -> Option<PathBuf> {
         let memory = &self.own.as_ref()?.path;
+        if is_descriptor(memory) {
+            return None;
+        }
         let in_directory = format!("memory-{}", self.document.id);
         if memory.file_name().is_some_and(|name| *name == *in_directory) {
             return Some(memory.with_file_name(NAME));

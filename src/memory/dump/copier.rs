@@ -13,6 +13,7 @@ use rustix::process::{Pid, Signal};
 use super::chunk::{CHUNK_PAGES, Chunk, Coverage, ENTRY, Patched, ZEROS, mask, runs, touched};
 use super::plan::{Changes, Order, Piece, Plan, Zeroes};
 use super::{DONE, EXTENT, FAILED, PAGE, PARTIAL, RECORD_LEN, WITNESS, usize_of};
+use crate::memory::pagemap;
 use crate::snapshot::{Compression, EXTENT_LEN, Extent, Kind, Packer};
 
 /// Entries of the page map read at once.
@@ -73,7 +74,7 @@ impl<'a> Copier<'a> {
 
     fn new(order: Order<'a>, to_parent: &'a OwnedFd) -> io::Result<Self> {
         // This process's own: what the parent does with its memory meanwhile does not matter.
-        let page_map = File::open("/proc/self/pagemap")?;
+        let page_map = pagemap::open()?;
         let Order { target, compression, ref patch, .. } = order;
         let packer = match compression {
             Compression::None => None,
