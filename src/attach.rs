@@ -1,12 +1,15 @@
 //! From a device to its place in the machine: address, interrupt, doorbells, bus slots.
-use std::sync::{Arc, Mutex};
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
+use std::sync::Arc;
 
-use arch::{VirtioMmio, layout};
+use arch::{VirtioMmio, again, layout};
 use devices::GuestRam;
 use devices::bus::{Bus, BusDevice};
 use devices::io::IoThread;
 use devices::metrics::CounterSet;
 use devices::observer::{Happening, Observer};
+use devices::sync::Mutex;
 use devices::virtio::mmio::{
     MmioTransport, QUEUE_NOTIFY, Saved, WINDOW_SIZE, Window, WindowDevice,
 };
@@ -18,6 +21,7 @@ use crate::error::Refusal;
 use crate::events::Watch;
 use crate::metrics::{Interrupts, One, Source};
 use crate::parts::{Part, eventfd};
+use crate::sandbox;
 
 /// A device in its place.
 #[derive(Debug)]
@@ -99,9 +103,11 @@ impl Slots<'_> {
         let line = register_irq(self.vm, place.irq)?;
         let failed = |source| Refusal::Device { section: model, id: id.clone(), source };
         let io = match device.may_block() {
-            true => IoThread::spawn(&format!("{}{index}", self.io_name))
-                .map(Arc::new)
-                .map_err(|e| failed(e.into()))?,
+            true => {
+                let name = format!("{}{index}", self.io_name);
+                let io = IoThread::spawn_with(&name, Vec::new(), sandbox::enter_io);
+                Arc::new(io.map_err(|e| failed(e.into()))?)
+            }
             false => self.io.clone(),
         };
         let own_counters = device.counters();
@@ -114,9 +120,8 @@ impl Slots<'_> {
             MmioTransport::new(device, self.memory.clone(), notifier, io, saved).map_err(failed)?;
         for (queue, kick) in (0u32..).zip(transport.kicks()) {
             for window in [place.acpi_window, place.cmdline_window] {
-                let addr = IoEventAddress::Mmio(window + QUEUE_NOTIFY);
-                self.vm
-                    .register_ioevent(kick, &addr, queue)
+                let addr = IoEventAddress::Mmio(window.saturating_add(QUEUE_NOTIFY));
+                again(|| self.vm.register_ioevent(kick, &addr, queue))
                     .map_err(Refusal::kvm("KVM_IOEVENTFD"))?;
             }
         }
@@ -133,21 +138,25 @@ impl Slots<'_> {
 
 /// Where devices go, in their order.
 pub(crate) fn places() -> impl Iterator<Item = VirtioMmio> {
-    (0_u64..).zip(layout::VIRTIO_IRQS).map(|(index, irq)| VirtioMmio {
-        acpi_window: layout::VIRTIO_ACPI + index * WINDOW_SIZE,
-        cmdline_window: layout::VIRTIO_CMDLINE + index * WINDOW_SIZE,
-        irq,
+    (0_u64..).zip(layout::VIRTIO_IRQS).map(|(index, irq)| {
+        let offset = index.saturating_mul(WINDOW_SIZE);
+        VirtioMmio {
+            acpi_window: layout::VIRTIO_ACPI.saturating_add(offset),
+            cmdline_window: layout::VIRTIO_CMDLINE.saturating_add(offset),
+            irq,
+        }
     })
 }
 
 /// Makes an eventfd whose writes raise `irq`.
 pub(crate) fn register_irq(vm: &VmFd, irq: u32) -> Result<EventFd, Refusal> {
     let line = eventfd()?;
-    vm.register_irqfd(&line, irq).map_err(Refusal::kvm("KVM_IRQFD"))?;
+    again(|| vm.register_irqfd(&line, irq)).map_err(Refusal::kvm("KVM_IRQFD"))?;
     Ok(line)
 }
 
 /// Puts a device where the layout says. The layout's ranges do not overlap.
+#[expect(clippy::expect_used, reason = "of constants, and before the guest runs")]
 pub(crate) fn insert(bus: &mut Bus, base: u64, len: u64, device: Arc<dyn BusDevice>) {
     bus.insert(base, len, device).expect("the ranges of the memory layout do not overlap");
 }

@@ -4,6 +4,7 @@
 //! without knowing of each other. docs/design.md says how it is built.
 
 mod api;
+mod arrived;
 mod attach;
 mod bell;
 mod boot;
@@ -14,9 +15,12 @@ mod error;
 mod events;
 mod exit;
 mod fork;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gate;
 mod identity;
 mod instance;
+mod jail;
 mod logger;
 mod machine;
 mod memory;
@@ -24,6 +28,7 @@ mod metrics;
 mod outcome;
 mod parts;
 mod request;
+mod sandbox;
 mod signals;
 mod snapshot;
 mod takeover;
@@ -40,6 +45,7 @@ pub use config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, LoggerConfig, MachineConfig,
     MetricsConfig, OnReboot, Payload, RateLimitGroup, SerialConfig, SerialTo, VCPUS_MAX, VmConfig,
 };
+pub use devices::backend::passed::Name;
 pub use devices::limiter::{RateLimiter, TokenBucket};
 pub use devices::mmds::{Config as MmdsConfig, Version as MmdsVersion};
 pub use devices::virtio::{balloon, block, mem, net, pmem, rng, vsock};

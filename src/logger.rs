@@ -4,14 +4,16 @@
 //! counted; the next that can be written says how many were. `println!` does the opposite: it waits
 //! for the reader and panics when it is gone.
 use std::fmt::Write as _;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use devices::backend::stream::{self, Direction};
 use log::{LevelFilter, Log, Metadata, Record};
 use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::retry_on_intr;
 
 use crate::config::{LogLevel, LoggerConfig};
 use crate::error::Refusal;
@@ -33,7 +35,9 @@ pub(crate) fn counters() -> &'static Arc<Counters> {
     &COUNTERS
 }
 
-static PROGRAM: OnceLock<&str> = OnceLock::new();
+/// The names under which husk speaks, and which of them it is.
+const PROGRAMS: [&str; 3] = ["husk", "firecracker", "jailer"];
+static PROGRAM: AtomicUsize = AtomicUsize::new(0);
 
 /// A pipe takes as much as this whole or not at all (POSIX: `PIPE_BUF`).
 const PIPE_BUF: usize = 4096;
@@ -114,10 +118,41 @@ pub(crate) fn init(level: LogLevel, stream: Stream, instance: Option<String>) {
         instance,
         devices: Limit::default(),
     };
-    let logger = LOGGER.get_or_init(|| Logger(Mutex::new(state)));
+    let logger = match LOGGER.get() {
+        // That of the process that this one was forked from.
+        Some(logger) => {
+            *logger.0.lock().unwrap_or_else(PoisonError::into_inner) = state;
+            log::set_max_level(filter(level));
+            logger
+        }
+        None => LOGGER.get_or_init(|| Logger(Mutex::new(state))),
+    };
     // Already set: a library's host has its own logger, and keeps it.
     if log::set_logger(logger).is_ok() {
         log::set_max_level(filter(level));
+    }
+}
+
+/// Opens standard streams again, in a process that was forked and has closed what it had: a file for the log among that.
+pub(crate) fn open_again() {
+    let forget = |outlet: &mut Outlet| {
+        // Its descriptor is closed, or somebody else's by now.
+        std::mem::forget(outlet.stream.take());
+    };
+    if let Some(Logger(state)) = LOGGER.get() {
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Sink::File(outlet) = &mut state.sink {
+            forget(outlet);
+            state.sink = Sink::Stream(Stream::Error);
+            state.path = None;
+        }
+    }
+    for stream in [Stream::Error, Stream::Output] {
+        if let Some(outlet) = stream.cell().get() {
+            let mut outlet = outlet.lock().unwrap_or_else(PoisonError::into_inner);
+            forget(&mut outlet);
+            *outlet = stream.open();
+        }
     }
 }
 
@@ -195,7 +230,8 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd, String> {
         .is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::Fifo);
     let access = if is_fifo { OFlags::RDWR } else { OFlags::WRONLY | OFlags::CREATE };
     let flags = OFlags::APPEND | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let fd = rustix::fs::open(path, access | flags, Mode::RUSR | Mode::WUSR)
+    let mode = Mode::RUSR | Mode::WUSR;
+    let fd = retry_on_intr(|| rustix::fs::open(path, access | flags, mode))
         .map_err(|e| format!("cannot open {shown}: {}", std::io::Error::from(e)))?;
     match rustix::fs::fstat(&fd).map(|stat| FileType::from_raw_mode(stat.st_mode)) {
         Ok(FileType::RegularFile | FileType::Fifo | FileType::CharacterDevice) => Ok(fd),
@@ -290,14 +326,25 @@ impl Stream {
     /// Opened once for all who write to it: before anything else is, as words are wanted most when
     /// there are no descriptors left.
     fn outlet(self) -> MutexGuard<'static, Outlet> {
+        let open = || self.open().into();
+        self.cell().get_or_init(open).lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn cell(self) -> &'static OnceLock<Mutex<Outlet>> {
         static ERROR: OnceLock<Mutex<Outlet>> = OnceLock::new();
         static OUTPUT: OnceLock<Mutex<Outlet>> = OnceLock::new();
-        let (outlet, fd) = match self {
-            Self::Error => (&ERROR, rustix::stdio::stderr()),
-            Self::Output => (&OUTPUT, rustix::stdio::stdout()),
+        match self {
+            Self::Error => &ERROR,
+            Self::Output => &OUTPUT,
+        }
+    }
+
+    fn open(self) -> Outlet {
+        let fd = match self {
+            Self::Error => rustix::stdio::stderr(),
+            Self::Output => rustix::stdio::stdout(),
         };
-        let open = || Outlet::new(stream::Stream::shared(fd, Direction::Output).ok()).into();
-        outlet.get_or_init(open).lock().unwrap_or_else(PoisonError::into_inner)
+        Outlet::new(stream::Stream::shared(fd, Direction::Output).ok())
     }
 }
 
@@ -360,16 +407,22 @@ fn timestamp() -> String {
     format!("{date}.{:09}", now.tv_nsec)
 }
 
-/// Opens standard error for what is said to people in the name of `name`; for the start of a process.
-pub(crate) fn start_as(name: &'static str) {
+/// Opens standard error for what is said to people in the name of `name`; for the start of a process, and for one that
+/// becomes another program.
+pub(crate) fn start_as(name: &str) {
     drop(Stream::Error.outlet());
-    // Set already: it keeps its name.
-    let _ = PROGRAM.set(name);
+    let index = PROGRAMS.iter().position(|known| *known == name);
+    PROGRAM.store(index.unwrap_or_default(), Ordering::Relaxed);
+}
+
+/// What is open for that: the only descriptor of a process that has just begun, besides those it was given.
+pub(crate) fn descriptor() -> Option<RawFd> {
+    Stream::Error.outlet().stream.as_ref().map(AsRawFd::as_raw_fd)
 }
 
 /// The name under which husk speaks. Async-signal-safe.
 pub(crate) fn program() -> &'static str {
-    PROGRAM.get().copied().unwrap_or("husk")
+    PROGRAMS[PROGRAM.load(Ordering::Relaxed)]
 }
 
 /// Says `text` to people, in husk's name.

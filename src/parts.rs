@@ -5,25 +5,32 @@
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, PoisonError};
 
 use arch::{BootError, CpuChoice, FileError, HostCpu, Initrd, Kernel, SetupError, Topology};
 use devices::backend::console::Console;
 use devices::backend::file::{self, Access};
+use devices::backend::unix::SocketName;
 use devices::io::IoThread;
 use devices::legacy::boot_timer::BootTimer;
 use devices::legacy::serial::{Serial, SerialError, SerialState};
 use devices::mmds::{Config as MmdsConfig, Mmds, Service};
+use devices::sync::Mutex;
+use devices::sys::again;
+use devices::sys::errand::Errands;
 use devices::virtio::model::{Env, VirtioDevice};
 use devices::virtio::notifier;
 use kvm_ioctls::Kvm;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::retry_on_intr;
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::{DEMO_GUEST, SerialTo, VmConfig};
 use crate::error::{Refusal, chain};
 use crate::events::{Hub, Watch};
 use crate::identity::Current;
 use crate::metrics::MachineCounters;
+use crate::sandbox::{self, Role};
 use crate::snapshot::SnapshotError;
 use crate::takeover::{Port, Taken};
 
@@ -57,11 +64,15 @@ pub(crate) struct Parts {
     pub(crate) kernel: Option<Kernel>,
     pub(crate) initrd: Option<Initrd>,
     pub(crate) devices: Vec<Part>,
+    /// Dropped before what its thread uses.
+    pub(crate) io: Arc<IoThread>,
+    /// The socket that the serial port is, if it is one. Its file is removed with this: the I/O thread may not do that, and
+    /// may be the last that has the port.
+    pub(crate) serial_name: Option<Arc<SocketName>>,
     pub(crate) serial: Arc<Mutex<Serial>>,
     pub(crate) serial_irq: EventFd,
     /// What leads to the serial port, if it is a pseudo-terminal or a socket.
     pub(crate) serial_path: Option<PathBuf>,
-    pub(crate) io: Arc<IoThread>,
     pub(crate) boot_timer: Option<Arc<Mutex<BootTimer>>>,
     /// What the devices share.
     pub(crate) env: Env,
@@ -100,6 +111,7 @@ impl Parts {
             (Some(service), _) => Some(service),
             (None, config) => config.map(|config| open_mmds(mmds, config)).transpose()?,
         };
+        env.connector = sandbox::is_on().then_some(start_connector);
         let devices = config
             .devices()
             .map(|recipe| {
@@ -118,7 +130,7 @@ impl Parts {
         let kvm = open_kvm()?;
         let cpu = HostCpu::new(&kvm, config.cpu()).map_err(|e| setup(e, config.cpu()))?;
         let serial_irq = eventfd()?;
-        let Port { serial, io, path: serial_path } = match taken.port.take() {
+        let Port { serial, io, path: serial_path, name: serial_name } = match taken.port.take() {
             Some(port) => port,
             None => open_port(config, io_thread, quit, &serial_irq, saved)?,
         };
@@ -133,6 +145,7 @@ impl Parts {
             serial,
             serial_irq,
             serial_path,
+            serial_name,
             io,
             boot_timer,
             env,
@@ -156,6 +169,11 @@ impl Parts {
     }
 }
 
+/// Starts a thread that connects to the host's sockets.
+fn start_connector() -> std::io::Result<Errands> {
+    Errands::spawn("husk_connect", || sandbox::enter(Role::Connect))
+}
+
 /// Opens the serial port, and starts the thread that feeds it and runs devices.
 fn open_port(
     config: &VmConfig,
@@ -166,15 +184,16 @@ fn open_port(
 ) -> Result<Port, Refusal> {
     let mut console = open_console(&config.serial_to(), quit)?;
     console.limit(config.serial.rate_limiter.as_ref());
-    let path = console.path().map(Path::to_owned);
+    let (path, name) = (console.path().map(Path::to_owned), console.take_name().map(Arc::new));
     let line = Box::new(irq.try_clone().map_err(Refusal::host("cannot copy an eventfd"))?);
     let serial = match saved {
         None => Serial::new(line, console),
         Some(saved) => Serial::from_state(saved.clone(), line, console),
     };
     let (serial, input) = serial.map_err(serial_failed)?;
-    let io = IoThread::spawn_with(io_thread, vec![Box::new(input)]).map_err(io_failed)?;
-    Ok(Port { serial, io: Arc::new(io), path })
+    let io = IoThread::spawn_with(io_thread, vec![Box::new(input)], sandbox::enter_io);
+    let io = io.map_err(io_failed)?;
+    Ok(Port { serial, io: Arc::new(io), path, name })
 }
 
 /// Makes a refusal of a serial port that cannot be.
@@ -191,7 +210,7 @@ pub(crate) fn open_boot(config: &VmConfig) -> Result<(Kernel, Option<Initrd>), R
     let source = config.boot_source()?;
     let kernel = open_kernel(&source.kernel_image_path)?;
     config.check_values()?;
-    let initrd = source.initrd_path.as_deref().map(open_initrd).transpose()?;
+    let initrd = source.open_initrd()?;
     config.check_boot(&kernel, initrd.as_ref())?;
     Ok((kernel, initrd))
 }
@@ -203,7 +222,7 @@ fn open_mmds(mmds: &Arc<Mmds>, config: MmdsConfig) -> Result<Arc<Service>, Refus
 
 /// An eventfd as this crate uses them.
 pub(crate) fn eventfd() -> Result<EventFd, Refusal> {
-    EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Refusal::host("cannot make an eventfd"))
+    again::eventfd().map_err(Refusal::host("cannot make an eventfd"))
 }
 
 /// Refuses a CPU that cannot be had on this host. It is tried on a VM that is gone again afterwards.
@@ -213,9 +232,9 @@ pub(crate) fn check_cpu(choice: CpuChoice<'_>) -> Result<(), Refusal> {
     }
     let kvm = open_kvm()?;
     let cpu = HostCpu::new(&kvm, choice).map_err(|e| setup(e, choice))?;
-    let vm = kvm.create_vm().map_err(Refusal::kvm("KVM_CREATE_VM"))?;
-    vm.create_irq_chip().map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
-    let vcpu = vm.create_vcpu(0).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
+    let vm = arch::again(|| kvm.create_vm()).map_err(Refusal::kvm("KVM_CREATE_VM"))?;
+    arch::again(|| vm.create_irq_chip()).map_err(Refusal::kvm("KVM_CREATE_IRQCHIP"))?;
+    let vcpu = arch::again(|| vm.create_vcpu(0)).map_err(Refusal::kvm("KVM_CREATE_VCPU"))?;
     cpu.configure(&vcpu, 0, Topology::new(1, false), None).map_err(|e| setup(e, choice))
 }
 
@@ -266,14 +285,14 @@ fn open_boot_file(what: &'static str, path: &Path) -> Result<File, Refusal> {
 
 /// The demo guest as a file, because that is what a kernel is read from.
 fn demo_file() -> std::io::Result<File> {
-    let fd = rustix::fs::memfd_create("husk-demo-guest", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let fd = retry_on_intr(|| memfd_create("husk-demo-guest", MemfdFlags::CLOEXEC))?;
     let mut file = File::from(fd);
     file.write_all(DEMO_IMAGE)?;
     Ok(file)
 }
 
 fn open_kvm() -> Result<Kvm, Refusal> {
-    let kvm = Kvm::new().map_err(|e| {
+    let kvm = arch::again(Kvm::new).map_err(|e| {
         let advice = match e.errno() {
             libc::ENOENT => {
                 ": load the kvm_intel or kvm_amd module, or enable virtualization in \
@@ -285,7 +304,12 @@ fn open_kvm() -> Result<Kvm, Refusal> {
         };
         Refusal::Host { what: format!("cannot open /dev/kvm{advice}"), source: e.into() }
     })?;
-    match kvm.get_api_version() {
+    // What fails is no version.
+    let version = arch::again(|| match kvm.get_api_version() {
+        failed if failed < 0 => Err(kvm_ioctls::Error::last()),
+        version => Ok(version),
+    });
+    match version.map_err(Refusal::host("/dev/kvm: KVM_GET_API_VERSION"))? {
         KVM_API_VERSION => Ok(kvm),
         other => Err(Refusal::Host {
             what: "/dev/kvm".into(),

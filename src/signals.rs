@@ -1,7 +1,7 @@
 //! Signals that stop husk, as a descriptor to wait on; what ends husk if it does not heed them in time; and the
 //! last words of a husk that crashes.
 //!
-//! SIGTERM, SIGINT, SIGHUP and SIGQUIT are noted by a handler, for whoever waits; but one that whoever
+//! SIGTERM, SIGINT, SIGHUP, SIGQUIT and SIGXCPU are noted by a handler, for whoever waits; but one that whoever
 //! started us ignores (`nohup`, a script's background job) stays ignored. The handler also sets an alarm: what is
 //! promised of a signal must hold while the VMM thread waits for a file system, or for the process that serves
 //! guest memory. SIGXFSZ is blocked for good: a disk image that hits a file size
@@ -10,10 +10,7 @@
 //! is restored, the signal is named, and then it does what it always did.
 #![expect(unsafe_code, reason = "signal masks and handlers have no safe wrapper in our libraries")]
 
-use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicI64, AtomicU32, Ordering};
 
@@ -21,14 +18,28 @@ use crate::bell::Bell;
 use crate::exit::Ending;
 use crate::vmm::Signals;
 
-/// When a husk that was told to stop is ended, whatever it does. 2 s are promised, and a process takes a moment.
-const LAST_RESORT_MS: i64 = 1950;
-const STOP: [libc::c_int; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
-/// SIGTSTP: whoever really wants us to stand still has SIGSTOP, and a guest can be paused.
-const IGNORED: [libc::c_int; 5] =
-    [libc::SIGUSR1, libc::SIGUSR2, libc::SIGTTOU, libc::SIGTSTP, libc::SIGVTALRM];
+/// When a husk that was told to stop is ended, whatever it does. 2 s are promised, and on a host with much to do a process
+/// takes a moment to get there, and to be gone.
+const LAST_RESORT_MS: i64 = 1600;
+/// SIGXCPU: a limit on processor time is reached, and a second later it comes again.
+const STOP: [libc::c_int; 5] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT, libc::SIGXCPU];
+/// They would end us and mean nothing here, as those for real time. SIGTSTP: whoever really wants us to stand still has
+/// SIGSTOP, and a guest can be paused.
+const IGNORED: [libc::c_int; 9] = [
+    libc::SIGUSR1,
+    libc::SIGUSR2,
+    libc::SIGTTOU,
+    libc::SIGTSTP,
+    libc::SIGVTALRM,
+    libc::SIGPROF,
+    libc::SIGIO,
+    libc::SIGPWR,
+    libc::SIGSTKFLT,
+];
 /// What a crash comes as, and what is said of it.
-const CRASH: [(libc::c_int, &str); 6] = [
+const CRASH: [(libc::c_int, &str); 7] = [
+    (libc::SIGTRAP, ": crashed: SIGTRAP\n"),
     (libc::SIGABRT, ": crashed: SIGABRT\n"),
     (libc::SIGSEGV, ": crashed: SIGSEGV\n"),
     (libc::SIGBUS, ": crashed: SIGBUS\n"),
@@ -46,15 +57,22 @@ static FIRST: AtomicI32 = AtomicI32::new(0);
 static FIRST_AT_MS: AtomicI64 = AtomicI64::new(0);
 /// Rung when one has come.
 static BELL: OnceLock<Bell> = OnceLock::new();
-/// The API's socket, its device and its inode: removed if there is nobody left to do it.
-static SOCKET: OnceLock<(CString, (libc::dev_t, libc::ino_t))> = OnceLock::new();
 
 /// The process's stop signals.
 #[derive(Debug)]
 pub(crate) struct ProcessSignals(&'static Bell);
 
 impl ProcessSignals {
-    /// Takes the signals over.
+    /// Holds them back until they are taken: what husk makes by then, its socket above all, would be left behind by
+    /// one that ends it.
+    pub(crate) fn hold() -> std::io::Result<Held> {
+        // SAFETY: `sigset_t` is plain data, which the call fills in.
+        let mut before: libc::sigset_t = unsafe { std::mem::zeroed() };
+        change_mask(libc::SIG_BLOCK, &STOP, &raw mut before)?;
+        Ok(Held { before })
+    }
+
+    /// Takes the signals over, those that are held back too.
     pub(crate) fn take() -> std::io::Result<Self> {
         // A second try of the same process finds the first one's.
         let bell = match BELL.get() {
@@ -65,7 +83,8 @@ impl ProcessSignals {
             }
         };
         OWNER.store(std::process::id().cast_signed(), Ordering::Relaxed);
-        for signal in IGNORED {
+        // The first of the latter is what kicks vCPUs, which get a handler for it.
+        for signal in IGNORED.into_iter().chain(libc::SIGRTMIN()..=libc::SIGRTMAX()) {
             // SAFETY: ignoring a signal runs no code of ours.
             unsafe { libc::signal(signal, libc::SIG_IGN) };
         }
@@ -87,27 +106,48 @@ impl ProcessSignals {
         mask(libc::SIG_BLOCK, &STOP)?;
         mask(libc::SIG_BLOCK, &[libc::SIGALRM])
     }
+}
 
-    /// Names the API's socket, which is there.
-    pub(crate) fn remember_socket(path: &Path) {
-        let found = rustix::fs::lstat(path);
-        if let (Ok(path), Ok(found)) = (CString::new(path.as_os_str().as_bytes()), found) {
-            // One process listens once.
-            let _ = SOCKET.set((path, (found.st_dev, found.st_ino)));
-        }
+/// Signals that are held back.
+pub(crate) struct Held {
+    before: libc::sigset_t,
+}
+
+impl Held {
+    /// Lets them come again, in a process that has been forked off and does not take them.
+    pub(crate) fn let_go(&self) -> std::io::Result<()> {
+        // SAFETY: the mask that this thread had; the one that it has is not asked for.
+        let failed = unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut())
+        };
+        done(failed)
     }
 }
 
 fn mask(how: libc::c_int, signals: &[libc::c_int]) -> std::io::Result<()> {
-    // SAFETY: `sigset_t` is plain data, which `sigemptyset` fills in; the old mask is not asked for.
+    change_mask(how, signals, std::ptr::null_mut())
+}
+
+/// `before` is null, or gets the mask that was.
+fn change_mask(
+    how: libc::c_int,
+    signals: &[libc::c_int],
+    before: *mut libc::sigset_t,
+) -> std::io::Result<()> {
+    // SAFETY: `sigset_t` is plain data, which `sigemptyset` fills in; the callers say what `before` is.
     let failed = unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         for signal in signals {
             libc::sigaddset(&raw mut set, *signal);
         }
-        libc::pthread_sigmask(how, &raw const set, std::ptr::null_mut())
+        libc::pthread_sigmask(how, &raw const set, before)
     };
+    done(failed)
+}
+
+/// What a call of pthreads says.
+fn done(failed: libc::c_int) -> std::io::Result<()> {
     match failed {
         0 => Ok(()),
         errno => Err(std::io::Error::from_raw_os_error(errno)),
@@ -170,21 +210,12 @@ extern "C" fn on_alarm(_: libc::c_int) {
         return;
     }
     devices::backend::console::restore_terminal();
-    if let Some((path, node)) = SOCKET.get() {
-        // SAFETY: `stat` is plain data, which the call fills in; the path ends with a zero.
-        unsafe {
-            let mut found: libc::stat = std::mem::zeroed();
-            if libc::lstat(path.as_ptr(), &raw mut found) == 0
-                && (found.st_dev, found.st_ino) == *node
-            {
-                libc::unlink(path.as_ptr());
-            }
-        }
-    }
+    crate::fork::remove_socket_later();
     say(match signal {
         libc::SIGHUP => ": stopped by SIGHUP: ",
         libc::SIGINT => ": stopped by SIGINT: ",
         libc::SIGQUIT => ": stopped by SIGQUIT: ",
+        libc::SIGXCPU => ": stopped by SIGXCPU: ",
         _ => ": stopped by SIGTERM: ",
     });
     put("something that husk waits for does not answer\n");
@@ -232,13 +263,20 @@ fn handle_crashes() -> std::io::Result<()> {
 /// Async-signal-safe: system calls only, no allocation, no lock that is waited for.
 extern "C" fn on_crash(signal: libc::c_int) {
     // One that copies memory may lose the pages of a file; the console goes on.
-    if is_owner() {
+    let is_owner = is_owner();
+    if is_owner {
         devices::backend::console::restore_terminal();
         say(CRASH.iter().find(|(number, _)| *number == signal).map_or("", |(_, line)| line));
     }
     // SAFETY: the default action, which SA_RESETHAND set, follows when the handler returns and the
-    // signal is no longer blocked.
-    unsafe { libc::raise(signal) };
+    // signal is no longer blocked. The first process of a namespace has none (pid_namespaces(7)), and one that was forked
+    // off in the sandbox may send signals to its parent alone: these end as a shell would say that they have.
+    unsafe {
+        if libc::getpid() == 1 || !is_owner {
+            libc::_exit(128 + signal);
+        }
+        libc::raise(signal)
+    };
 }
 
 /// The program's name and `text` on standard error. Async-signal-safe.

@@ -11,18 +11,22 @@
 //! A thread is moved between states by the [`Gate`] it shares with its siblings. A signal kicks it
 //! out of KVM_RUN; the signal's handler sets `immediate_exit`, so that a kick between the look at
 //! the gate and KVM_RUN is not lost.
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::unreachable)]
+#![deny(clippy::indexing_slicing, clippy::arithmetic_side_effects, clippy::todo)]
 #![expect(unsafe_code, reason = "signal handler, kvm_run union and thread kicks")]
 
 use std::cell::Cell;
+use std::ops::ControlFlow;
 use std::os::unix::thread::JoinHandleExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use arch::layout;
+use arch::{again, layout};
 use devices::bus::Bus;
 use devices::legacy::generation::Generation;
+use devices::sys::again::spawn;
 use kvm_bindings::{
     KVM_EXIT_INTERNAL_ERROR, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_regs, kvm_run,
 };
@@ -32,6 +36,7 @@ use crate::error::Refusal;
 use crate::exit::Ending;
 use crate::gate::{Gate, Target};
 use crate::outcome::Outcome;
+use crate::sandbox::{self, Role};
 
 /// Stack of a vCPU thread: the exit path is shallow, and only what is touched costs memory.
 const STACK_SIZE: usize = 128 << 10;
@@ -40,6 +45,13 @@ const STACK_SIZE: usize = 128 << 10;
 const NO_MEMORY: &str = "the host has nothing behind memory that the guest used: a file of a pmem \
                          device has become shorter, a block that is not plugged was written to, or \
                          the host's pool of huge pages is empty";
+
+/// What EAGAIN of KVM_RUN means, if it comes again and again.
+const NO_THREAD: &str = "KVM cannot start a thread of its own: raise the limit on processes of the user (RLIMIT_NPROC) or \
+                         of the cgroup (pids.max; --pids-max of a jail)";
+
+/// So often KVM may have no thread. A vCPU that another one wakes is asked for once.
+const REFUSED_MAX: u32 = 1000;
 
 thread_local! {
     /// `kvm_run` of the vCPU that this thread runs, for the signal handler.
@@ -85,7 +97,7 @@ impl Unclaimed {
             return;
         }
         counters.unclaimed_count().inc();
-        let count = self.0.fetch_add(1, Ordering::Relaxed) + 1;
+        let count = self.0.fetch_add(1, Ordering::Relaxed).saturating_add(1);
         if count.is_power_of_two() {
             log::debug!("{count} accesses that no device claims; the last: {what} {addr:#x}");
         }
@@ -130,10 +142,9 @@ impl Vcpus {
             threads.fds.push(fd.clone());
             let vcpu = Vcpu { index, fd, world: world.clone(), counters };
             let gate = threads.gate.clone();
-            let thread = thread::Builder::new()
-                .name(format!("{name}{index}"))
-                .stack_size(STACK_SIZE)
-                .spawn(move || vcpu.run(&gate))
+            let builder = || thread::Builder::new().name(format!("{name}{index}"));
+            let start = |work| builder().stack_size(STACK_SIZE).spawn(work);
+            let thread = spawn(start, move || vcpu.run(&gate))
                 .map_err(Refusal::host(format!("cannot start the thread of vCPU {index}")))?;
             threads.threads.push(thread);
         }
@@ -148,9 +159,7 @@ impl Vcpus {
     /// Parks the vCPUs; returns when none of them is in the guest or in a device. False if there is a
     /// deadline and it has passed: one of them waits for the host.
     pub(crate) fn park(&self, deadline: Option<Instant>) -> bool {
-        self.gate.aim(Target::Park);
-        self.kick();
-        self.gate.wait_until_parked(deadline)
+        self.gate.park(|| self.kick(), deadline)
     }
 
     /// See [`Gate::await_look`].
@@ -246,32 +255,36 @@ struct Vcpu {
 impl Vcpu {
     fn run(&self, gate: &Gate) {
         unblock_kick();
+        sandbox::enter(Role::Vcpu);
         RUN.set(std::ptr::from_mut(lock(&self.fd).get_kvm_run()));
-        let mut is_running = false;
-        while gate.pass(self.index, &mut is_running) {
+        gate.drive(self.index, || {
             let mut fd = lock(&self.fd);
             if let Some(ending) = self.run_until_kicked(&mut fd, gate) {
                 self.world.outcome.set(ending);
             }
             if self.world.outcome.get().is_some() {
-                break;
+                return ControlFlow::Break(());
             }
             // Tells the guest's watchdogs that the time until it goes on was not its own. Refused
             // where the guest does not use kvm-clock: then there is nobody to tell.
-            if fd.kvmclock_ctrl().is_err() {
+            if again(|| fd.kvmclock_ctrl()).is_err() {
                 self.counters.kvmclock_ctrl_fails().inc();
             }
-        }
+            ControlFlow::Continue(())
+        });
         RUN.set(std::ptr::null_mut());
-        gate.leave(&mut is_running);
     }
 
     /// Runs the guest until a kick or `gate` stops it (none) or until this vCPU cannot go on.
     fn run_until_kicked(&self, fd: &mut VcpuFd, gate: &Gate) -> Option<Ending> {
         let counters = &self.counters;
+        let mut refused = 0_u32;
         loop {
             let run = std::ptr::from_mut(fd.get_kvm_run());
             let exit = fd.run();
+            if exit.is_ok() {
+                refused = 0;
+            }
             let start = Instant::now();
             match exit {
                 Ok(VcpuExit::IoOut(port, data)) => {
@@ -301,7 +314,7 @@ impl Vcpu {
                     self.world.unclaimed.unless(is_claimed, counters, "read", addr);
                     let looks = addr.checked_sub(layout::GENERATION_ID);
                     if looks.is_some_and(Generation::is_first)
-                        && gate.is_stopped_by_look(self.index, || fd.get_regs().ok())
+                        && gate.is_stopped_by_look(self.index, || again(|| fd.get_regs()).ok())
                     {
                         // KVM finishes the read, and gives the vCPU back.
                         fd.set_kvm_immediate_exit(1);
@@ -322,7 +335,19 @@ impl Vcpu {
                     fd.set_kvm_immediate_exit(0);
                     return None;
                 }
-                Err(e) if e.errno() == libc::EAGAIN => {}
+                // A vCPU that another one has woken; or KVM cannot start a thread of its own, and then it does not see
+                // that the vCPU is kicked.
+                Err(e) if e.errno() == libc::EAGAIN => {
+                    refused = refused.saturating_add(1);
+                    if fd.get_kvm_run().immediate_exit != 0 {
+                        fd.set_kvm_immediate_exit(0);
+                        return None;
+                    }
+                    if refused > REFUSED_MAX {
+                        let why = format!("KVM_RUN: {e}: {NO_THREAD}");
+                        return Some(self.end(fd, Exit::Failed(why)));
+                    }
+                }
                 Err(e) if e.errno() == libc::EFAULT => {
                     return Some(self.end(fd, Exit::Failed(format!("KVM_RUN: {e}: {NO_MEMORY}"))));
                 }
@@ -336,7 +361,7 @@ impl Vcpu {
     }
 
     fn end(&self, fd: &mut VcpuFd, exit: Exit) -> Ending {
-        let rip = fd.get_regs().map_or(0, |regs| regs.rip);
+        let rip = again(|| fd.get_regs()).map_or(0, |regs| regs.rip);
         let vcpu = self.index;
         if !matches!(exit, Exit::PoweredOff | Exit::Reset) {
             self.counters.failures().inc();

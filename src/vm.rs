@@ -86,7 +86,12 @@ impl Vm {
         let quit_writer = quit.clone();
         let instance = Instance {
             id: "anonymous-instance".into(),
-            names: ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
+            names: ThreadNames {
+                io: "husk_io",
+                vcpu: "husk_vcpu ",
+                api: "husk_api",
+                files: "husk_files",
+            },
             started: Instant::now(),
             counters: Arc::default(),
             tells_more: true,

@@ -4,25 +4,18 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use super::fail;
-use super::launch::{Api, Launch, Process, Style, Timing};
+use super::launch::{Api, Launch, Process, Sandbox, Style, Timing};
 use crate::config::VmConfig;
 use crate::error::{Refusal, chain};
 use crate::exit::ExitCode;
-use crate::fork::{self, Newborn};
+use crate::fork::Newborn;
 use crate::logger::{self, Stream};
 use crate::request::Request;
 use crate::snapshot::Restore;
 
-/// Waits to be forked, and is each of the children.
-pub(super) fn serve() -> ExitCode {
-    match fork::serve() {
-        Ok(None) => ExitCode::Clean,
-        Ok(Some(newborn)) => live(newborn, Instant::now()),
-        Err(e) => fail(ExitCode::Host, &Refusal::host("cannot wait to be forked")(e)),
-    }
-}
-
-fn live(newborn: Newborn, started: Instant) -> ExitCode {
+/// Lives as the husk that `newborn` is to be; the exit code of its process.
+pub(super) fn live(newborn: Newborn) -> ExitCode {
+    let started = Instant::now();
     let (mut process, serial_path) = match begin(&newborn, started) {
         Ok(begun) => begun,
         Err(e) => {
@@ -33,7 +26,7 @@ fn live(newborn: Newborn, started: Instant) -> ExitCode {
     };
     if newborn.report(Ok(serial_path)).is_err() || !newborn.may_live() {
         // Nobody has seen it; `newborn` goes last, which is what the parent waits for.
-        drop(process);
+        process.leave();
         return ExitCode::Clean;
     }
     let first =
@@ -68,6 +61,7 @@ fn begin(newborn: &Newborn, started: Instant) -> Result<(Process, Option<PathBuf
         style,
         timing: Timing::default(),
         metadata: None,
+        sandbox: Sandbox::AsParent,
     };
     let mut process = launch.begin(started)?;
     let info = process.ask(Request::Describe)?;

@@ -120,7 +120,7 @@ impl DiskArg {
             ..block::Config::new(id, self.path)
         };
         if self.is_vhost_user {
-            config.socket = config.path_on_host.take();
+            config.socket = config.path_on_host.take().map(|path| path.to_path_buf());
         }
         config
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
-use super::launch::{self, Launch, Style};
+use super::launch::{self, Launch, Sandbox, Style};
 use super::run::{MetricsArgs, MmdsArgs};
 use super::{fail, refuse_arguments};
 use crate::config::{LogLevel, LoggerConfig, OnReboot, VmConfig};
@@ -14,6 +14,7 @@ use crate::exit::ExitCode;
 use crate::instance::FIRECRACKER_VERSION;
 use crate::logger::{self, Stream};
 use crate::request::Request;
+use crate::sandbox::{Seccomp, Wanted};
 use crate::snapshot;
 
 /// Where Firecracker listens unless told otherwise.
@@ -64,7 +65,7 @@ struct FirecrackerArgs {
     /// A page at 0xc0000000 whose first byte the guest sets to 123 when it has booted; the log says when
     #[arg(long)]
     boot_timer: bool,
-    /// Accepted: husk installs no seccomp filter yet
+    /// Install no seccomp filters; the rest of the sandbox stays
     #[arg(long)]
     no_seccomp: bool,
     /// Print the version of snapshots that are made
@@ -81,7 +82,7 @@ struct FirecrackerArgs {
 /// Refused when given: to ignore them would be to lie.
 #[derive(Args, Debug)]
 struct Unsupported {
-    /// Not supported yet
+    /// Not supported: husk has lists of its own
     #[arg(long, value_name = "FILE")]
     seccomp_filter: Option<PathBuf>,
     /// Not supported yet
@@ -96,7 +97,7 @@ impl Unsupported {
             (
                 "--seccomp-filter",
                 self.seccomp_filter.is_some(),
-                ": husk installs no filter of its own",
+                ": husk has lists of its own, for its own threads (docs/sandbox.md)",
             ),
             ("--enable-pci", self.enable_pci, ": there is no PCI bus, all devices are virtio-mmio"),
         ]
@@ -179,8 +180,17 @@ impl FirecrackerArgs {
             body_limit: self.http_api_max_payload_size,
         });
         let timing = self.timing;
-        let launch =
-            Launch { config, first, api, id: self.id, style: Style::Firecracker, timing, metadata };
+        let seccomp = if self.no_seccomp { Seccomp::Off } else { Seccomp::Kill };
+        let launch = Launch {
+            config,
+            first,
+            api,
+            id: self.id,
+            style: Style::Firecracker,
+            timing,
+            metadata,
+            sandbox: Sandbox::Wanted(Wanted { seccomp, ..Wanted::default() }),
+        };
         let code = launch.carry_out(started)?;
         log::info!("Vmm is stopping.");
         Ok(code)

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use devices::backend::file::is_shortage;
-use devices::backend::unix::StalePolicy;
-use devices::sys::heap;
+use devices::backend::unix::{Listener, StalePolicy};
+use devices::sys::{heap, stack};
 use devices::virtio::model::{ID_LEN_MAX, is_id};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 
 use crate::api::{self, Server};
+use crate::arrived::Arrived;
 use crate::bell::Bell;
 use crate::config::{self, VmConfig};
 use crate::controller::{Controller, Instance};
@@ -20,14 +21,15 @@ use crate::exit::{Ending, ExitCode};
 use crate::fork::{Household, Nursery};
 use crate::machine::ThreadNames;
 use crate::metrics::{self, micros_since};
-use crate::request::{Reply, Request, Requests};
+use crate::request::{Call, Reply, Request, Requests};
+use crate::sandbox::{self, Wanted};
 use crate::signals::ProcessSignals;
 use crate::vmm;
 
 /// Firecracker's limit on the body of a request.
 pub(super) const BODY_LIMIT: usize = 51200;
 /// How long clients that are owed a last reply may take to read it.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+const LAST_WORDS: Duration = Duration::from_millis(400);
 
 /// Most requests that are told that they came too late; clients that go on asking must not keep us.
 const LATE: usize = 1024;
@@ -58,6 +60,16 @@ pub(super) struct Launch {
     pub(super) timing: Timing,
     /// The guest's metadata from a file.
     pub(super) metadata: Option<PathBuf>,
+    pub(super) sandbox: Sandbox,
+}
+
+/// How the process is confined.
+#[derive(Debug)]
+pub(super) enum Sandbox {
+    /// As is said.
+    Wanted(Wanted),
+    /// As the process is that it was forked from: it has what that had.
+    AsParent,
 }
 
 /// When the process was started, as whoever started it says: microseconds of the monotonic clock, of
@@ -112,6 +124,24 @@ impl Launch {
     pub(super) fn begin(self, started: Instant) -> Result<Process, Refusal> {
         self.config.start_log()?;
         allow_descriptors();
+        if let Sandbox::Wanted(wanted) = &self.sandbox {
+            sandbox::begin(wanted)?;
+        }
+        let held = ProcessSignals::hold().map_err(Refusal::host("cannot block signals"))?;
+        let listener = self.api.as_ref().map(|api| listen(api, self.style)).transpose()?;
+        // Before there are threads, signals taken or much memory.
+        let parent = listener.as_ref().zip(self.api.as_ref());
+        let nursery = parent.filter(|_| !sandbox::opens_nothing()).map(|(listener, api)| {
+            let household = Household {
+                is_firecracker: self.style == Style::Firecracker,
+                api_sock: api.path.clone(),
+                body_limit: api.body_limit,
+            };
+            Nursery::begin(household, listener.name().file(), &held, super::child::live)
+        });
+        let nursery = nursery
+            .transpose()
+            .map_err(Refusal::host("cannot start the process that makes children"))?;
         let signals = ProcessSignals::take().map_err(Refusal::host("cannot take signals"))?;
         let quit = Bell::new().map(Arc::new).map_err(Refusal::host("cannot make an eventfd"))?;
         let quit_writer = quit.clone();
@@ -138,14 +168,15 @@ impl Launch {
             log::info!("Successfully added metadata to mmds from file");
         }
         if let Some(api) = &self.api {
-            controller.set_nursery(Nursery::new(Household {
-                is_firecracker: self.style == Style::Firecracker,
-                api_sock: api.path.clone(),
-                body_limit: api.body_limit,
-            }));
+            controller.set_socket(api.path.clone());
+        }
+        if let Some(nursery) = nursery {
+            controller.set_nursery(nursery);
         }
         let (handle, requests) = Requests::channel()?;
-        let server = self.api.map(|api| serve_api(api, &handle, counters, self.style));
+        let server = listener
+            .zip(self.api)
+            .map(|(listener, api)| serve_api(listener, &api, &handle, counters, self.style));
         let server = server.transpose()?;
         if let Some(request) = self.first {
             let started = controller.answer_now(request).map(drop);
@@ -176,21 +207,29 @@ impl Process {
 
     /// Runs the VM to its end; the exit code, which a line on standard error explains unless it is 0.
     pub(super) fn run(self) -> ExitCode {
-        let Self { mut controller, requests, quit, mut signals, server } = self;
+        let mut this = self;
         // Arguments, their descriptions, the configuration's text: read, and of no use to a guest.
         heap::give_back();
-        let ending = vmm::serve(&mut controller, &requests, &quit, &mut signals);
+        stack::give_back();
+        let Self { controller, requests, quit, signals, .. } = &mut this;
+        let ending = vmm::serve(controller, requests, quit, signals);
+        this.leave();
+        report(&ending)
+    }
+
+    /// Ends the VM, if it is there, and the API.
+    pub(super) fn leave(self) {
+        let Self { mut controller, requests, server, .. } = self;
         // What was asked too late is told so, before the socket goes.
         for call in std::iter::from_fn(|| requests.next()).take(LATE) {
-            controller.answer(call.request, call.respond);
+            controller.answer(call);
         }
-        drop(controller);
+        let files = controller.into_files();
         // What is asked from here on is refused at once rather than waited for.
         drop(requests);
         if let Some(server) = server {
-            server.shutdown(LAST_WORDS);
+            server.shutdown(LAST_WORDS, files.as_ref());
         }
-        report(&ending)
     }
 }
 
@@ -212,21 +251,24 @@ fn tell_of_start(started: &Result<(), Refusal>) {
     }
 }
 
-fn serve_api(
-    api: Api,
-    handle: &crate::Handle,
-    counters: Arc<metrics::Counters>,
-    style: Style,
-) -> Result<Server, Refusal> {
+fn listen(api: &Api, style: Style) -> Result<Listener, Refusal> {
     let stale = match style {
         Style::Husk => StalePolicy::Replace,
         Style::Firecracker => StalePolicy::Fail,
     };
-    let listener = api::bind(&api.path, stale).map_err(|e| match is_shortage(&e) {
+    api::bind(&api.path, stale).map_err(|e| match is_shortage(&e) {
         true => Refusal::host("the API")(std::io::Error::other(chain(&e))),
         false => Refusal::Socket(chain(&e)),
-    })?;
-    ProcessSignals::remember_socket(&api.path);
+    })
+}
+
+fn serve_api(
+    listener: Listener,
+    api: &Api,
+    handle: &crate::Handle,
+    counters: Arc<metrics::Counters>,
+    style: Style,
+) -> Result<Server, Refusal> {
     log::info!("Listening on API socket ({:?}).", api.path);
     let options = api::Options {
         thread_name: style.thread_names().api.to_owned(),
@@ -259,8 +301,15 @@ impl Style {
     /// Firecracker's thread names are looked for by tools.
     fn thread_names(self) -> ThreadNames {
         match self {
-            Self::Husk => ThreadNames { io: "husk_io", vcpu: "husk_vcpu ", api: "husk_api" },
-            Self::Firecracker => ThreadNames { io: "fc_io", vcpu: "fc_vcpu ", api: "fc_api" },
+            Self::Husk => ThreadNames {
+                io: "husk_io",
+                vcpu: "husk_vcpu ",
+                api: "husk_api",
+                files: "husk_files",
+            },
+            Self::Firecracker => {
+                ThreadNames { io: "fc_io", vcpu: "fc_vcpu ", api: "fc_api", files: "fc_files" }
+            }
         }
     }
 }
@@ -269,7 +318,8 @@ impl Controller {
     /// Does what can be done at once.
     fn answer_now(&mut self, request: Request) -> Reply {
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);
-        self.answer(request, Box::new(move |reply| drop(sender.send(reply))));
+        let respond = Box::new(move |reply| drop(sender.send(reply)));
+        self.answer(Call { request, arrived: Arrived::default(), respond });
         receiver.recv().unwrap_or(Err(Refusal::Gone))
     }
 }

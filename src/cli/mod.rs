@@ -1,18 +1,22 @@
 //! The command line. Parsing does no I/O; what was parsed is then carried out.
 //!
-//! The name decides the language: called `firecracker`, husk takes that program's flags and speaks
-//! as it does.
+//! The name decides the language: called `firecracker` or `jailer`, husk takes that program's flags and
+//! speaks as it does.
 mod child;
 mod ctl;
 mod device_args;
 mod firecracker;
+mod flags;
+mod jail;
+mod jailer;
 mod launch;
 mod limits;
 mod restore;
 mod run;
+mod sandbox;
 mod snapshot;
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::time::Instant;
 
@@ -49,12 +53,16 @@ enum Command {
     Api(run::ApiArgs),
     /// Restore a guest from a snapshot and stay until it ends.
     Restore(restore::RestoreArgs),
+    /// Start a husk in a jail: its own root, namespaces, user and limits. Needs root.
+    Jail(jail::JailArgs),
     /// Ask a husk that listens on a socket.
     Ctl(ctl::CtlArgs),
     /// Judge a configuration, touch nothing.
     Check(run::CheckArgs),
     /// Look into a snapshot: what is in it, whether it is sound.
     Snapshot(snapshot::SnapshotArgs),
+    /// Show what confines husk on this host.
+    Sandbox(sandbox::ProbeArgs),
     /// Print a completion script for a shell.
     Completions {
         /// Which shell.
@@ -72,16 +80,17 @@ enum Command {
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let started = Instant::now();
     devices::sys::heap::share();
+    crate::sandbox::note_inherited();
     restore_terminal_on_panic();
     let args: Vec<OsString> = args.into_iter().collect();
     let name = args.first().map(|arg0| Path::new(arg0).file_name().unwrap_or(arg0).to_owned());
-    let is_firecracker = name.is_some_and(|name| name == "firecracker");
-    crate::logger::start_as(if is_firecracker { "firecracker" } else { "husk" });
-    if is_firecracker {
-        return firecracker::main(args, started);
-    }
-    if args.get(1).is_some_and(|word| word == crate::fork::SUBCOMMAND) {
-        return child::serve();
+    let name = name.as_deref().and_then(OsStr::to_str).unwrap_or_default();
+    crate::logger::start_as(name);
+    // As Firecracker's releases have them, the version and the architecture may follow.
+    match name.split_once('-').map_or(name, |(program, _)| program) {
+        "firecracker" => return firecracker::main(args, started),
+        "jailer" => return jailer::main(args, started),
+        _ => {}
     }
     match Cli::try_parse_from(args) {
         Ok(cli) => cli.command.carry_out(started),
@@ -95,9 +104,11 @@ impl Command {
             Self::Run(args) => args.carry_out(started),
             Self::Api(args) => args.carry_out(started),
             Self::Restore(args) => args.carry_out(started),
+            Self::Jail(args) => args.carry_out(started),
             Self::Ctl(args) => args.carry_out(),
             Self::Check(args) => args.carry_out(),
             Self::Snapshot(args) => args.carry_out(),
+            Self::Sandbox(args) => args.carry_out(),
             Self::Completions { shell } => {
                 let mut script = Vec::new();
                 clap_complete::generate(shell, &mut Cli::command(), "husk", &mut script);
@@ -150,10 +161,27 @@ fn restore_terminal_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
         devices::backend::console::restore_terminal();
-        report(info);
+        if let Some(what) = lack_of_the_host(info) {
+            crate::logger::complain(&format!("cannot start a thread: {what}"));
+            std::process::exit(ExitCode::Host as i32);
+        }
+        // A backtrace reads husk's own file, which a thread that is closed may not: it would be killed at that, by
+        // SIGSYS, and its last words would be of the sandbox.
+        match crate::sandbox::has_begun() {
+            true => crate::logger::complain(&info.to_string().replace('\n', " ")),
+            false => report(info),
+        }
         // One meaning each: a bug in husk is not "killed by SIGABRT".
         std::process::exit(ExitCode::Internal as i32);
     }));
+}
+
+/// What the host did not give, if that is what a panic is about and no bug: the one of a thread that begins and gets no
+/// memory for its signal handlers, of which the standard library makes a panic.
+fn lack_of_the_host<'a>(info: &'a std::panic::PanicHookInfo<'_>) -> Option<&'a str> {
+    let is_of_stacks = |file: &str| file.ends_with("/sys/pal/unix/stack_overflow.rs");
+    info.location().filter(|location| is_of_stacks(location.file()))?;
+    info.payload_as_str()
 }
 
 #[cfg(test)]
@@ -164,5 +192,6 @@ mod tests {
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
         firecracker::command().debug_assert();
+        jailer::command().debug_assert();
     }
 }

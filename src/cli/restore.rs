@@ -169,7 +169,7 @@ impl GuestArgs {
             false if self.snapshot.is_dir() => {
                 return wrong(format!("{snapshot} is a directory, and has the memory in it"));
             }
-            _ => params.snapshot_path = Some(self.snapshot.clone()),
+            _ => params.snapshot_path = Some(self.snapshot.as_path().into()),
         }
         Ok(params)
     }

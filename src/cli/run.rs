@@ -3,10 +3,12 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use devices::backend::passed::Name;
 
 use super::device_args::{DiskArg, HotplugArg, NetArg, PmemArg, VsockArg, parse_balloon};
-use super::launch::{Launch, Style, Timing};
+use super::launch::{Launch, Sandbox, Style, Timing};
 use super::limits::{GroupArg, LimitArgs};
+use super::sandbox::SandboxArgs;
 use super::{fail, launch};
 use crate::config::{
     BootSource, DEMO_GUEST, Defaults, HugePages, LogLevel, MetricsConfig, OnReboot, Payload,
@@ -38,8 +40,8 @@ struct GuestArgs {
     #[arg(long, value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
     cpus: u8,
-    /// RAM in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 128)]
+    /// RAM in MiB; 512M and 2G are understood too
+    #[arg(long, value_name = "MIB", default_value = "128", value_parser = mib)]
     memory: u64,
     /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,overlay[=FILE|=memory]][,vhost-user]
     /// with limits [,bw=N][,ops=N][,group=ID]; with overlay, PATH is only read and may be shared, and what the guest
@@ -210,6 +212,8 @@ pub(super) struct ProcessArgs {
     mmds: MmdsArgs,
     #[command(flatten)]
     log: LogArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 const RUN_EXAMPLES: &str = "\
@@ -246,6 +250,8 @@ pub(super) struct ApiArgs {
     mmds: MmdsArgs,
     #[command(flatten)]
     log: LogArgs,
+    #[command(flatten)]
+    sandbox: SandboxArgs,
 }
 
 const API_EXAMPLES: &str = "\
@@ -292,6 +298,7 @@ impl ProcessArgs {
                 style: Style::Husk,
                 timing: Timing::default(),
                 metadata,
+                sandbox: Sandbox::Wanted(self.sandbox.wanted()),
             };
             launch.carry_out(started)
         });
@@ -317,6 +324,7 @@ impl ApiArgs {
                 style: Style::Husk,
                 timing,
                 metadata,
+                sandbox: Sandbox::Wanted(self.sandbox.wanted()),
             };
             launch.carry_out(started)
         });
@@ -362,8 +370,8 @@ impl GuestArgs {
             || self.disk.iter().any(|disk| disk.is_root)
             || self.pmem.iter().any(|pmem| pmem.is_root);
         config.boot_source = Some(BootSource {
-            kernel_image_path: self.kernel.unwrap_or_else(|| DEMO_GUEST.into()),
-            initrd_path: self.initrd,
+            kernel_image_path: self.kernel.map_or_else(|| DEMO_GUEST.into(), Name::from),
+            initrd_path: self.initrd.map(Name::from),
             boot_args: Some(self.cmdline),
         });
         for GroupArg(group) in self.rate_limit_group {
@@ -404,11 +412,40 @@ impl GuestArgs {
     }
 }
 
+/// So many MiB: a number by itself, or one of MiB or GiB that says so.
+fn mib(s: &str) -> Result<u64, String> {
+    let digits = s.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match s[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "m" | "mib" => Some(1),
+        "g" | "gib" => Some(1024),
+        _ => None,
+    };
+    let number = unit.and_then(|unit| digits.parse::<u64>().ok()?.checked_mul(unit));
+    number.ok_or_else(|| "want a number of MiB, or one with M or G after it".into())
+}
+
 pub(super) fn huge_pages(s: &str) -> Result<HugePages, String> {
     match s {
         "none" => Ok(HugePages::None),
         "transparent" => Ok(HugePages::Transparent),
         "2M" | "2m" => Ok(HugePages::Hugetlb2M),
         _ => Err("want none, transparent or 2M".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_in_any_unit() {
+        let understood =
+            [("128", 128), ("512M", 512), ("512MiB", 512), ("2g", 2048), ("2GiB", 2048)];
+        for (text, amount) in understood {
+            assert_eq!(mib(text), Ok(amount), "{text}");
+        }
+        for text in ["", "M", "-1", "1.5G", "1T", "1 G", "18446744073709551615G"] {
+            assert!(mib(text).unwrap_err().contains("MiB"), "{text}");
+        }
     }
 }

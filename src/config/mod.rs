@@ -1,5 +1,5 @@
-//! What the user asked for: plain data, no descriptors, nothing to drop. One schema for the
-//! command line, the configuration file, the API and the library.
+//! What the user asked for: plain data, nothing opened; a name of a descriptor that a client has passed keeps that.
+//! One schema for the command line, the configuration file, the API and the library.
 //!
 //! Sections are data: [`sections`] lists those that are not virtio devices, the device table
 //! (`devices::virtio::MODELS`) the others. Routes, the configuration file and the OpenAPI document
@@ -15,9 +15,12 @@ mod restored;
 mod sections;
 mod serial;
 
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use arch::{CpuChoice, CpuConfig, CpuTemplate, layout};
+use devices::backend::passed::Name;
+use devices::backend::tap;
 use devices::mmds;
 use devices::virtio::model::{Claim, DeviceError, Model, Recipe, recipe};
 use devices::virtio::{self, balloon, mem, net};
@@ -96,7 +99,7 @@ impl VmConfig {
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             boot_source: Some(BootSource {
-                kernel_image_path: kernel.into(),
+                kernel_image_path: Name::from(kernel.into()),
                 initrd_path: None,
                 boot_args: None,
             }),
@@ -256,6 +259,18 @@ impl VmConfig {
         self.machine.on_reboot.unwrap_or(self.defaults.on_reboot)
     }
 
+    /// The numbers of the descriptors that it names (`fd:N`).
+    pub(crate) fn named_descriptors(&self) -> Vec<RawFd> {
+        let mut numbers = Vec::new();
+        for recipe in self.devices() {
+            let json = recipe.to_json();
+            let fields = virtio::model(recipe.model()).map_or(&[][..], |row| row.descriptors);
+            numbers
+                .extend(fields.iter().filter_map(|field| tap::descriptor(json[*field].as_str()?)));
+        }
+        numbers
+    }
+
     /// Devices in the order in which they attach: those that must come first, then as they were
     /// added.
     pub(crate) fn devices(&self) -> impl Iterator<Item = &dyn Recipe> {
@@ -297,7 +312,7 @@ impl VmConfig {
         let source = self.boot_source()?;
         self.check_values()?;
         let kernel = parts::open_kernel(&source.kernel_image_path)?;
-        let initrd = source.initrd_path.as_deref().map(parts::open_initrd).transpose()?;
+        let initrd = source.open_initrd()?;
         self.check_boot(&kernel, initrd.as_ref())?;
         self.devices.iter().try_for_each(|recipe| check_device(&**recipe))?;
         self.serial_to().check()?;
@@ -359,7 +374,9 @@ impl VmConfig {
 
     /// Whether the guest is the one built into husk.
     pub(crate) fn is_demo(&self) -> bool {
-        self.boot_source.as_ref().is_some_and(|s| s.kernel_image_path == Path::new(DEMO_GUEST))
+        self.boot_source
+            .as_ref()
+            .is_some_and(|s| s.kernel_image_path.as_path() == Path::new(DEMO_GUEST))
     }
 
     /// Refuses a run-time change of a device that does not fit the VM.

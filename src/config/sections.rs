@@ -61,6 +61,7 @@ pub(super) const SECTIONS: &[Fixed] = &[
             path: BOOT_SOURCE,
             about: "What boots: kernel, initrd, command line",
             put: Some(|g| g.subschema_for::<BootSource>()),
+            openable: BootSource::FILES,
             ..Section::PLAIN
         },
         put: |config, body| {
@@ -252,6 +253,7 @@ pub(crate) fn sections() -> impl Iterator<Item = Section> {
             put: Some(row.schema),
             patch: row.patch.map(|patch| patch.schema),
             is_removable: row.is_removable,
+            openable: row.openable,
             deprecated: Deprecated { fields: row.deprecated, ..Deprecated::NOTHING },
             ..Section::PLAIN
         };

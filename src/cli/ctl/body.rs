@@ -59,13 +59,22 @@ pub(super) fn with_id(body: Vec<u8>, field: &str, id: &str) -> Vec<u8> {
 pub(super) fn named(field: &str, words: &[String]) -> Vec<String> {
     let mut words = words.to_vec();
     if let Some(first) = words.first_mut()
-        && !first.contains('=')
+        && !is_field(first)
         && !first.starts_with(['@', '{', '[', '"'])
         && first != "-"
     {
         *first = format!("{field}={}", Value::from(first.as_str()));
     }
     words
+}
+
+/// Whether a word says of itself which field it is of. A path that has a `=` somewhere does not.
+fn is_field(word: &str) -> bool {
+    let is_name = |field: &str| {
+        field.starts_with(|c: char| c.is_ascii_alphabetic())
+            && field.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"_-.".contains(&byte))
+    };
+    word.split_once('=').is_some_and(|(field, _)| is_name(field))
 }
 
 /// The words, of which the first may be a number: the value of `field`.
@@ -164,6 +173,9 @@ mod tests {
         assert_eq!(body(&["a/b"]), Ok(json!({ "directory": "a/b" })));
         assert_eq!(body(&["7", "x=1"]), Ok(json!({ "directory": "7", "x": 1 })));
         assert_eq!(body(&["snapshot_path=a"]), Ok(json!({ "snapshot_path": "a" })));
+        for path in ["./a=b", "/a=b", "a/b=c", "=", ".=", "2026=a"] {
+            assert_eq!(body(&[path]), Ok(json!({ "directory": path })));
+        }
         assert_eq!(body(&[r#"{"directory": "b"}"#]), Ok(json!({ "directory": "b" })));
         assert!(body(&["a", "b"]).unwrap_err().contains("'b' is neither"));
     }

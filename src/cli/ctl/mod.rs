@@ -3,9 +3,11 @@
 //! ```text
 //!  verbs.rs   THE TABLE: words to method and path
 //!  body.rs    words to a request's body
+//!  pass.rs    words to descriptors that come with it
 //!  table.rs   a reply to a table
 //! ```
 mod body;
+mod pass;
 mod table;
 mod verbs;
 
@@ -16,9 +18,10 @@ use clap::error::ErrorKind;
 use clap::{Arg, ArgMatches, Args, Command, FromArgMatches, Subcommand};
 use serde_json::Value;
 
+use self::pass::PassArg;
 use self::verbs::{Body, GROUPS, Group, Reply, VERBS, Verb};
 use super::{fail, print};
-use crate::api::client::{Answer, Client, Patience};
+use crate::api::client::{Answer, Ask, Client, Patience};
 use crate::exit::ExitCode;
 use crate::logger;
 
@@ -32,6 +35,10 @@ pub(super) struct CtlArgs {
     /// Print JSON as it comes, not tables
     #[arg(long, global = true)]
     json: bool,
+    /// Open FILE (',ro': to read only), 'tap=NAME' or 'fd=N' here, and pass it with the request: 'passed:0' in the BODY is
+    /// the first of them, 'passed:1' the next
+    #[arg(long, value_name = "FILE", global = true)]
+    pass: Vec<PassArg>,
     #[command(subcommand)]
     call: Call,
 }
@@ -43,6 +50,7 @@ Examples:
   husk ctl --api-sock husk.sock status
   husk ctl --api-sock husk.sock boot set kernel_image_path=vmlinux boot_args=console=ttyS0
   husk ctl --api-sock husk.sock drive set root path_on_host=root.ext4 is_root_device=true
+  husk ctl --api-sock husk.sock drive update root path_on_host=passed:0 --pass other.ext4
   husk ctl --api-sock husk.sock launch @vm.json
   husk ctl --api-sock husk.sock snapshot snapshots/warm
   husk ctl --api-sock husk.sock fork 3 paused=true
@@ -93,7 +101,7 @@ fn describe(verb: &'static Verb) -> Command {
     let body = Arg::new("body").num_args(0..);
     match verb.body {
         Body::None | Body::Fixed(_) => command,
-        Body::Words | Body::WithId(_) => command.arg(
+        Body::Words | Body::Said | Body::WithId(_) => command.arg(
             body.value_name("BODY").help("JSON, @FILE, - (standard input), or FIELD=VALUE ..."),
         ),
         Body::Count(_) => command.arg(body.value_name("N").help(
@@ -158,7 +166,8 @@ impl Call {
         Ok(match self.verb.body {
             Body::None => None,
             Body::Fixed(text) => Some(text.as_bytes().to_vec()),
-            Body::Words => Some(body::read(&self.words)?),
+            Body::Said if self.words.is_empty() => None,
+            Body::Words | Body::Said => Some(body::read(&self.words)?),
             Body::WithId(field) => {
                 let id = self.id.as_deref().unwrap_or_default();
                 Some(body::with_id(body::read(&self.words)?, field, id))
@@ -171,7 +180,7 @@ impl Call {
 
 impl CtlArgs {
     pub(super) fn carry_out(self) -> ExitCode {
-        let Self { api_sock, json, call } = self;
+        let Self { api_sock, json, pass, call } = self;
         let client = Client::new(&api_sock);
         let patience = match call.verb.reply {
             Reply::Followed => return follow(&client, &call.path, json),
@@ -182,7 +191,13 @@ impl CtlArgs {
             Ok(body) => body,
             Err(e) => return fail(ExitCode::Usage, &e),
         };
-        match client.call(call.verb.method, &call.path, body.as_deref(), patience) {
+        let passed: Result<Vec<_>, _> = pass.iter().map(PassArg::open).collect();
+        let passed = match passed {
+            Ok(passed) => passed,
+            Err(e) => return fail(ExitCode::Usage, &e),
+        };
+        let request = Ask { body: body.as_deref(), passed: &passed };
+        match client.call(call.verb.method, &call.path, request, patience) {
             Err(e) => fail(ExitCode::Host, &e),
             Ok(answer) if !answer.is_success() => refused(&answer),
             Ok(answer) if answer.body.is_empty() => ExitCode::Clean,
@@ -197,16 +212,18 @@ fn refused(answer: &Answer) -> ExitCode {
 }
 
 fn follow(client: &Client, path: &str, json: bool) -> ExitCode {
+    let mut printed = ExitCode::Clean;
     let followed = client.follow(path, |line| {
         let text = if json { line.to_owned() } else { table::event(line) };
-        match print(format!("{text}\n").as_bytes()) {
+        printed = print(format!("{text}\n").as_bytes());
+        match printed {
             ExitCode::Clean => ControlFlow::Continue(()),
             _ => ControlFlow::Break(()),
         }
     });
     match followed {
         Ok(Some(answer)) => refused(&answer),
-        Ok(None) => ExitCode::Clean,
+        Ok(None) => printed,
         Err(e) => fail(ExitCode::Host, &e),
     }
 }

@@ -22,6 +22,8 @@ pub(super) enum Body {
     Fixed(&'static str),
     /// The arguments; none of them are `{}`.
     Words,
+    /// The arguments; where there are none, there is no body: what is replaced by `{}` is lost.
+    Said,
     /// The arguments, and the id under this name.
     WithId(&'static str),
     /// The arguments, the first of which may be the value of this field by itself.
@@ -99,8 +101,8 @@ pub(super) const VERBS: &[Verb] = &[
     },
     Verb { reply: Reply::Listed, ..get("openapi", "List every endpoint", "/openapi.json") },
     get("get", "GET any path", ""),
-    put("put", "PUT to any path", ""),
-    patch("patch", "PATCH any path", ""),
+    said(put("put", "PUT to any path", "")),
+    said(patch("patch", "PATCH any path", "")),
     Verb { method: "DELETE", ..get("delete", "DELETE any path", "") },
 ];
 
@@ -216,8 +218,8 @@ pub(super) const GROUPS: &[Group] = &[
         about: "The metadata service",
         verbs: &[
             get("get", "Show the data", "/mmds"),
-            put("set", "Replace the data", "/mmds"),
-            patch("update", "Merge into the data", "/mmds"),
+            said(put("set", "Replace the data", "/mmds")),
+            said(patch("update", "Merge into the data", "/mmds")),
             put("config", "Set version, interfaces and address", "/mmds/config"),
         ],
     },
@@ -225,7 +227,7 @@ pub(super) const GROUPS: &[Group] = &[
         name: "payload",
         alias: None,
         about: "What this VM is given and no clone of it",
-        verbs: &[put("set", "Set it", "/payload")],
+        verbs: &[said(put("set", "Set it", "/payload"))],
     },
     Group {
         name: "metrics",
@@ -265,6 +267,10 @@ const fn put(name: &'static str, about: &'static str, path: &'static str) -> Ver
 
 const fn patch(name: &'static str, about: &'static str, path: &'static str) -> Verb {
     Verb { method: "PATCH", ..put(name, about, path) }
+}
+
+const fn said(verb: Verb) -> Verb {
+    Verb { body: Body::Said, ..verb }
 }
 
 const fn act(name: &'static str, about: &'static str, body: &'static str) -> Verb {
