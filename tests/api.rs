@@ -8,6 +8,7 @@ use std::thread;
 
 use serde_json::{Value, json};
 
+use crate::fork::wait_until;
 use crate::util::*;
 
 const MIB: u64 = 1 << 20;
@@ -170,6 +171,38 @@ fn wait_is_answered_with_the_reason() {
     let last = events.last().unwrap();
     assert_eq!((&last["reason"], &last["signal"]), (&json!("signalled"), &json!(15)));
     vm.wait().code(143);
+}
+
+#[test]
+fn clients_that_hang_up_while_they_wait_are_forgotten() {
+    let vm = Husk::guest("hello", "how=hang").listening().start();
+    vm.expect("how=hang");
+    // Some have begun the next request, some have said already that they will send none.
+    for (request, is_half_closed) in [
+        ("GET /events HTTP/1.1\r\nHost: husk\r\n\r\n", false),
+        ("GET /events HTTP/1.1\r\nHost: husk\r\n\r\nGET", false),
+        ("GET /events HTTP/1.1\r\nHost: husk\r\n\r\n", true),
+        ("GET /wait HTTP/1.1\r\nHost: husk\r\n\r\nGET / HTTP/1.1\r\n", false),
+        ("GET /wait HTTP/1.1\r\nHost: husk\r\n\r\n", true),
+    ] {
+        let open = || files_in(&format!("/proc/{}/fd", vm.pid()));
+        let mut waiting = Vec::new();
+        for _ in 0..20 {
+            let mut stream = vm.api().connect();
+            stream.write_all(request.as_bytes()).unwrap();
+            if is_half_closed {
+                stream.shutdown(std::net::Shutdown::Write).unwrap();
+            }
+            if request.contains("/events") {
+                stream.read_exact(&mut [0; 100]).unwrap();
+            }
+            waiting.push(stream);
+        }
+        assert_eq!(vm.api().state(), "Running");
+        let with = open();
+        drop(waiting);
+        wait_until(|| open() <= with - 20);
+    }
 }
 
 #[test]
@@ -509,9 +542,13 @@ fn descriptors_are_not_inherited() {
             kept.push(target);
         }
     }
-    // event-manager's, one for each of its `RemoteEndpoint`s: out of reach.
-    let threads = fs::read_dir(format!("{process}/task")).unwrap();
-    let names = threads.map(|t| fs::read_to_string(t.unwrap().path().join("comm")).unwrap());
+    // event-manager's, one for each of its `RemoteEndpoint`s: out of reach. A thread that has just begun has no name yet.
+    let names = || {
+        let threads = fs::read_dir(format!("{process}/task")).unwrap();
+        threads.map(|t| fs::read_to_string(t.unwrap().path().join("comm")).unwrap())
+    };
+    wait_until(|| names().any(|name| name.trim() == "husk_io0"));
+    let names = names();
     let known =
         vec![Path::new("anon_inode:[eventfd]"); names.filter(|n| n.starts_with("husk_io")).count()];
     assert_eq!(kept, known);

@@ -124,6 +124,26 @@ fn output_that_nobody_takes_is_no_crash() {
 }
 
 #[test]
+fn events_that_cannot_be_printed_are_told_by_the_code() {
+    let vm = Husk::api().start();
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).arg("events");
+    husk.streams(File::open("/dev/null").unwrap(), full).wait().code(4);
+}
+
+#[test]
+fn the_name_of_a_release_of_firecracker_is_its_name() {
+    for (name, says) in [
+        ("firecracker-v1.15.0-x86_64", "Firecracker v"),
+        ("jailer-v1.15.0-x86_64", "Jailer v"),
+        ("firecrackers", "husk "),
+    ] {
+        let end = Husk::named(name, ["--version"]).wait().code(0);
+        assert!(end.output.starts_with(says), "{name}: {}", end.output);
+    }
+}
+
+#[test]
 fn check_judges_and_touches_nothing() {
     let (scratch, network) = (Scratch::new(), Network::with_tap());
     let disk = scratch.sparse("disk.img", 1 << 20);
@@ -275,6 +295,13 @@ fn ctl_sets_what_can_be_set() {
     let source = scratch.file("boot", boot("how=hang").to_string());
     ctl(&vm, &["boot", "set", &format!("@{}", source.display())]);
     ctl(&vm, &["entropy", "set"]);
+    ctl(&vm, &["mmds", "set", "a=1"]);
+    for verb in [&["mmds", "set"][..], &["put", "mmds"], &["patch", "mmds"], &["payload", "set"]] {
+        let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket());
+        let line = verb.iter().fold(husk, |husk, word| husk.arg(word)).wait().quickly().refused(3);
+        assert!(line.contains("Empty P"), "{verb:?}: {line}");
+    }
+    assert_eq!(ctl_json(&vm, &["mmds", "get"]), json!({"a": 1}));
     let table = ctl(&vm, &["config"]);
     let rows: Vec<&str> = table.lines().skip_while(|line| *line != "drives").skip(2).collect();
     assert!(rows[0].starts_with("  root  ") && rows[1].starts_with("  b     "), "{table}");
@@ -297,6 +324,43 @@ fn boot(cmdline: &str) -> Value {
 
 fn ctl_json(vm: &TestVm, verb: &[&str]) -> Value {
     serde_json::from_str(&ctl(vm, &[&["--json"], verb].concat())).unwrap()
+}
+
+#[test]
+fn ctl_passes_what_it_opens() {
+    let (scratch, vm) = (Scratch::new(), Husk::api().start());
+    let (disk, base) = (scratch.sparse("disk.img", 1 << 20), scratch.sparse("base.img", 1 << 20));
+    let set = |id: &str, field: &str, more: &[&str]| {
+        let path = format!("path_on_host={field}");
+        let words = ["drive", "set", id, &path, "is_root_device=false"];
+        let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket());
+        words.iter().chain(more).fold(husk, |husk, word| husk.arg(word)).wait()
+    };
+    set("a", "passed:0", &["--pass", disk.to_str().unwrap()]).code(0);
+    let read_only = format!("{},ro", base.display());
+    set("b", "passed:0", &["is_read_only=true", "--pass", &read_only]).code(0);
+    // For reading only, and wanted for more; one that is not named; one that is not there.
+    let why = set("c", "passed:0", &["--pass", &read_only]).refused(3);
+    assert!(why.contains("passed:0 is open for reading only"), "{why}");
+    let why = set("c", "passed:0", &["--pass", &read_only, "--pass", &read_only]).refused(3);
+    assert!(why.contains("nothing in it names: passed:1"), "{why}");
+    let why = set("c", "passed:0", &["--pass", "/nonexistent"]).refused(2);
+    assert!(why.contains("cannot open /nonexistent for reading and writing"), "{why}");
+    let network = Network::with_tap();
+    let husk = Husk::new(["ctl", "--api-sock"]).arg(vm.socket()).within(&network);
+    let words = ["net", "set", "eth0", "host_dev_name=passed:0", "--pass", "tap=tap0"];
+    words.iter().fold(husk, |husk, word| husk.arg(word)).wait().code(0);
+    let config = ctl_json(&vm, &["config"]);
+    for name in [
+        &config["drives"][0]["path_on_host"],
+        &config["drives"][1]["path_on_host"],
+        &config["network-interfaces"][0]["host_dev_name"],
+    ] {
+        assert!(name.as_str().unwrap().starts_with("held:"), "{config}");
+    }
+    vm.api().put("/boot-source", boot("how=hang")).done();
+    ctl(&vm, &["start"]);
+    vm.expect("how=hang");
 }
 
 #[test]

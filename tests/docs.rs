@@ -68,6 +68,16 @@ fn the_session_about_forks_runs() {
 }
 
 #[test]
+fn the_sessions_about_jails_run() {
+    run(&shell("docs/jail.md", |_| true));
+}
+
+#[test]
+fn the_session_about_the_sandbox_runs() {
+    run(&shell("docs/sandbox.md", |_| true));
+}
+
+#[test]
 fn every_endpoint_has_an_example() {
     let examples = examples(&shell("docs/api.md", |_| true));
     let vm = Husk::api().start();

@@ -63,7 +63,7 @@ fn process_and_threads_have_firecrackers_names() {
         .filter(|name| !name.starts_with("kvm-"))
         .collect();
     names.sort();
-    assert_eq!(names.concat(), "fc_api\nfc_io\nfc_vcpu 0\nfirecracker\n");
+    assert_eq!(names.concat(), "fc_api\nfc_files\nfc_io\nfc_vcpu 0\nfirecracker\n");
     assert_eq!(Api::new(&socket).get("/").json()["id"], "vm-1");
 }
 

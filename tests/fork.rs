@@ -305,7 +305,7 @@ fn what_a_parent_was_started_with_is_not_its_childrens() {
         let fds = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
         fds.map(|fd| fs::read_link(fd.unwrap().path())).any(|leads| leads.is_ok_and(|l| l == file))
     };
-    assert_eq!([vm.pid(), zygote, child.pid].map(has), [true, false, false]);
+    assert_eq!([vm.pid(), zygote, child.pid].map(has), [false, false, false]);
 }
 
 /// The children of a reply.
@@ -405,23 +405,23 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
         (json!({ "n": 0 }), "fork: n: 0 is not between 1 and 1000"),
         (json!({ "n": 1001 }), "fork: n: 1001 is not between 1 and 1000"),
         (json!({ "n": 3, "overrides": [{}, {}] }), "fork: overrides: there are 2 for 3 children"),
-        (json!({ "n": 1 }), "fork: child 0: drives disk0: path_on_host:"),
-        (json!({ "overrides": [{ "drives": drives }] }), "fork: child 0: network-interfaces eth0:"),
+        (json!({ "n": 1 }), "fork: child 1: drives disk0: path_on_host:"),
+        (json!({ "overrides": [{ "drives": drives }] }), "fork: child 1: network-interfaces eth0:"),
         (
             json!({ "n": 2, "overrides": [{ "drives": drives, "network-interfaces": tap }] }),
-            "fork: child 1: drives disk0: path_on_host:",
+            "fork: child 2: drives disk0: path_on_host:",
         ),
         (
             json!({ "overrides": [{ "drives": [{ "drive_id": "none" }] }] }),
-            "fork: child 0: overrides: drives: the snapshot has none",
+            "fork: child 1: overrides: drives: the snapshot has none",
         ),
-        (json!({ "overrides": [{ "id": "a b" }] }), "fork: child 0: overrides: id:"),
-        (json!({ "overrides": [{ "nothing": 1 }] }), "fork: child 0: overrides: unknown field"),
+        (json!({ "overrides": [{ "id": "a b" }] }), "fork: child 1: overrides: id:"),
+        (json!({ "overrides": [{ "nothing": 1 }] }), "fork: child 1: overrides: unknown field"),
         (json!({ "many": 1 }), "An error occurred when deserializing"),
         // There is no such tap: known only when the child opens it.
         (
             json!({ "overrides": [{ "drives": drives, "network-interfaces": tap }] }),
-            "fork: child 0: network-interfaces eth0:",
+            "fork: child 1: network-interfaces eth0:",
         ),
     ] {
         let said = refused(body);
@@ -443,12 +443,22 @@ fn what_cannot_be_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn no_two_children_have_one_id() {
+    let vm = idle();
+    let same = json!([{ "id": "same" }, { "id": "same" }]);
+    let said = post(&vm.api(), json!({ "overrides": same })).fault();
+    assert!(said.starts_with("fork: child 2: id: 'same' is that of another child"), "{said}");
+    let child = children(&post(&vm.api(), json!({ "overrides": [{ "id": "same" }] }))).remove(0);
+    assert_eq!(child.api.get("/").json()["id"], "same");
+}
+
+#[test]
 fn one_that_fails_ends_all() {
     let (scratch, vm) = (Scratch::new(), parent(forkable()));
     let bad = json!({ "serial": { "to": { "Socket": scratch.path("none").join("s") } } });
     let body = json!({ "overrides": [talking(&scratch, "a"), bad, talking(&scratch, "b")] });
     let said = post(&vm.api(), body).fault();
-    assert!(said.starts_with("fork: child 1: serial: "), "{said}");
+    assert!(said.starts_with("fork: child 2: serial: "), "{said}");
     for name in ["a", "b"] {
         let connected = UnixStream::connect(scratch.path(name));
         assert!(connected.is_err(), "{name} has a reader");
@@ -512,24 +522,24 @@ fn whoever_is_killed_takes_nobody_along() {
     wait_until(|| !fs::exists(format!("/proc/{}", killed.pid)).unwrap());
     assert_eq!(first[0].tell("c", "count"), "3");
     assert_eq!(tell(&vm, "c", "count"), "3");
-    // What they come from: there is another when it is needed.
-    let old = zygote(vm.pid()).expect("a process that forks");
-    let pidfd = pidfd_open(old, PidfdFlags::empty()).unwrap();
-    pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
-    assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
-    let mut second = fork_for_good(&vm.api(), &scratch, &["c"]);
-    assert_eq!(second[0].tell("c", "count"), "4");
-    assert_eq!(first[0].tell("c", "count"), "4");
-    let new = zygote(vm.pid()).expect("another process that forks");
-    assert_ne!(old, new);
     // The parent: what forks goes with it, children go on, and have children.
-    let pidfd = pidfd_open(new, PidfdFlags::empty()).unwrap();
+    let forks = zygote(vm.pid()).expect("a process that forks");
+    let pidfd = pidfd_open(forks, PidfdFlags::empty()).unwrap();
     vm.signal(Signal::KILL);
     assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
-    assert_eq!(second[0].tell("c", "count"), "5");
-    let mut grand = fork_for_good(&second[0].api.clone(), &scratch, &["d"]);
+    assert_eq!(first[0].tell("c", "count"), "4");
+    let mut grand = fork_for_good(&first[0].api.clone(), &scratch, &["d"]);
+    assert_eq!(grand[0].tell("c", "count"), "5");
+    // What forks: there can be no more children, and nothing else is lost.
+    let forks = zygote(first[0].pid).expect("a process that forks");
+    let pidfd = pidfd_open(forks, PidfdFlags::empty()).unwrap();
+    pidfd_send_signal(&pidfd, Signal::KILL).unwrap();
+    assert!(poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], None).unwrap() > 0);
+    let refused = post(&first[0].api, json!({ "n": 1 })).fault();
+    assert!(refused.contains("the process that makes children has been ended"), "{refused}");
+    assert_eq!(first[0].tell("c", "count"), "5");
     assert_eq!(grand[0].tell("c", "count"), "6");
-    for child in [first, second, grand].into_iter().flatten() {
+    for child in [first, grand].into_iter().flatten() {
         child.signal(Signal::TERM);
         child.signal(Signal::TERM);
         assert!(child.ends_within(PATIENCE));

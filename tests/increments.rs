@@ -272,8 +272,7 @@ fn what_is_written_meanwhile_is_no_parent_after_going_back() {
     let strace = Strace::attach(&vm, &scratch, "pwrite64", "delay_enter=1000000:when=1");
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| create(&vm, &meanwhile, "Full"));
-        let copier = format!("/proc/{0}/task/{0}/children", vm.pid());
-        wait_until(|| !std::fs::read_to_string(&copier).unwrap().is_empty());
+        wait_until(|| vm.copier().is_some());
         vm.api().put("/snapshot/rewind", json!({"directory": base})).done();
         assert!(!writing.is_finished());
         writing.join().unwrap();

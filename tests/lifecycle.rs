@@ -120,7 +120,7 @@ fn sigterm_gives_the_guest_a_moment() {
         vm.signal(Signal::TERM);
         let end = vm.wait().code(143);
         // 2 s are promised; the machine may be busy.
-        ended.within(Duration::from_millis(1400), Duration::from_secs(4));
+        ended.within(Duration::from_millis(900), Duration::from_secs(4));
         let lines = ["husk: warn: the guest did not power off in time", "husk: stopped by SIGTERM"];
         assert_eq!(end.errors.lines().collect::<Vec<_>>(), lines);
     }
@@ -239,7 +239,7 @@ fn vm_has_the_threads_it_should_have() {
     assert_eq!(threads(&vm).len(), 4);
     let vm = Husk::guest("hello", "how=hang").listening().start();
     vm.expect("how=hang");
-    assert_eq!(threads(&vm), ["husk", "husk_api", "husk_io", "husk_vcpu 0"]);
+    assert_eq!(threads(&vm), ["husk", "husk_api", "husk_files", "husk_io", "husk_vcpu 0"]);
 }
 
 /// The names of its threads, those that KVM has in it left out.

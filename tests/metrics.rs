@@ -90,20 +90,24 @@ fn lines_say_what_came_since_the_last() {
     assert_eq!(of(first, "/put_api_requests/metrics_fails"), 1);
     assert_eq!(of(last, "/put_api_requests/boot_source_count"), 0);
     assert!(of(first, "/api_server/process_startup_time_us").as_u64().unwrap() > 0);
-    // One drive: the sum is what it did.
+    // One drive: the sum is what it did. On a busy host it may have done something before the first line is written.
     assert_eq!(of(last, "/block_disk"), of(last, "/block"));
-    let count = |name: &str| of(last, &format!("/block/{name}")).as_u64().unwrap();
+    let sum =
+        |name: &str| [first, last].iter().map(|line| of(line, name).as_u64().unwrap()).sum::<u64>();
+    let count = |name: &str| sum(&format!("/block/{name}"));
     assert!(count("write_bytes") >= 64 << 10 && count("read_bytes") >= 64 << 10);
     assert!(count("write_count") > 0 && count("read_count") > 1 && count("queue_event_count") > 0);
     assert!(count("activate_count") == 1 && count("used_buffer_interrupt_count") > 0);
-    let took = of(last, "/block/read_agg");
-    assert!(
-        took["sum_us"].as_u64() >= took["max_us"].as_u64() && took["max_us"].as_u64() > Some(0)
-    );
-    assert!(of(last, "/vcpu/exit_io_out").as_u64().unwrap() > 0);
-    assert!(of(last, "/vcpu/exit_io_out_agg/sum_us").as_u64().unwrap() > 0);
-    assert!(of(last, "/uart/write_count").as_u64().unwrap() > 50);
-    assert!(of(last, "/interrupts/triggers").as_u64().unwrap() > 0);
+    assert!([first, last].iter().any(|line| {
+        let took = of(line, "/block/read_agg");
+        let (sum, max) = (took["sum_us"].as_u64().unwrap(), took["max_us"].as_u64().unwrap());
+        assert!(sum >= max);
+        max > 0
+    }));
+    assert!(sum("/vcpu/exit_io_out") > 0);
+    assert!(sum("/vcpu/exit_io_out_agg/sum_us") > 0);
+    assert!(sum("/uart/write_count") > 50);
+    assert!(sum("/interrupts/triggers") > 0);
 }
 
 /// What is flushed is not flushed again; Prometheus sees it all the time, and after a reboot.

@@ -223,7 +223,8 @@ fn killed_at_any_instant_it_leaves_the_old_or_the_new() {
                 let mut before = sound(&place).unwrap();
                 for n in 0..(KILLS / KILLERS) as usize {
                     let kind = n % kinds.len();
-                    kill_once(&base, &kinds[kind], &mut random, longest[kind]);
+                    // A VM that has just been restored takes longer.
+                    kill_once(&base, &kinds[kind], &mut random, 2 * longest[kind]);
                     let after = sound(&place).unwrap_or_else(|e| panic!("torn: {e}"));
                     outcomes[usize::from(after != before)].fetch_add(1, Ordering::Relaxed);
                     before = after;
@@ -337,8 +338,20 @@ pub(crate) struct Strace {
 
 impl Strace {
     pub(crate) fn attach(vm: &TestVm, scratch: &Scratch, call: &str, inject: &str) -> Self {
+        Self::attach_to(vm, scratch, None, call, inject)
+    }
+
+    /// The same for calls on one file, if it is one.
+    pub(crate) fn attach_to(
+        vm: &TestVm,
+        scratch: &Scratch,
+        path: Option<&str>,
+        call: &str,
+        inject: &str,
+    ) -> Self {
         let log = scratch.path("strace");
         let mut child = Command::new("strace")
+            .args(path.iter().flat_map(|path| ["-P", path]))
             .args(["-f", "-o", log.to_str().unwrap(), "-e", &format!("trace={call}")])
             .args(["-e", &format!("inject={call}:{inject}"), "-p", &vm.pid().to_string()])
             .stderr(Stdio::piped())
@@ -772,15 +785,10 @@ fn a_copier_that_is_killed_leaves_the_old_and_the_guest() {
             move || api.put("/snapshot/create", place)
         });
         let copier = loop {
-            let children = format!("/proc/{0}/task/{0}/children", vm.pid());
-            let of_threads = fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap();
-            let of_threads = of_threads.flatten().map(|task| task.path().join("children"));
-            let all = of_threads.chain([PathBuf::from(children)]);
-            let found = all.filter_map(|path| fs::read_to_string(path).ok());
-            let pid = found.flat_map(|pids| pids.split_whitespace().next()?.parse().ok()).next();
+            let copier = vm.copier();
             assert!(!asked.is_finished(), "the snapshot is there, and nobody copied");
-            if let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) {
-                break pid;
+            if let Some(copier) = copier {
+                break copier;
             }
             std::thread::yield_now();
         };

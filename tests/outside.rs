@@ -25,7 +25,7 @@ fn saved(scratch: &Scratch, husk: Husk) -> (TestVm, PathBuf) {
 }
 
 /// An open tap, which is passed on to processes that are started.
-fn open_tap(network: &Network, name: &str) -> File {
+pub(crate) fn open_tap(network: &Network, name: &str) -> File {
     let file = network.within(|| {
         let file = File::options().read(true).write(true).open("/dev/net/tun").unwrap();
         tun::attach(&file, name).unwrap();

@@ -92,6 +92,9 @@ fn fingerprint(rustc: &Path, runtime: &Path, source: &Path, load_addr: u64) -> R
     let version = version.map_err(|e| format!("{}: {e}", rustc.display()))?;
     let entries = fs::read_dir(runtime).map_err(|e| format!("{}: {e}", runtime.display()))?;
     let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    // A guest in several files has the others in a directory of its name.
+    let modules = fs::read_dir(source.with_extension("")).into_iter().flatten().flatten();
+    files.extend(modules.map(|entry| entry.path()));
     let is_source = |path: &PathBuf| {
         path.extension().is_some_and(|e| ["rs", "s", "ld"].map(OsStr::new).contains(&e))
     };

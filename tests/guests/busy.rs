@@ -415,7 +415,8 @@ struct Devices {
     net: Option<(Device, Queue)>,
     pmem: Option<(Device, Queue)>,
     vsock: Option<Device>,
-    balloon: Option<(Device, Queue, Queue)>,
+    /// With a page that is given and taken back.
+    balloon: Option<(Device, Queue, Queue, &'static mut [u8])>,
     mem: Option<(Device, Queue)>,
     /// Blocks of memory that are plugged.
     plugged: u64,
@@ -456,7 +457,7 @@ impl Devices {
             Some(device) => {
                 let (inflate, deflate) = (device.queue(0, 16)?, device.queue(1, 16)?);
                 device.start()?;
-                Some((device, inflate, deflate))
+                Some((device, inflate, deflate, allocate(PAGE)))
             }
             None => None,
         };
@@ -504,9 +505,8 @@ impl Devices {
             live(device)?;
             ensure!(device.config64(0) == 3, "CID {}", device.config64(0));
         }
-        if let Some((device, inflate, deflate)) = &mut self.balloon {
+        if let Some((device, inflate, deflate, given)) = &mut self.balloon {
             live(device)?;
-            let given = allocate(PAGE);
             let number = (given.as_ptr() as usize / PAGE) as u32;
             self.page[..4].copy_from_slice(&number.to_le_bytes());
             inflate.round_trip(&[Buffer::readable(&self.page[..4])], TIMEOUT_US)?;

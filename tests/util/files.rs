@@ -73,6 +73,15 @@ pub(crate) fn files_in(directory: &str) -> usize {
     fs::read_dir(directory).unwrap_or_else(|e| panic!("{directory}: {e}")).count()
 }
 
+/// What a process has open, in order.
+pub(crate) fn descriptors(pid: u32) -> Vec<String> {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    let mut all: Vec<_> = targets.map(|target| target.display().to_string()).collect();
+    all.sort();
+    all
+}
+
 /// The SHA-256 of these bytes, in the digits of `sha256sum`, as guests print it.
 pub(crate) fn sha256(bytes: &[u8]) -> String {
     let scratch = Scratch::new();

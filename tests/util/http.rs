@@ -1,8 +1,12 @@
 //! A client for the API that knows as little of husk as curl does.
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::Value;
 
 use super::PATIENCE;
@@ -58,7 +62,7 @@ impl Api {
     pub(crate) fn follow(&self, path: &str) -> Lines {
         let mut reader = BufReader::new(self.connect());
         reader.get_mut().write_all(&request("GET", path, "")).unwrap();
-        let head = read_head(&mut reader);
+        let head = read_head(&mut reader).expect("a reply");
         assert!(head.starts_with("HTTP/1.1 200"), "{head}");
         assert!(head.to_lowercase().contains("transfer-encoding: chunked"), "{head}");
         Lines { reader, pending: String::new() }
@@ -72,15 +76,52 @@ impl Api {
         stream
     }
 
+    /// A request with descriptors, all of which come with its first byte.
+    pub(crate) fn pass(
+        &self,
+        (method, path): (&str, &str),
+        body: impl ToString,
+        fds: &[impl AsFd],
+    ) -> Reply {
+        let mut stream = self.connect();
+        let bytes = request(method, path, &body.to_string());
+        send_with(&stream, &bytes[..1], fds);
+        stream.write_all(&bytes[1..]).unwrap();
+        Reply::read(&mut BufReader::new(stream))
+    }
+
     pub(crate) fn request(&self, method: &str, path: &str, body: &str) -> Reply {
         let mut stream = self.connect();
         stream.write_all(&request(method, path, body)).unwrap();
         Reply::read(&mut BufReader::new(stream))
     }
+
+    /// The same of a program that may not answer within `patience`, or not at all.
+    pub(crate) fn try_request(
+        &self,
+        (method, path, body): (&str, &str, &str),
+        patience: Duration,
+    ) -> io::Result<Reply> {
+        let mut stream = UnixStream::connect(&self.path)?;
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
+        stream.write_all(&request(method, path, body))?;
+        Reply::try_read(&mut BufReader::new(stream))
+    }
+}
+
+/// One sendmsg(2) of bytes and descriptors.
+pub(crate) fn send_with(stream: &UnixStream, bytes: &[u8], fds: &[impl AsFd]) {
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(fds.len()))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(&fds)));
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::NOSIGNAL);
+    assert_eq!(sent.unwrap(), bytes.len());
 }
 
 /// A request as bytes.
-fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
+pub(crate) fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
     let mut text = format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\n");
     if !body.is_empty() {
         text += &format!("Content-Type: application/json\r\nContent-Length: {}\r\n", body.len());
@@ -91,9 +132,14 @@ fn request(method: &str, path: &str, body: &str) -> Vec<u8> {
 impl Reply {
     /// Reads one reply, whose length its head tells.
     pub(crate) fn read(reader: &mut impl BufRead) -> Self {
-        let head = read_head(reader);
+        Self::try_read(reader).expect("a reply")
+    }
+
+    /// The same where there may be none.
+    pub(crate) fn try_read(reader: &mut impl BufRead) -> io::Result<Self> {
+        let head = read_head(reader)?;
         let status = head.split(' ').nth(1).and_then(|s| s.parse().ok());
-        let status = status.unwrap_or_else(|| panic!("no HTTP reply: {head:?}"));
+        let status = status.ok_or_else(|| io::Error::other(format!("no HTTP reply: {head:?}")))?;
         let len = head
             .lines()
             .find_map(|l| {
@@ -101,8 +147,9 @@ impl Reply {
             })
             .unwrap_or(0);
         let mut body = vec![0; len];
-        reader.read_exact(&mut body).unwrap();
-        Self { status, head, body: String::from_utf8(body).unwrap() }
+        reader.read_exact(&mut body)?;
+        let body = String::from_utf8(body).map_err(io::Error::other)?;
+        Ok(Self { status, head, body })
     }
 
     /// The reply is 204, or the test fails.
@@ -138,13 +185,14 @@ pub(crate) fn operations(document: &Value) -> impl Iterator<Item = (String, &str
     })
 }
 
-fn read_head(reader: &mut impl BufRead) -> String {
+fn read_head(reader: &mut impl BufRead) -> io::Result<String> {
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
-        let read = reader.read_line(&mut head).expect("a reply");
-        assert!(read > 0, "the connection ended after {head:?}");
+        if reader.read_line(&mut head)? == 0 {
+            return Err(io::Error::other(format!("the connection ended after {head:?}")));
+        }
     }
-    head
+    Ok(head)
 }
 
 /// JSON lines, as they come.

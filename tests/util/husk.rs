@@ -58,6 +58,14 @@ impl Husk {
         }
     }
 
+    /// Another program in husk's place.
+    pub(crate) fn of<S: AsRef<OsStr>>(
+        program: impl AsRef<OsStr>,
+        args: impl IntoIterator<Item = S>,
+    ) -> Self {
+        Self { program: program.as_ref().to_owned(), ..Self::new(args) }
+    }
+
     /// `husk run` with a kernel.
     pub(crate) fn run(kernel: impl AsRef<Path>) -> Self {
         Self::new(["run", "--kernel"]).arg(kernel.as_ref())
@@ -80,11 +88,29 @@ impl Husk {
 
     /// husk under the name `firecracker`.
     pub(crate) fn firecracker<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
+        Self::named("firecracker", args)
+    }
+
+    /// husk under another name.
+    pub(crate) fn named<S: AsRef<OsStr>>(name: &str, args: impl IntoIterator<Item = S>) -> Self {
         let mut husk = Self::new(args);
-        let name = husk.scratch.path("firecracker");
-        symlink(&husk.program, &name).unwrap();
-        husk.program = name.into();
+        husk.program = husk.under_the_name(name);
         husk
+    }
+
+    /// husk under the name `jailer`, to start what is called `firecracker` and is husk.
+    pub(crate) fn jailer<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Self {
+        let mut husk = Self::new([] as [&str; 0]);
+        let program = husk.under_the_name("firecracker");
+        husk.program = husk.under_the_name("jailer");
+        let husk = husk.option("--exec-file", program);
+        args.into_iter().fold(husk, Self::arg)
+    }
+
+    fn under_the_name(&self, name: &str) -> OsString {
+        let link = self.scratch.path(name);
+        symlink(&self.program, &link).unwrap();
+        link.into()
     }
 
     /// `husk restore` in place of `run`, in the same network, with what such a process is told of itself.
@@ -166,6 +192,21 @@ impl Husk {
     pub(crate) fn after(mut self, shell: &str) -> Self {
         self.preparation = Some(shell.to_owned());
         self
+    }
+
+    /// Runs it by another program: its name, and the arguments before husk's own.
+    pub(crate) fn by<S: AsRef<OsStr>>(mut self, words: impl IntoIterator<Item = S>) -> Self {
+        let mut words: Vec<OsString> = words.into_iter().map(|w| w.as_ref().to_owned()).collect();
+        let first = words.remove(0);
+        words.push(std::mem::replace(&mut self.program, first));
+        words.append(&mut self.args);
+        self.args = words;
+        self
+    }
+
+    /// Runs it as a root for whom the modes of files hold that are not its own.
+    pub(crate) fn heeding_modes(self) -> Self {
+        self.by(["setpriv", "--bounding-set", "-dac_override,-dac_read_search"])
     }
 
     /// Gives it an API socket, and a log that tells when it listens.
@@ -362,6 +403,23 @@ impl TestVm {
 
     pub(crate) fn pid(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The process that copies its memory, if there is one.
+    pub(crate) fn copier(&self) -> Option<Pid> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
+        let children = tasks.flatten().filter_map(|task| {
+            // Threads come and go.
+            std::fs::read_to_string(task.path().join("children")).ok()
+        });
+        let pids: Vec<String> = children
+            .flat_map(|pids| pids.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+            .collect();
+        let pid = pids.into_iter().find(|pid| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm"));
+            name.is_ok_and(|name| name.trim_end() != "husk_zygote")
+        })?;
+        Pid::from_raw(pid.parse().ok()?)
     }
 
     /// Its API.

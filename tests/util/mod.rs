@@ -15,6 +15,7 @@ mod guest;
 mod http;
 mod husk;
 mod image;
+mod jail;
 mod linux;
 mod network;
 mod output;
@@ -26,11 +27,12 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 pub(crate) use attack::{ATTACKS, Attack, ask, resident_kib, under};
-pub(crate) use files::{Scratch, ext4, files_in, sha256};
+pub(crate) use files::{Scratch, descriptors, ext4, files_in, sha256};
 pub(crate) use guest::{guest, guest_at, linux_program};
-pub(crate) use http::{Api, Reply, operations};
+pub(crate) use http::{Api, Reply, operations, request, send_with};
 pub(crate) use husk::{End, Husk, TestVm, tell};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
+pub(crate) use jail::{Jail, among_files_of, inside, tree};
 pub(crate) use linux::{
     BOOT, Origin, both_ways, cmdline, from_initrd, initrd_with, product, root_disk, script_disk,
 };
