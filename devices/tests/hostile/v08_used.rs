@@ -60,8 +60,9 @@ fn attack(b: &mut Bench, queue: usize, scribble: Scribble) -> Verdict {
     let rounds = if b.kind.holds(queue) { SIZE - 3 } else { 3 * SIZE };
     for round in 0..rounds {
         let buffers = b.honest(queue);
-        b.ring(queue).add(&buffers[..1]);
+        // Before the device may use the chain, which it may without a kick when it has just come up.
         scribble(b, queue, round);
+        b.ring(queue).add(&buffers[..1]);
         b.m.kick(&b.rings[queue]);
         if b.kind.holds(queue) {
             b.settle();
