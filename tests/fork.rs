@@ -189,6 +189,37 @@ fn children_and_parents_part_ways() {
     }
 }
 
+/// Each is the child of the one before it. The kernel takes 16 sets of Landlock's rules one upon the other.
+#[track_caller]
+fn generations_go_on(husk: Husk) {
+    let vm = husk.start();
+    vm.expect("ready=1");
+    let scratch = Scratch::new();
+    let mut line: Vec<Child> = Vec::new();
+    for number in 1..=20 {
+        let parent = line.last().map_or_else(|| vm.api(), |child| child.api.clone());
+        let mut child = fork(&parent, &scratch, &[&format!("serial.{number}")]).remove(0);
+        assert_eq!(child.tell("c", "count"), number.to_string());
+        line.push(child);
+    }
+    for child in line.into_iter().rev() {
+        child.kill();
+    }
+}
+
+#[test]
+fn generations_go_on_where_files_may_be_used_anywhere() {
+    generations_go_on(forkable());
+}
+
+#[test]
+fn generations_go_on_where_files_may_be_used_in_one_place() {
+    let place = std::env::temp_dir();
+    generations_go_on(
+        forkable().arg("--require-sandbox").arg("--allow").arg(place.to_str().unwrap()),
+    );
+}
+
 /// `POST /fork`.
 fn post(api: &Api, body: Value) -> Reply {
     api.request("POST", "/fork", &body.to_string())

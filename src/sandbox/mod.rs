@@ -23,7 +23,7 @@ mod ready;
 use std::io;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use landlock::RulesetCreated;
 
@@ -173,10 +173,19 @@ pub(crate) fn enter(role: Role) {
 }
 
 /// The same, for the process that makes children, which may use files where the user allows it, and remove the API's socket
-/// in the directories that are `removable`.
+/// in the directories that are `removable`. One that a child makes for its own children is closed like the one that made
+/// the child already. The kernel takes no more than 16 sets of rules one upon the other: with one more for each
+/// generation there would be no 16th.
 pub(crate) fn enter_zygote(removable: &[PathBuf]) {
-    if let Some(Policy { roots, .. }) = POLICY.get() {
+    /// Where this process may remove files, since it or one that it was forked off from is a zygote.
+    static CLOSED: Mutex<Option<Vec<PathBuf>>> = Mutex::new(None);
+
+    let Some(Policy { roots, .. }) = POLICY.get() else { return };
+    let mut closed = CLOSED.lock().unwrap_or_else(PoisonError::into_inner);
+    let covers = |closed: &Vec<PathBuf>| *roots == Roots::Anywhere || closed == removable;
+    if !closed.as_ref().is_some_and(covers) {
         close(Role::Zygote, Rules::Files { roots, removable, usable: &[] });
+        *closed = Some(removable.to_owned());
     }
 }
 
