@@ -141,8 +141,10 @@ fn it_goes_to_the_background_with_a_namespace_limits_and_a_network() {
     let mount = format!("mount --bind /proc/self/ns/net {}", handle.display());
     let netns = link.join("netns").display().to_string();
     let parent = format!("husk-{}", jail.id);
+    let is_v1 = Path::new(CGROUPS).join("pids").exists();
     let end = jailer(&jail, &["--new-pid-ns", "--daemonize", "--netns", &netns])
         .option("--parent-cgroup", &parent)
+        .option("--cgroup-version", if is_v1 { "1" } else { "2" })
         .option("--cgroup", "cpuset.cpus=0")
         .option("--cgroup", "pids.max=100")
         .option("--resource-limit", "no-file=512")
@@ -182,7 +184,7 @@ fn it_goes_to_the_background_with_a_namespace_limits_and_a_network() {
     let theirs = network.within(|| network_of("thread-self"));
     assert_eq!(network_of(&pid.to_string()), theirs);
     let groups = jail.cgroups();
-    assert_eq!(groups.len(), 2, "{groups:?}");
+    assert_eq!(groups.len(), if is_v1 { 2 } else { 1 }, "{groups:?}");
     for (name, group) in &groups {
         let processes = fs::read_to_string(group.join("cgroup.procs")).unwrap();
         assert!(processes.lines().any(|line| line == pid.to_string()), "{name}: {processes}");
@@ -193,6 +195,38 @@ fn it_goes_to_the_background_with_a_namespace_limits_and_a_network() {
     let patience = rustix::time::Timespec::try_from(PATIENCE).unwrap();
     assert_eq!(rustix::event::poll(&mut fds, Some(&patience)), Ok(1));
     assert!(!socket.exists());
+}
+
+/// A setting of a controller that version 2 has on this host, and its value.
+fn setting_of_version_2() -> (&'static str, &'static str) {
+    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+    let is_v2 = |line: &&str| line.split(' ').nth(2) == Some("cgroup2");
+    let mount = mounts.lines().find(is_v2).expect("a hierarchy of version 2: mount -t cgroup2");
+    let controllers = Path::new(mount.split(' ').nth(1).unwrap()).join("cgroup.controllers");
+    let controllers = fs::read_to_string(controllers).unwrap();
+    let has = |file: &str| controllers.split_whitespace().any(|name| file.starts_with(name));
+    let known = [("pids.max", "100"), ("memory.max", "1073741824"), ("hugetlb.2MB.max", "2097152")];
+    known.into_iter().find(|(file, _)| has(file)).expect("a controller of version 2")
+}
+
+#[test]
+fn a_cgroup_of_version_2_is_made_and_joined() {
+    let jail = Jail::new();
+    let (file, value) = setting_of_version_2();
+    let setting = format!("{file}={value}");
+    let version = ["--cgroup-version", "2", "--cgroup", &setting];
+    let more = ["--parent-cgroup", &jail.parent, "--", "--level", "Info"];
+    let vm = jailer(&jail, &[&version[..], &more].concat()).start();
+    vm.expect("API server started.");
+    let groups = jail.cgroups();
+    let [(_, group)] = &groups[..] else { panic!("{groups:?}") };
+    let read = |file: &str| fs::read_to_string(group.join(file)).unwrap();
+    assert_eq!(read(file).trim(), value);
+    let processes = read("cgroup.procs");
+    assert!(processes.lines().any(|line| line == vm.pid().to_string()), "{processes}");
+    drive(&jail);
+    vm.signal(Signal::TERM);
+    vm.wait().code(143);
 }
 
 #[test]
@@ -259,10 +293,18 @@ fn what_cannot_be_is_refused() {
         (&["--resource-limit", "core=1"], 2),
         (&["--netns", "/none"], 3),
         (&["--cgroup", "none.such=1"], 3),
-        (&["--cgroup", "pids.none=1"], 3),
     ] {
         let end = jailer(&jail, more).wait().code(code);
         assert!(!end.errors.is_empty(), "{more:?}");
+    }
+    for (version, setting, says) in [
+        ("1", "pids.none=1", "cgroups have no file 'pids.none' on this host"),
+        ("2", "cgroup.none=1", "has no controller 'cgroup' of version 2"),
+    ] {
+        let parent = ["--parent-cgroup", &jail.parent];
+        let more = [&["--cgroup-version", version, "--cgroup", setting][..], &parent].concat();
+        let e = jailer(&jail, &more).wait().refused(3);
+        assert!(e.contains(says), "{e}");
     }
     for words in [["--id", "a/b", "--uid", "1"], ["--id", "a", "--uid", "0"]] {
         Husk::jailer(words.iter().chain(&["--gid", "1"])).wait().code(2);

@@ -3,7 +3,7 @@
 //! Knows both versions. A setting is a file and what is written to it; which file a limit is differs by version, and
 //! is said here for the limits that husk has flags for.
 use std::fs;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -381,6 +381,17 @@ fn delegate<'a>(
     let mut words: Vec<String> = controllers.map(|controller| format!("+{controller}")).collect();
     words.sort();
     words.dedup();
+    let known = read(group, "cgroup.controllers");
+    for word in &words {
+        let has = |known: &String| known.split_whitespace().any(|name| &word[1..] == name);
+        if known.as_ref().is_some_and(|known| !has(known)) {
+            return Err(JailError::Refused(format!(
+                "the cgroup's parent has no controller '{}' of version 2, only those in its \
+                 cgroup.controllers: let it have that by the cgroup.subtree_control of its own parent, or ask for version 1",
+                &word[1..]
+            )));
+        }
+    }
     write(group, &Setting::new("cgroup.subtree_control", words.join(" ")))
 }
 
@@ -400,20 +411,25 @@ fn read(group: &OwnedFd, file: &str) -> Option<String> {
     std::io::read_to_string(fs::File::from(file)).ok()
 }
 
-fn write(
-    group: impl AsFd,
-    Setting { file, value, is_optional }: &Setting,
-) -> Result<(), JailError> {
+fn write(group: &OwnedFd, Setting { file, value, is_optional }: &Setting) -> Result<(), JailError> {
     // There is no file to be made in a real hierarchy.
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC;
     let opened = Beneath::new(group).open(Path::new(file), flags, Mode::RUSR | Mode::WUSR);
     let written = match opened {
         Err(_) if *is_optional => return Ok(()),
+        // In a real hierarchy, which the error does not say.
+        Err(Errno::ACCESS | Errno::PERM) if is_missing(group, file) => {
+            return Err(JailError::Refused(format!("cgroups have no file '{file}' on this host")));
+        }
         opened => opened.and_then(|fd| rustix::io::write(&fd, value.as_bytes())),
     };
     written
         .map(drop)
         .map_err(JailError::path(format!("cannot write '{value}' to {file} of the cgroup")))
+}
+
+fn is_missing(group: &OwnedFd, file: &str) -> bool {
+    matches!(rustix::fs::statat(group, file, AtFlags::SYMLINK_NOFOLLOW), Err(Errno::NOENT))
 }
 
 #[cfg(test)]

@@ -10,8 +10,8 @@ use std::thread;
 
 use super::{Husk, Scratch, TestVm, guest};
 
-/// Hierarchies of cgroups of version 1.
-const CGROUPS: &str = "/sys/fs/cgroup";
+/// Hierarchies of cgroups of version 1, or the one of version 2.
+pub(crate) const CGROUPS: &str = "/sys/fs/cgroup";
 
 #[derive(Debug)]
 pub(crate) struct Jail {
@@ -20,7 +20,7 @@ pub(crate) struct Jail {
     pub(crate) user: u32,
     /// Belongs to the user.
     pub(crate) scratch: Scratch,
-    parent: String,
+    pub(crate) parent: String,
 }
 
 impl Jail {
@@ -58,10 +58,10 @@ impl Jail {
 
     /// Its cgroups that there are, with the name of their hierarchy.
     pub(crate) fn cgroups(&self) -> Vec<(String, PathBuf)> {
-        let hierarchies = fs::read_dir(CGROUPS).unwrap().map(|entry| entry.unwrap());
-        let groups = hierarchies.filter_map(|entry| {
-            let group = entry.path().join(&self.parent).join(&self.id);
-            group.exists().then(|| (entry.file_name().into_string().unwrap(), group))
+        let groups = hierarchies().into_iter().filter_map(|hierarchy| {
+            let group = hierarchy.join(&self.parent).join(&self.id);
+            let name = hierarchy.file_name().unwrap().to_str().unwrap().to_owned();
+            group.exists().then_some((name, group))
         });
         groups.collect()
     }
@@ -69,13 +69,19 @@ impl Jail {
 
 impl Drop for Jail {
     fn drop(&mut self) {
-        for entry in fs::read_dir(CGROUPS).into_iter().flatten().flatten() {
+        for hierarchy in hierarchies() {
             // Made only if a test wants it; of a test that fails, something may be in it.
-            let parent = entry.path().join(&self.parent);
+            let parent = hierarchy.join(&self.parent);
             let _ = fs::remove_dir(parent.join(&self.id));
             let _ = fs::remove_dir(parent);
         }
     }
+}
+
+/// Where hierarchies may be.
+fn hierarchies() -> Vec<PathBuf> {
+    let entries = fs::read_dir(CGROUPS).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).chain([CGROUPS.into()]).collect()
 }
 
 /// The process in the jail: the only child of the one that waits.

@@ -32,7 +32,7 @@ pub(crate) use guest::{guest, guest_at, linux_program};
 pub(crate) use http::{Api, Reply, operations, request, send_with};
 pub(crate) use husk::{End, Husk, TestVm, tell};
 pub(crate) use image::{Elf, PLUS_AND_POWEROFF, Segment, bz_image, field, without_pvh};
-pub(crate) use jail::{Jail, among_files_of, inside, tree};
+pub(crate) use jail::{CGROUPS, Jail, among_files_of, inside, tree};
 pub(crate) use linux::{
     BOOT, Origin, both_ways, cmdline, from_initrd, initrd_with, product, root_disk, script_disk,
 };
