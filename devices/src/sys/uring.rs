@@ -22,6 +22,8 @@ use crate::GuestRam;
 
 /// How long a dropped ring is waited for before what it uses is left to the kernel for good.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// Room for pieces of memory that a slot keeps: more would be for one operation in a thousand.
+const VECTORS_KEPT: usize = 128;
 
 /// Which way bytes go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -233,6 +235,8 @@ impl Uring {
             let Some(slot) = self.slots.get_mut(index) else { continue };
             match slot.heed(entry.result()) {
                 Progress::Ended(ended) => {
+                    slot.vectors.clear();
+                    slot.vectors.shrink_to(VECTORS_KEPT);
                     self.free.push(index);
                     return Some(ended);
                 }

@@ -65,21 +65,30 @@ pub enum ChainError {
     TooBig,
 }
 
-/// The buffers of a chain, device-readable and device-writable apart. Reused between chains, so
-/// that serving a request allocates nothing.
+/// How many buffers storage is kept for between chains: no driver's request has more, but one of a thousand would cost
+/// as many bytes as all the others, for each chain that a device holds.
+const KEPT: usize = 128;
+
+/// The buffers of a chain, device-readable and device-writable apart; those without a byte are left out. Reused between
+/// chains, so that serving a request allocates nothing.
 #[derive(Debug, Default)]
 pub struct Buffers {
     readable: Vec<Buffer>,
     writable: Vec<Buffer>,
+    /// Whether one of them, be it without a byte, was writable.
+    has_writable: bool,
     mixed: bool,
     bytes: u32,
 }
 
 impl Buffers {
-    /// Forgets everything, keeps the storage.
+    /// Forgets everything, keeps the storage that is of use for other chains.
     pub fn clear(&mut self) {
-        self.readable.clear();
-        self.writable.clear();
+        for buffers in [&mut self.readable, &mut self.writable] {
+            buffers.clear();
+            buffers.shrink_to(KEPT);
+        }
+        self.has_writable = false;
         self.mixed = false;
         self.bytes = 0;
     }
@@ -124,6 +133,7 @@ impl Buffers {
     pub(super) fn copy(&mut self, other: &Self) {
         self.readable.clone_from(&other.readable);
         self.writable.clone_from(&other.writable);
+        self.has_writable = other.has_writable;
         self.mixed = other.mixed;
         self.bytes = other.bytes;
     }
@@ -160,11 +170,12 @@ impl Buffers {
     fn push(&mut self, desc: &Descriptor) -> Result<(), ChainError> {
         self.bytes = self.bytes.checked_add(desc.len).ok_or(ChainError::TooBig)?;
         let buffer = Buffer { addr: GuestAddress(desc.addr), len: desc.len };
-        if desc.flags & WRITE != 0 {
-            self.writable.push(buffer);
-        } else {
-            self.mixed |= !self.writable.is_empty();
-            self.readable.push(buffer);
+        let is_writable = desc.flags & WRITE != 0;
+        self.mixed |= self.has_writable && !is_writable;
+        self.has_writable |= is_writable;
+        let buffers = if is_writable { &mut self.writable } else { &mut self.readable };
+        if buffer.len > 0 {
+            buffers.push(buffer);
         }
         Ok(())
     }
@@ -436,5 +447,35 @@ impl<'a> Span<'a> {
             skip = 0;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn desc(len: u32, flags: u16) -> Descriptor {
+        Descriptor { addr: 0, len, flags, next: 0 }
+    }
+
+    #[test]
+    fn buffers_without_a_byte_are_left_out_and_long_chains_forgotten() {
+        let mut buffers = Buffers::default();
+        for (len, flags) in [(0, 0), (8, 0), (0, WRITE), (8, WRITE)] {
+            buffers.push(&desc(len, flags)).unwrap();
+        }
+        assert_eq!((buffers.readable.len(), buffers.writable.len(), buffers.mixed), (1, 1, false));
+        // Where they are in a chain matters all the same.
+        buffers.push(&desc(0, 0)).unwrap();
+        assert!(buffers.mixed);
+        buffers.clear();
+        buffers.push(&desc(0, WRITE)).unwrap();
+        buffers.push(&desc(1, 0)).unwrap();
+        assert!(buffers.mixed);
+        for _ in 0..MAX_BUFFERS {
+            buffers.push(&desc(1, 0)).unwrap();
+        }
+        buffers.clear();
+        assert!(buffers.readable.capacity() < 2 * KEPT && !buffers.mixed);
     }
 }

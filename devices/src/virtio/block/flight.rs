@@ -124,7 +124,8 @@ impl Flight {
     }
 
     /// Keeps the storage of a request that has ended.
-    pub(super) fn recycle(&mut self, request: Request) {
+    pub(super) fn recycle(&mut self, mut request: Request) {
+        request.buffers.clear();
         self.spare.push(request.buffers);
     }
 }

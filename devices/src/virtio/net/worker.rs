@@ -451,10 +451,11 @@ impl Receiver {
 
     /// Completes the first chain with as much of `left` bytes as it holds; says how much.
     fn use_first_chain(&mut self, left: u64) -> u64 {
-        let Some(held) = self.held.pop_front() else { return left };
+        let Some(mut held) = self.held.pop_front() else { return left };
         let used = left.min(held.bytes);
         self.held_bytes = self.held_bytes.saturating_sub(held.bytes);
         self.queue.stage(held.head, u32::try_from(used).unwrap_or(0));
+        held.buffers.clear();
         self.spare.push(held.buffers);
         used
     }

@@ -20,6 +20,8 @@ use crate::virtio::queue::{Served, VirtQueue};
 /// VIRTIO_VSOCK_EVENT_TRANSPORT_RESET, the one event there is (virtio 1.2, 5.10.6.7).
 const TRANSPORT_RESET: u32 = 0;
 const EVENT_BYTES: u32 = 4;
+/// Room for events that is held: more than there ever are.
+const EVENT_BYTES_HELD: u64 = 4096;
 /// Data received from the host at once, over as many buffers as that takes.
 const RECEIVE_BYTES: u64 = 64 << 10;
 /// Packets given to the guest before other devices get their turn.
@@ -78,7 +80,7 @@ impl VsockWorker {
     fn take_event_buffers(&mut self) {
         let Self { events, has_moved, counters, .. } = self;
         events.queue.consume_kick();
-        loop {
+        while events.bytes < EVENT_BYTES_HELD {
             match events.take_one(EVENT_BYTES) {
                 Taken::Good => {}
                 Taken::Bad => counters.rx_bad_buffers().inc(),
@@ -128,8 +130,8 @@ impl Worker for VsockWorker {
     }
 
     fn retire(self: Box<Self>) -> Retired {
-        let Self { rx, tx, events, muxer, home, .. } = *self;
-        let state = saved(&muxer);
+        let Self { rx, tx, events, muxer, home, has_moved, .. } = *self;
+        let state = saved(&muxer, has_moved);
         *home.lock().unwrap_or_else(PoisonError::into_inner) = Some(muxer);
         Retired { queues: vec![rx.ring.put_back(), tx, events.put_back()], state }
     }
@@ -283,8 +285,9 @@ impl Held {
     /// if they had not been taken, they must be the last that were.
     fn return_bad(&mut self) {
         while self.chains.front().is_some_and(|chain| chain.room == 0) {
-            if let Some(chain) = self.chains.pop_front() {
+            if let Some(mut chain) = self.chains.pop_front() {
                 self.queue.complete(chain.head, 0);
+                chain.buffers.clear();
                 self.spare.push(chain.buffers);
             }
         }
@@ -325,11 +328,12 @@ impl Held {
     /// Completes the first chain, in which `len` bytes lie behind the place of `header`. The driver
     /// does not see it before [`VirtQueue::publish`].
     fn write_header(&mut self, header: &[u8], len: u32) -> bool {
-        let Some(chain) = self.chains.pop_front() else { return false };
+        let Some(mut chain) = self.chains.pop_front() else { return false };
         self.bytes = self.bytes.saturating_sub(chain.room.into());
         let written = chain.buffers.writable(self.queue.mem()).write(header);
         let used = u32::try_from(header.len()).unwrap_or(0).saturating_add(len);
         self.queue.stage(chain.head, if written.is_ok() { used } else { 0 });
+        chain.buffers.clear();
         self.spare.push(chain.buffers);
         true
     }
