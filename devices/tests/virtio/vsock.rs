@@ -931,6 +931,9 @@ fn a_restored_guest_hears_that_its_connections_are_gone() {
 
     let m = Machine::with(device(&dir), mem, Some(&saved)).unwrap();
     m.transport.lock().unwrap().resume().unwrap();
+    // A pause before it could hear of it does not change that.
+    m.transport.lock().unwrap().pause().unwrap();
+    m.transport.lock().unwrap().resume().unwrap();
     // Only when there is a buffer for it; one that will not do is none.
     events.add(&[(EVENTS, 3, true)]);
     m.mem.write_slice(&[0xff; 8], GuestAddress(EVENTS)).unwrap();

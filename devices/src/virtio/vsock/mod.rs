@@ -29,6 +29,8 @@ const F_STREAM: u64 = 1 << 0;
 const QUEUE_SIZES: [u16; 3] = [256; 3];
 /// What a snapshot keeps: the port of the next connection that the host asks for.
 const SAVED_PORT: &str = "next_port";
+/// In what a worker leaves: whether the driver has yet to hear that its connections are gone.
+const SAVED_MOVED: &str = "has_moved";
 
 /// What the user says about it.
 #[derive(Clone, Debug, Deserialize, Serialize, JsonSchema)]
@@ -168,8 +170,10 @@ impl VirtioDevice for Vsock {
         if saved.is_none() || !was_known {
             muxer.reset();
         }
-        // The driver was up elsewhere: its connections are there, or nowhere (5.10.6.7.1).
-        let has_moved = saved.is_some() && !was_known;
+        // The driver was up elsewhere: its connections are there, or nowhere (5.10.6.7.1). Or it was not told so before
+        // the device was paused.
+        let is_untold = |saved: &Value| saved.get(SAVED_MOVED).is_some_and(|moved| *moved == true);
+        let has_moved = saved.is_some_and(|saved| !was_known || is_untold(saved));
         let counters = self.counters.clone();
         Ok(Box::new(VsockWorker::new(rings, muxer, self.home.clone(), has_moved, counters)))
     }
@@ -187,6 +191,6 @@ impl VirtioDevice for Vsock {
 }
 
 /// What a worker leaves for [`Vsock::activate`].
-fn saved(muxer: &Muxer) -> Value {
-    json!({ SAVED_PORT: muxer.next_port() })
+fn saved(muxer: &Muxer, has_moved: bool) -> Value {
+    json!({ SAVED_PORT: muxer.next_port(), SAVED_MOVED: has_moved })
 }
