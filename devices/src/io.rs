@@ -147,7 +147,7 @@ impl From<event_manager::Error> for IoError {
 
 /// How long a worker may take to finish what it is doing before it is given up on: a disk on a file
 /// system that hangs must not hang whoever pauses, resets or ends the VM.
-const PATIENCE: Duration = Duration::from_millis(500);
+pub(crate) const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Handle to an I/O thread; dropping it stops the thread.
 pub struct IoThread {
@@ -260,10 +260,19 @@ impl IoThread {
     /// Waits for the event in progress to finish, then takes the worker back. One that does not
     /// finish stays where it is: [`IoError::Busy`].
     pub fn take(&self, ticket: Ticket) -> Result<Box<dyn Worker>, IoError> {
+        self.take_within(ticket, PATIENCE)
+    }
+
+    /// The same, with another patience.
+    pub fn take_within(
+        &self,
+        ticket: Ticket,
+        patience: Duration,
+    ) -> Result<Box<dyn Worker>, IoError> {
         let tickets = self.tickets.clone();
         let claim = Arc::new(AtomicBool::new(false));
         let now = Instant::now();
-        let deadline = now.checked_add(PATIENCE).unwrap_or(now);
+        let deadline = now.checked_add(patience).unwrap_or(now);
         #[cfg(fuzzing)]
         if let Some(by_hand) = &self.by_hand {
             return by_hand.take(ticket, deadline);
@@ -287,7 +296,7 @@ impl IoThread {
                 let _ = sender.send(taken);
             }
         })?;
-        match receiver.recv_timeout(PATIENCE) {
+        match receiver.recv_timeout(patience) {
             Ok(taken) => taken,
             Err(_) if claim.swap(true, Ordering::AcqRel) => {
                 receiver.recv().map_err(|_| IoError::Busy)?

@@ -13,4 +13,5 @@ mod overlay;
 mod pmem;
 mod rng;
 mod samples;
+mod stuck;
 mod vsock;

@@ -23,6 +23,7 @@ mod stand_in;
 mod window;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -37,7 +38,7 @@ use super::notifier::{Notifier, status};
 use super::queue::{RingFeatures, VirtQueue};
 use crate::GuestRam;
 use crate::backend::overlay::Frozen;
-use crate::io::{IoError, IoThread, Retired, Ticket};
+use crate::io::{IoError, IoThread, PATIENCE, Retired, Ticket};
 use crate::metrics::CounterSet;
 use crate::observer::Happening;
 use crate::sys::again::eventfd;
@@ -46,6 +47,11 @@ use crate::sys::again::eventfd;
 pub const WINDOW_SIZE: u64 = 0x1000;
 /// Offset of the register that a driver kicks with (an ioeventfd in the VMM).
 pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// How long a reset waits for the host's side that did not answer another one a moment ago.
+const PATIENCE_AGAIN: Duration = Duration::from_millis(5);
+/// How long ago that may have been.
+const UNANSWERED_FOR: Duration = Duration::from_secs(2);
 
 /// "virt", little-endian.
 const MAGIC: u32 = 0x7472_6976;
@@ -125,6 +131,11 @@ impl Saved {
         }
     }
 
+    /// What the memory that it brings along says.
+    pub fn memory(&self) -> &Value {
+        &self.memory
+    }
+
     /// Whether [`Self::set_files`] has to be called.
     pub fn wants_files(&self) -> bool {
         matches!(self.files, Files::Elsewhere)
@@ -151,6 +162,8 @@ pub struct MmioTransport {
     mem: GuestRam,
     notifier: Arc<Notifier>,
     io: Arc<IoThread>,
+    /// When the host's side did not answer a reset, if it has not since.
+    unanswered: Option<Instant>,
 }
 
 impl MmioTransport {
@@ -172,6 +185,7 @@ impl MmioTransport {
             .map_err(DeviceError::host("cannot make an eventfd for a queue"))?;
         let mut transport = Self {
             stage: Stage::Idle,
+            unanswered: None,
             registers: Registers::default(),
             kicks,
             mem,
@@ -239,8 +253,12 @@ impl MmioTransport {
     /// Takes the worker off its thread. Requests in progress are finished first; a worker whose host
     /// side does not answer ([`IoError::Busy`]) goes on, and can be asked again.
     pub fn pause(&mut self) -> Result<(), DeviceError> {
+        self.pause_within(PATIENCE)
+    }
+
+    fn pause_within(&mut self, patience: Duration) -> Result<(), DeviceError> {
         if let Stage::Running(ticket) = self.stage {
-            self.stage = match self.io.take(ticket) {
+            self.stage = match self.io.take_within(ticket, patience) {
                 Ok(worker) => {
                     let _lease = self.mem.lease();
                     Stage::Parked(worker.retire())
@@ -414,7 +432,17 @@ impl MmioTransport {
     /// Dropping what the worker left is what stops the device: when the status reads 0, nobody
     /// writes to guest memory any more. While its host side does not answer it does not read 0.
     fn reset(&mut self) {
-        if let Err(e) = self.pause() {
+        // Every vCPU may ask for it, and they wait one after the other, which whoever stops them has to wait for.
+        let is_again = self.unanswered.is_some_and(|at| at.elapsed() < UNANSWERED_FOR);
+        let patience = if is_again { PATIENCE_AGAIN } else { PATIENCE };
+        let stopped = self.pause_within(patience);
+        self.unanswered = match (&stopped, &self.stage) {
+            (Err(_), Stage::Running(_)) => {
+                self.unanswered.filter(|_| is_again).or_else(|| Some(Instant::now()))
+            }
+            _ => None,
+        };
+        if let Err(e) = stopped {
             log::error!("virtio device {}: cannot stop: {e}", self.device.device_id());
             if matches!(self.stage, Stage::Running(_)) {
                 self.notifier.needs_reset();
