@@ -251,6 +251,22 @@ fn what_names_the_outside_can_be_another() {
 }
 
 #[test]
+fn persistent_memory_is_as_large_as_it_was() {
+    let scratch = Scratch::new();
+    let pmem = scratch.file("pmem", vec![0; 4 << 20]);
+    let directory = made(&scratch, steps().option("--pmem", &pmem));
+    let other = scratch.file("other", "");
+    for len in [2 << 20, (4 << 20) - 1, 64 << 20] {
+        fs::OpenOptions::new().write(true).open(&other).unwrap().set_len(len).unwrap();
+        let husk = restore(&directory).option("--pmem", format!("pmem0={}", other.display()));
+        let e = husk.wait().quickly().refused(3);
+        let why =
+            format!("has {len} bytes, and had 4194304 when it was saved: give a file of that");
+        assert!(e.contains("pmem pmem0: path_on_host: ") && e.contains(&why), "{e}");
+    }
+}
+
+#[test]
 fn firecrackers_words_restore_too() {
     let scratch = Scratch::new();
     let network = Network::with_tap();

@@ -116,7 +116,7 @@ impl MachineState {
         self.device(model, id).ok()?.memory_at
     }
 
-    pub(super) fn device(&self, model: &str, id: &str) -> Result<&DeviceState, SnapshotError> {
+    pub(crate) fn device(&self, model: &str, id: &str) -> Result<&DeviceState, SnapshotError> {
         let found = self.devices.iter().find(|d| d.model == model && d.id == id);
         found.ok_or_else(|| SnapshotError::Inconsistent(format!("it has no state of {model} {id}")))
     }

@@ -53,6 +53,9 @@ pub(crate) fn place(
             let source = io::Error::from(io::ErrorKind::OutOfMemory);
             refused(DeviceError::Host { what: format!("{mib} MiB {what} {limit:#x}"), source })
         };
+        if let Some(state) = saved.and_then(|saved| saved.device(model, id).ok()) {
+            own.check(state.state.memory()).map_err(refused)?;
+        }
         let lowest = layout::device_memory(floor).unwrap_or(u64::MAX);
         let before = saved.and_then(|saved| saved.memory_at(model, id));
         let addr = before.unwrap_or(lowest);

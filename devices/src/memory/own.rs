@@ -28,6 +28,10 @@ pub trait OwnMemory {
     fn slots(&self) -> u64;
     /// Takes its place in a new machine, in the state in which a machine is switched on.
     fn place(&mut self, place: Placement) -> Result<GuestRegion, DeviceError>;
+    /// Refuses what was not saved of such memory, before it has a place.
+    fn check(&self, _saved: &Value) -> Result<(), DeviceError> {
+        Ok(())
+    }
     /// What is to be saved of it, besides its contents: `null` if nothing is.
     fn save(&self) -> Value;
     /// Brings about what was saved, in its place; the contents come afterwards.

@@ -237,9 +237,24 @@ impl OwnMemory for Pmem {
         Ok(region)
     }
 
+    /// A guest that goes on knows how much there is: the file's size, not that of the mapping.
+    fn check(&self, saved: &Value) -> Result<(), DeviceError> {
+        let (is, was) = (self.file.size(), saved.get("bytes").and_then(Value::as_u64));
+        match was.filter(|&was| was != is) {
+            None => Ok(()),
+            Some(was) => {
+                let path = self.config.path_on_host.display();
+                let why = format!(
+                    "'{path}' has {is} bytes, and had {was} when it was saved: give a file of that size"
+                );
+                Err(DeviceError::field("path_on_host", why))
+            }
+        }
+    }
+
     /// Its contents are the file's, and stay there.
     fn save(&self) -> Value {
-        Value::Null
+        serde_json::json!({ "bytes": self.file.size() })
     }
 
     fn restore(&mut self, _saved: &Value) -> Result<(), DeviceError> {
