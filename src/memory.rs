@@ -30,7 +30,7 @@ use vm_memory::{FileOffset, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionA
 pub(crate) use self::dump::{Changes, Dump, Dumped, Patch, Plan, Zeroes};
 use self::own::KvmSlots;
 pub(crate) use self::own::{Host, place, spare_slot};
-pub(crate) use self::rewind::forget_page_tables;
+pub(crate) use self::rewind::{RewindTools, forget_page_tables};
 pub(crate) use self::served::ServeError;
 use self::served::Served;
 pub(crate) use self::track::{Since, Tracker};

@@ -2,6 +2,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use serde_json::{Value, json};
 
 use crate::util::*;
@@ -174,6 +175,39 @@ fn a_snapshot_is_restored_into_huge_pages() {
     rewind(&vm, json!({}));
     tell(&vm, "c", "pages=1..1");
     snapshot(&vm, &directory);
+    vm.type_in("q");
+    vm.wait().ok();
+}
+
+#[test]
+fn without_descriptors_a_rewind_is_refused_and_the_guest_goes_on() {
+    let scratch = Scratch::new();
+    let directory = scratch.path("snapshot");
+    let vm = pages("count=1000").start();
+    vm.expect("ready=1");
+    tell(&vm, "w", "round=1");
+    snapshot(&vm, &directory);
+    tell(&vm, "w", "round=2");
+    let pid = Pid::from_raw(vm.pid().cast_signed());
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    // One is of the connection.
+    let open = fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap().count() as u64 + 1;
+    let mut refused = 0;
+    loop {
+        let current = Some(open + refused);
+        let before = prlimit(pid, Resource::Nofile, Rlimit { current, maximum }).unwrap();
+        let reply = vm.api().put("/snapshot/rewind", json!({"directory": directory}));
+        prlimit(pid, Resource::Nofile, before).unwrap();
+        if reply.status == 204 {
+            break;
+        }
+        let why = reply.fault();
+        assert!(why.contains("Too many open files"), "{why}");
+        tell(&vm, "c", "pages=1..2");
+        refused += 1;
+    }
+    assert!(refused > 0);
+    tell(&vm, "c", "pages=1..1");
     vm.type_in("q");
     vm.wait().ok();
 }

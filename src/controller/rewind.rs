@@ -8,6 +8,7 @@ use super::{Controller, Live, Phase};
 use crate::error::{Refusal, chain};
 use crate::events::What;
 use crate::exit::Ending;
+use crate::memory::RewindTools;
 use crate::metrics::micros_since;
 use crate::snapshot::{Image, LoadParams, RewindParams, SnapshotError};
 
@@ -73,6 +74,7 @@ impl Controller {
             None => live.origin.image()?,
         };
         live.machine.check_rewind(&live.config, &image)?;
+        let tools = RewindTools::open().map_err(Refusal::host("the kernel's page map"))?;
         if !live.is_paused {
             live.machine.pause()?;
         }
@@ -80,7 +82,7 @@ impl Controller {
             return Err(Refusal::Ended(ending.clone()));
         }
         let clock = if params.clock_realtime { Clock::CatchesUp } else { Clock::GoesOn };
-        match live.rewind(image, clock) {
+        match live.rewind(image, clock, &tools) {
             Ok((id, bytes)) => {
                 live.is_paused = params.resume_vm.map_or(live.is_paused, |resumes| !resumes);
                 let paused = live.is_paused;
@@ -134,8 +136,13 @@ impl Controller {
 
 impl Live {
     /// The snapshot's id, and how many bytes had been written.
-    fn rewind(&mut self, image: Image, clock: Clock) -> Result<(String, u64), Refusal> {
-        let bytes = self.machine.rewind(&self.config, &image, clock)?;
+    fn rewind(
+        &mut self,
+        image: Image,
+        clock: Clock,
+        tools: &RewindTools,
+    ) -> Result<(String, u64), Refusal> {
+        let bytes = self.machine.rewind(&self.config, &image, clock, tools)?;
         let id = image.document.id.clone();
         self.origin.set(image);
         Ok((id, bytes))

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::{Machine, Name, Rest, lock};
 use crate::config::VmConfig;
 use crate::error::Refusal;
-use crate::memory;
+use crate::memory::{self, RewindTools};
 use crate::outcome::Outcome;
 use crate::snapshot::{Image, Noted, SnapshotError};
 
@@ -57,6 +57,7 @@ impl Machine {
         config: &VmConfig,
         image: &Image,
         clock: Clock,
+        tools: &RewindTools,
     ) -> Result<u64, Refusal> {
         let saved = &image.document.machine;
         // First, because it can be refused without harm: the vCPUs are of another kind.
@@ -65,7 +66,7 @@ impl Machine {
             .map_err(SnapshotError::State)?;
         let Rest(parts) = &self.rest;
         let failed = Refusal::host("guest memory");
-        let written = self.ram.rewind(&image.memory).map_err(failed)?;
+        let written = self.ram.rewind(&image.memory, tools).map_err(failed)?;
         self.ram.begin_tracking(image.parent.clone());
         memory::forget_page_tables(&parts.kvm, &self.vm, &self.ram)
             .map_err(Refusal::host("the guest's page tables"))?;

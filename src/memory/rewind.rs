@@ -25,6 +25,21 @@ use crate::snapshot::MemoryImage;
 /// Ranges in one call: UIO_MAXIOV.
 const RANGES_MAX: usize = 1024;
 
+/// What it takes of the host. Had before anything is changed: a host that has no descriptor left refuses it then.
+#[derive(Debug)]
+pub(crate) struct RewindTools {
+    pages: PageMap,
+    /// This process. None where it cannot be had: then each range takes a call of its own.
+    this: Option<OwnedFd>,
+}
+
+impl RewindTools {
+    /// Opens them.
+    pub(crate) fn open() -> io::Result<Self> {
+        Ok(Self { pages: PageMap::open()?, this: pidfd_open(getpid(), PidfdFlags::empty()).ok() })
+    }
+}
+
 impl Ram {
     /// Why it cannot be put back to an image.
     pub(crate) fn cannot_rewind(&self, sharing: Sharing) -> Option<&'static str> {
@@ -41,12 +56,12 @@ impl Ram {
 
     /// Puts it back to what `image` holds, which is as large. The bytes that had been written. If this
     /// fails, it is neither what it was nor what it should be.
-    pub(crate) fn rewind(&mut self, image: &MemoryImage) -> io::Result<u64> {
+    pub(crate) fn rewind(&mut self, image: &MemoryImage, tools: &RewindTools) -> io::Result<u64> {
         let is_behind = match &self.image {
             Some(behind) => is_same(behind, image)?,
             None => false,
         };
-        let pages = PageMap::open()?;
+        let RewindTools { pages, this } = tools;
         let (mut bytes, mut start) = (0, 0);
         for (region, backing) in self.all.iter().zip(&self.backings) {
             let (host, len) = (region.host(), region.len());
@@ -54,7 +69,7 @@ impl Ram {
             bytes += written.iter().map(|run| run.range.end - run.range.start).sum::<u64>();
             if is_behind && backing.behind() == Behind::Image {
                 uncover(image, start, region)?;
-                discard(&written)?;
+                discard(this.as_ref(), &written)?;
                 image::copy_again(image, start, region)?;
             } else {
                 image::map_again(image, start, region, 0..len)?;
@@ -95,12 +110,11 @@ fn uncover(image: &MemoryImage, start: u64, region: &GuestRegion) -> io::Result<
 }
 
 /// Gives up pages of guest memory: what is behind them shows again.
-fn discard(runs: &[Run]) -> io::Result<()> {
-    let this = pidfd_open(getpid(), PidfdFlags::empty())?;
+fn discard(this: Option<&OwnedFd>, runs: &[Run]) -> io::Result<()> {
     for runs in runs.chunks(RANGES_MAX) {
         // One call for many of them takes a seventh of the time, but has been allowed for a process's
         // own sake since Linux 6.13 only.
-        if discard_at_once(&this, runs).is_err() {
+        if this.is_none_or(|this| discard_at_once(this, runs).is_err()) {
             runs.iter().try_for_each(|run| discard_one(&run.range))?;
         }
     }
@@ -243,7 +257,7 @@ mod tests {
             }
             // Once more, when what was mapped over has been written at most.
             for again in 0..2 {
-                ram.rewind(&image).unwrap();
+                ram.rewind(&image, &RewindTools::open().unwrap()).unwrap();
                 assert_eq!(content(&ram), saved, "round {round}, rewind {again}");
             }
         }

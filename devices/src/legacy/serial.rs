@@ -192,7 +192,8 @@ impl Serial {
         let edge = || Edge(line.clone());
         let tally = || Tally(self.counters.clone());
         // vm-superio takes a state only with the console, and gives a console only at its end.
-        let idle = vm_superio::Serial::with_events(edge(), tally(), Console::none()?);
+        let idle = self.uart.writer().stand_in();
+        let idle = vm_superio::Serial::with_events(edge(), tally(), idle);
         let (edge, tally, len) = (edge(), tally(), state.in_buffer.len());
         let console = std::mem::replace(&mut self.uart, idle).into_writer();
         self.uart = vm_superio::Serial::from_state(&state, edge, tally, console)

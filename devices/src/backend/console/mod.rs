@@ -372,15 +372,24 @@ impl Console {
     }
 
     fn new(kind: Kind) -> Result<Self, ConsoleError> {
-        Ok(Self {
+        Ok(Self::waiting(kind, Arc::new(Readiness::new()?)))
+    }
+
+    fn waiting(kind: Kind, events: Arc<Readiness>) -> Self {
+        Self {
             kind,
-            events: Arc::new(Readiness::new()?),
+            events,
             input: None,
             output: Output::default(),
             limit: None,
             limited: 0,
             has_complained: false,
-        })
+        }
+    }
+
+    /// Leads nowhere, for as long as this one is not in its place. Unlike [`Self::none`] it takes nothing of the host.
+    pub fn stand_in(&self) -> Self {
+        Self::waiting(Kind::Nowhere, self.events.clone())
     }
 
     fn connect(
