@@ -1,6 +1,8 @@
 //! Bad input: refused at once, with one line that names what is wrong and its value, on the command line and over the API.
 //! What is wrong with kernels, initrds, command lines, machines and disks is in tests/rows.
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -375,6 +377,53 @@ fn arguments_that_make_no_sense() {
         let end = Husk::new(args).wait().quickly().code(2);
         assert_eq!(end.output, "", "{end}");
         assert!(!end.errors.is_empty(), "{end}");
+    }
+}
+
+#[test]
+fn options_that_contradict_each_other() {
+    for (flag, value, words) in [
+        ("--disk", "a,ro,rw", ["'ro'", "'rw'"]),
+        ("--disk", "a,overlay=b,overlay=memory", ["'overlay=b'", "'overlay=memory'"]),
+        ("--disk", "a,bw=1,bw=2", ["'bw=1'", "'bw=2'"]),
+        ("--pmem", "a,id=b,id=c", ["'id=b'", "'id=c'"]),
+        ("--net", "tap=a,fd=3", ["'tap=a'", "'fd=3'"]),
+        ("--net", "tap=a,mmds,mmds=V1", ["'mmds'", "'mmds=V1'"]),
+        ("--vsock", "cid=3,cid=4,uds=a", ["'cid=3'", "'cid=4'"]),
+        ("--balloon", "5,stats=1,stats=2", ["'stats=1'", "'stats=2'"]),
+        ("--hotplug-memory", "1024,slot=128,slot=256", ["'slot=128'", "'slot=256'"]),
+        ("--rate-limit-group", "id=a,id=b", ["'id=a'", "'id=b'"]),
+    ] {
+        let end = Husk::new(["run", flag, value]).wait().quickly().code(2);
+        for word in words.iter().chain([&flag, &"which of them?"]) {
+            assert!(end.errors.contains(word), "{flag} {value}: {end}");
+        }
+    }
+}
+
+#[test]
+fn numbers_that_are_none_and_names_that_cannot_be_told() {
+    for (flag, value, why) in [
+        ("--cpus", "-1", "want a number from 1 to 32"),
+        ("--cpus", "many", "want a number from 1 to 32"),
+        ("--memory", "-5", "want a number of MiB"),
+        ("--memory", "99999999999999999999", "so many MiB there are not"),
+        ("--balloon", "x", "MiB 'x': want a number"),
+        ("--balloon", "-5", "want a number"),
+        ("--balloon", "5,stats=99999", "stats '99999': the number is too large"),
+        ("--hotplug-memory", "x", "want a number"),
+        ("--vsock", "cid=x,uds=a", "cid 'x': want a number"),
+        ("--net", "tap=a,mmds=V3", "mmds=V1, mmds=V2"),
+        ("--kernel", "", "the path is empty"),
+        ("--metrics-path", "", "the path is empty"),
+    ] {
+        let end = Husk::new(["run", flag, value]).wait().quickly().code(2);
+        assert!(end.errors.contains(flag) && end.errors.contains(why), "{flag} {value}: {end}");
+    }
+    let name = OsStr::from_bytes(b"k\xff");
+    for args in [&["run", "--kernel"][..], &["run", "--log-file"], &["restore"]] {
+        let end = Husk::new(args).arg(name).wait().quickly().code(2);
+        assert!(end.errors.contains("a name that is not UTF-8"), "{args:?}: {end}");
     }
 }
 

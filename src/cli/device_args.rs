@@ -1,26 +1,53 @@
 //! Devices as words of the command line: a path or a number, then options with commas between.
+use std::num::ParseIntError;
 use std::path::PathBuf;
 use std::str::FromStr;
 
 use devices::backend::tap::DESCRIPTOR;
 
+use super::flags::number;
 use super::limits::LimitArgs;
 use crate::{MmdsVersion, balloon, block, mem, net, pmem};
+
+/// The options in `words`, none of which contradicts another.
+pub(super) fn options<'a>(words: impl Iterator<Item = &'a str>) -> Result<Vec<&'a str>, String> {
+    let mut options: Vec<&str> = Vec::new();
+    for word in words {
+        if let Some(other) = options.iter().find(|other| subject(other) == subject(word)) {
+            return Err(format!("there is '{other}', and '{word}': which of them?"));
+        }
+        options.push(word);
+    }
+    Ok(options)
+}
+
+/// What an option is about.
+fn subject(option: &str) -> &str {
+    match option.split_once('=').map_or(option, |(key, _)| key) {
+        "rw" => "ro",
+        "fd" => "tap",
+        key => key,
+    }
+}
+
+/// A number that is called `name`.
+pub(super) fn named<T: FromStr<Err = ParseIntError>>(name: &str, s: &str) -> Result<T, String> {
+    number(s).map_err(|why| format!("{name} '{s}': {why}"))
+}
 
 /// `MIB[,deflate-on-oom][,stats=SECONDS][,hinting][,reporting]`
 pub(super) fn parse_balloon(s: &str) -> Result<balloon::Config, String> {
     let mut words = s.split(',');
     let amount = words.next().unwrap_or_default();
-    let amount_mib = amount.parse().map_err(|e| format!("MiB '{amount}': {e}"))?;
+    let amount_mib = named("MiB", amount)?;
     let mut config = balloon::Config { amount_mib, ..balloon::Config::default() };
-    for word in words {
+    for word in options(words)? {
         match word.split_once('=') {
             None if word == "deflate-on-oom" => config.deflate_on_oom = true,
             None if word == "hinting" => config.free_page_hinting = true,
             None if word == "reporting" => config.free_page_reporting = true,
             Some(("stats", interval)) => {
-                let seconds = interval.parse().map_err(|e| format!("stats '{interval}': {e}"))?;
-                config.stats_polling_interval_s = seconds;
+                config.stats_polling_interval_s = named("stats", interval)?;
             }
             _ => {
                 return Err(format!(
@@ -63,7 +90,7 @@ impl FromStr for DiskArg {
             id: None,
             limits: LimitArgs::default(),
         };
-        for word in words {
+        for word in options(words)? {
             if let Some(place) = overlay(word) {
                 disk.overlay = Some(place);
                 continue;
@@ -149,7 +176,7 @@ impl FromStr for PmemArg {
             id: None,
             limits: LimitArgs::default(),
         };
-        for word in words {
+        for word in options(words)? {
             match word.split_once('=') {
                 None if word == "ro" => pmem.is_read_only = true,
                 None if word == "rw" => pmem.is_read_only = false,
@@ -188,10 +215,10 @@ impl FromStr for HotplugArg {
     type Err = String;
 
     fn from_str(s: &str) -> Result<Self, String> {
-        let mib = |word: &str| word.parse().map_err(|e| format!("'{word}': {e}"));
+        let mib = |word: &str| named("MiB", word);
         let mut words = s.split(',');
         let mut config = mem::Config::new(mib(words.next().unwrap_or_default())?);
-        for word in words {
+        for word in options(words)? {
             match word.split_once('=') {
                 Some(("slot", slot)) => config.slot_size_mib = mem::SlotSize(mib(slot)?),
                 Some(("block", block)) => config.block_size_mib = mem::BlockSize(mib(block)?),
@@ -234,13 +261,13 @@ impl FromStr for NetArg {
             rx: LimitArgs::default(),
             tx: LimitArgs::default(),
         };
-        for word in s.split(',') {
+        for word in options(s.split(','))? {
             match word.split_once('=') {
                 Some(("tap", tap)) => net.tap = tap.into(),
                 Some(("fd", number)) => net.tap = descriptor(number)?,
                 Some(("mac", mac)) => net.mac = Some(mac.into()),
                 Some(("mtu", mtu)) => {
-                    net.mtu = Some(mtu.parse().map_err(|e| format!("mtu '{mtu}': {e}"))?);
+                    net.mtu = Some(named("mtu", mtu)?);
                 }
                 Some(("id", id)) => net.id = Some(id.into()),
                 None if word == "mmds" => net.mmds = Some(MmdsVersion::V2),
@@ -249,7 +276,7 @@ impl FromStr for NetArg {
                 Some((key, value)) if net.take_limit(key, value)? => {}
                 _ => {
                     return Err(format!(
-                        "'{word}' is not one of tap=, fd=, mac=, mtu=, id=, mmds=, rx-bw=, rx-ops=, rx-group=, \
+                        "'{word}' is not one of tap=, fd=, mac=, mtu=, id=, mmds, mmds=V1, mmds=V2, rx-bw=, rx-ops=, rx-group=, \
                          tx-bw=, tx-ops=, tx-group="
                     ));
                 }
@@ -297,9 +324,9 @@ impl FromStr for VsockArg {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let (mut cid, mut uds) = (None, None);
-        for word in s.split(',') {
+        for word in options(s.split(','))? {
             match word.split_once('=') {
-                Some(("cid", n)) => cid = Some(n.parse().map_err(|e| format!("cid '{n}': {e}"))?),
+                Some(("cid", n)) => cid = Some(named("cid", n)?),
                 Some(("uds", path)) if !path.is_empty() => uds = Some(path.into()),
                 _ => return Err(format!("'{word}' is not one of cid=N, uds=PATH")),
             }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use clap::{Args, CommandFactory, FromArgMatches, Parser};
 
+use super::flags::{number, path};
 use super::launch::{self, Launch, Sandbox, Style};
 use super::run::{MetricsArgs, MmdsArgs};
 use super::{fail, refuse_arguments};
@@ -25,19 +26,19 @@ const DEFAULT_SOCKET: &str = "/run/firecracker.socket";
 #[command(name = "firecracker", disable_version_flag = true)]
 struct FirecrackerArgs {
     /// The Unix socket to listen on
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    #[arg(long, value_name = "PATH", default_value = DEFAULT_SOCKET, value_parser = path())]
     api_sock: PathBuf,
     /// MicroVM unique identifier
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
     id: String,
     /// A configuration file; the guest starts at once
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     config_file: Option<PathBuf>,
     /// Do not listen; needs --config-file
     #[arg(long, requires = "config_file")]
     no_api: bool,
     /// Where the log goes; standard output by default
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     log_path: Option<PathBuf>,
     /// How much is logged
     #[arg(long, default_value = "Info")]
@@ -52,7 +53,8 @@ struct FirecrackerArgs {
     #[arg(long)]
     show_log_origin: bool,
     /// Largest body of a request, in bytes
-    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
+    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT,
+          allow_negative_numbers = true, value_parser = number::<usize>)]
     http_api_max_payload_size: usize,
     #[command(flatten)]
     timing: launch::Timing,
@@ -72,7 +74,7 @@ struct FirecrackerArgs {
     #[arg(long)]
     snapshot_version: bool,
     /// Print the version of a snapshot's state file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     describe_snapshot: Option<PathBuf>,
     /// Print the version
     #[arg(long)]
@@ -83,9 +85,9 @@ struct FirecrackerArgs {
 #[derive(Args, Debug)]
 struct Unsupported {
     /// Not supported: husk has lists of its own
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     seccomp_filter: Option<PathBuf>,
-    /// Not supported yet
+    /// Not supported: there is no PCI bus
     #[arg(long)]
     enable_pci: bool,
 }
@@ -103,7 +105,7 @@ impl Unsupported {
         ]
         .into_iter()
         .find(|(_, is_given, _)| *is_given)
-        .map(|(flag, _, why)| format!("{flag} is not supported yet{why}"))
+        .map(|(flag, _, why)| format!("{flag} is not supported{why}"))
     }
 }
 

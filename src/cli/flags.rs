@@ -1,6 +1,10 @@
 //! Flags as a table: for languages of a dozen words that are read once. What clap derives from a structure makes a few
 //! hundred bytes of code for each.
-use clap::builder::NonEmptyStringValueParser;
+use std::num::{IntErrorKind, ParseIntError};
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::builder::{NonEmptyStringValueParser, OsStringValueParser, TypedValueParser};
 use clap::error::ErrorKind;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 
@@ -14,6 +18,7 @@ pub(super) fn add(command: Command, flags: &[Flag]) -> Command {
         command.arg(match value {
             Some(value) => arg
                 .value_name(*value)
+                .allow_negative_numbers(true)
                 .action(ArgAction::Append)
                 .value_parser(NonEmptyStringValueParser::new()),
             None => arg.action(ArgAction::SetTrue),
@@ -74,9 +79,22 @@ pub(super) fn text<T: for<'a> From<&'a str>>(s: &str) -> Result<T, String> {
     Ok(s.into())
 }
 
+/// A path, which may have to be told in JSON.
+pub(super) fn path() -> impl TypedValueParser<Value = PathBuf> {
+    OsStringValueParser::new().try_map(|given| match given.to_str() {
+        Some("") => Err("the path is empty"),
+        Some(_) => Ok(PathBuf::from(given)),
+        None => Err("a name that is not UTF-8: give it another, or a link with one"),
+    })
+}
+
 /// A number.
-pub(super) fn number<T: std::str::FromStr>(s: &str) -> Result<T, String> {
-    s.parse().map_err(|_| "want a number".into())
+pub(super) fn number<T: FromStr<Err = ParseIntError>>(s: &str) -> Result<T, String> {
+    s.parse().map_err(|e: ParseIntError| match e.kind() {
+        IntErrorKind::PosOverflow => "the number is too large".into(),
+        IntErrorKind::NegOverflow => "the number is too small".into(),
+        _ => "want a number".into(),
+    })
 }
 
 fn refuse(why: String) -> clap::Error {

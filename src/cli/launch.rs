@@ -11,6 +11,7 @@ use devices::virtio::model::{ID_LEN_MAX, is_id};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustix::time::ClockId;
 
+use super::flags::number;
 use crate::api::{self, Server};
 use crate::arrived::Arrived;
 use crate::bell::Bell;
@@ -77,13 +78,13 @@ pub(super) enum Sandbox {
 #[derive(Args, Clone, Copy, Debug, Default)]
 pub(super) struct Timing {
     /// Process start time (monotonic clock, microseconds)
-    #[arg(long, value_name = "US")]
+    #[arg(long, value_name = "US", allow_negative_numbers = true, value_parser = number::<u64>)]
     start_time_us: Option<u64>,
     /// Process start CPU time (microseconds)
-    #[arg(long, value_name = "US")]
+    #[arg(long, value_name = "US", allow_negative_numbers = true, value_parser = number::<u64>)]
     start_time_cpu_us: Option<u64>,
     /// Parent process CPU time (microseconds)
-    #[arg(long, value_name = "US")]
+    #[arg(long, value_name = "US", allow_negative_numbers = true, value_parser = number::<u64>)]
     parent_cpu_time_us: Option<u64>,
 }
 

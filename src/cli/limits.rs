@@ -3,6 +3,7 @@ use std::str::FromStr;
 
 use devices::limiter::{RateLimiter, TokenBucket};
 
+use super::device_args::options;
 use crate::config::RateLimitGroup;
 
 /// Limits as they are put together, word by word.
@@ -40,7 +41,7 @@ impl FromStr for LimitArgs {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let mut limits = Self::default();
-        for word in s.split(',').filter(|_| !s.is_empty()) {
+        for word in options(s.split(',').filter(|_| !s.is_empty()))? {
             let is_limit = word.split_once('=').map(|(key, value)| limits.take(key, value));
             if !is_limit.transpose()?.unwrap_or(false) {
                 return Err(format!("'{word}' is not one of bw=N, ops=N, group=ID"));
@@ -80,7 +81,7 @@ impl FromStr for GroupArg {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let (mut id, mut limits) = (None, LimitArgs::default());
-        for word in s.split(',') {
+        for word in options(s.split(','))? {
             match word.split_once('=') {
                 Some(("id", value)) => id = Some(value.to_owned()),
                 Some((key @ ("bw" | "ops"), value)) => {

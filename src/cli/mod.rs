@@ -21,7 +21,9 @@ use std::path::Path;
 use std::time::Instant;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use rustix::fs::Mode;
 
+use self::flags::path;
 use crate::exit::ExitCode;
 
 /// husk runs a guest in a micro-VM: a KVM virtual machine that starts in milliseconds.
@@ -71,7 +73,7 @@ enum Command {
     /// Write the manual pages into a directory.
     Man {
         /// Where to; made if missing.
-        #[arg(value_name = "DIR")]
+        #[arg(value_name = "DIR", value_parser = path())]
         directory: std::path::PathBuf,
     },
 }
@@ -81,6 +83,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let started = Instant::now();
     devices::sys::heap::share();
     crate::sandbox::note_inherited();
+    spare_the_owner();
     restore_terminal_on_panic();
     let args: Vec<OsString> = args.into_iter().collect();
     let name = args.first().map(|arg0| Path::new(arg0).file_name().unwrap_or(arg0).to_owned());
@@ -117,6 +120,12 @@ impl Command {
             Self::Man { directory } => write_manual(&directory),
         }
     }
+}
+
+/// Whoever runs husk can use what it makes: a umask that takes that away would leave sockets that nobody can open.
+fn spare_the_owner() {
+    let mask = rustix::process::umask(Mode::RWXG | Mode::RWXO);
+    rustix::process::umask(mask.difference(Mode::RWXU));
 }
 
 /// Help and version go to standard output and are no error; the rest is.

@@ -7,7 +7,8 @@ use clap::Args;
 use devices::virtio::model::Model;
 use serde_json::{Map, Value, json};
 
-use super::device_args::{descriptor, overlay};
+use super::device_args::{descriptor, named, options, overlay};
+use super::flags::{number, path};
 use super::limits::LimitArgs;
 use super::run::{ProcessArgs, huge_pages};
 use crate::config::{BOOT_SOURCE, HugePages, OnReboot, Payload, SerialConfig, SerialTo, VmConfig};
@@ -33,17 +34,17 @@ pub(super) struct RestoreArgs {
 #[derive(Args, Debug)]
 struct GuestArgs {
     /// The snapshot: its directory, or its state file (then --memory says where the memory is)
-    #[arg(value_name = "SNAPSHOT")]
+    #[arg(value_name = "SNAPSHOT", value_parser = path())]
     snapshot: PathBuf,
     /// Read all of the memory first, and compare it with the sums in the state file
     #[arg(long)]
     verify: bool,
     /// The memory file, of a snapshot that is two files
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     memory: Option<PathBuf>,
     /// The socket of a process that serves the memory page by page (userfaultfd, Firecracker's protocol), in place of
     /// the memory file
-    #[arg(long, value_name = "SOCKET", conflicts_with = "memory")]
+    #[arg(long, value_name = "SOCKET", conflicts_with = "memory", value_parser = path())]
     uffd: Option<PathBuf>,
     /// Another file for a disk: ID=PATH with, if they are to be others, [,io=sync|async][,overlay[=FILE|=memory]][,bw=N]
     /// [,ops=N][,group=ID]
@@ -64,10 +65,10 @@ struct GuestArgs {
     #[arg(long, value_name = "LIMITS")]
     rng: Option<Other<rng::Rng>>,
     /// Where the kernel is by now, for the guest's own reset
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     kernel: Option<PathBuf>,
     /// Where the initrd is by now
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     initrd: Option<PathBuf>,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none; if this is not given, where the
     /// snapshot's configuration says, or stdio
@@ -84,7 +85,7 @@ struct GuestArgs {
     clock_realtime: bool,
     /// After so many milliseconds, note beside the snapshot which pages the guest has touched: later restores have
     /// them there before the guest asks
-    #[arg(long, value_name = "MS")]
+    #[arg(long, value_name = "MS", allow_negative_numbers = true, value_parser = number::<u64>)]
     record: Option<u64>,
     /// Let the guest take every page itself, though it was noted which it needs first
     #[arg(long)]
@@ -226,7 +227,7 @@ impl FromStr for Other<block::Block> {
         let mut words = disk.named(s, "ID=PATH, the ID as in the snapshot")?;
         let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path after ID=")?;
         disk.set("path_on_host", path);
-        for word in words {
+        for word in options(words)? {
             if let Some(place) = overlay(word) {
                 disk.set("overlay", json!(place));
                 continue;
@@ -256,7 +257,7 @@ impl FromStr for Other<pmem::Pmem> {
         let mut words = pmem.named(s, "ID=PATH, the ID as in the snapshot")?;
         let path = words.next().filter(|path| !path.is_empty()).ok_or("want a path after ID=")?;
         pmem.set("path_on_host", path);
-        for word in words {
+        for word in options(words)? {
             match word.split_once('=') {
                 Some((key, value)) if limits.take(key, value)? => {}
                 _ => return Err(format!("'{word}' is not one of bw=N, ops=N, group=ID")),
@@ -273,7 +274,8 @@ impl FromStr for Other<net::Net> {
     fn from_str(s: &str) -> Result<Self, String> {
         let mut net = Self::new();
         let (mut rx, mut tx) = (LimitArgs::default(), LimitArgs::default());
-        for word in net.named(s, "ID=tap=NAME[,mac=MAC] or ID=fd=N, the ID as in the snapshot")? {
+        let words = net.named(s, "ID=tap=NAME[,mac=MAC] or ID=fd=N, the ID as in the snapshot")?;
+        for word in options(words)? {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             let is_limit = match key.split_once('-') {
                 Some(("rx", key)) => rx.take(key, value)?,
@@ -304,11 +306,10 @@ impl FromStr for Other<vsock::Vsock> {
 
     fn from_str(s: &str) -> Result<Self, String> {
         let mut vsock = Self::new();
-        for word in s.split(',') {
+        for word in options(s.split(','))? {
             match word.split_once('=') {
                 Some(("cid", n)) => {
-                    let cid: u32 = n.parse().map_err(|e| format!("cid '{n}': {e}"))?;
-                    vsock.set("guest_cid", cid);
+                    vsock.set("guest_cid", named::<u32>("cid", n)?);
                 }
                 Some(("uds", path)) if !path.is_empty() => vsock.set("uds_path", path),
                 _ => return Err(format!("'{word}' is not one of cid=N, uds=PATH")),

@@ -1,4 +1,5 @@
 //! `husk run`, `husk api`, `husk check`: from arguments to a configuration.
+use std::num::IntErrorKind;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -6,6 +7,7 @@ use clap::Args;
 use devices::backend::passed::Name;
 
 use super::device_args::{DiskArg, HotplugArg, NetArg, PmemArg, VsockArg, parse_balloon};
+use super::flags::{number, path};
 use super::launch::{Launch, Sandbox, Style, Timing};
 use super::limits::{GroupArg, LimitArgs};
 use super::sandbox::SandboxArgs;
@@ -28,20 +30,19 @@ const DEFAULT_CMDLINE: &str =
 #[derive(Args, Debug)]
 struct GuestArgs {
     /// A kernel: ELF (vmlinux, a unikernel) or bzImage. Without one, the guest that is built in
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     kernel: Option<PathBuf>,
     /// An initial RAM disk
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     initrd: Option<PathBuf>,
     /// The kernel command line; devices are appended
     #[arg(long, value_name = "TEXT", default_value = DEFAULT_CMDLINE)]
     cmdline: String,
     /// vCPUs, 1-32
-    #[arg(long, value_name = "N", default_value_t = 1,
-          value_parser = clap::value_parser!(u8).range(1..=i64::from(VCPUS_MAX)))]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = cpus)]
     cpus: u8,
     /// RAM in MiB; 512M and 2G are understood too
-    #[arg(long, value_name = "MIB", default_value = "128", value_parser = mib)]
+    #[arg(long, value_name = "MIB", default_value = "128", allow_negative_numbers = true, value_parser = mib)]
     memory: u64,
     /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,overlay[=FILE|=memory]][,vhost-user]
     /// with limits [,bw=N][,ops=N][,group=ID]; with overlay, PATH is only read and may be shared, and what the guest
@@ -55,7 +56,7 @@ struct GuestArgs {
     #[arg(long, value_name = "PMEM")]
     pmem: Vec<PmemArg>,
     /// Room for memory that is plugged while the guest runs, in MiB: TOTAL[,slot=MIB][,block=MIB]
-    #[arg(long, value_name = "MEMORY")]
+    #[arg(long, value_name = "MEMORY", allow_negative_numbers = true)]
     hotplug_memory: Option<HotplugArg>,
     /// A network interface: tap=NAME or fd=N[,mac=MAC][,mtu=N][,id=ID][,mmds[=V1|V2]] with limits
     /// [,rx-bw=N][,rx-ops=N][,rx-group=ID][,tx-bw=N][,tx-ops=N][,tx-group=ID]; the tap must exist; mmds leads to the guest's
@@ -73,7 +74,7 @@ struct GuestArgs {
     #[arg(long, value_name = "VSOCK")]
     vsock: Option<VsockArg>,
     /// Give the guest a balloon: MIB[,deflate-on-oom][,stats=SECONDS][,hinting][,reporting]
-    #[arg(long, value_name = "BALLOON", value_parser = parse_balloon)]
+    #[arg(long, value_name = "BALLOON", allow_negative_numbers = true, value_parser = parse_balloon)]
     balloon: Option<balloon::Config>,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -82,7 +83,7 @@ struct GuestArgs {
     #[arg(long)]
     smt: bool,
     /// How the guest's CPU differs from the host's: a file with masks for CPUID and MSRs (docs/cpu.md)
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     cpu_config: Option<PathBuf>,
     /// Pages for guest RAM: none, transparent or 2M
     #[arg(long, value_name = "PAGES", default_value = "none", value_parser = huge_pages)]
@@ -101,7 +102,7 @@ struct GuestArgs {
     #[arg(long, value_name = "ACTION", value_enum, default_value_t)]
     on_reboot: OnReboot,
     /// Take all of this from a file in Firecracker's format instead
-    #[arg(long, value_name = "FILE", conflicts_with_all = [
+    #[arg(long, value_name = "FILE", value_parser = path(), conflicts_with_all = [
         "kernel", "initrd", "cmdline", "cpus", "memory", "disk", "pmem", "net", "rng", "vsock", "balloon",
         "smt", "cpu_config", "huge_pages", "hotplug_memory", "pit", "forkable", "rate_limit_group",
     ])]
@@ -115,7 +116,7 @@ pub(super) struct LogArgs {
     #[arg(long, value_name = "LEVEL", default_value = "warn")]
     log_level: LogLevel,
     /// Log to this file or FIFO rather than to standard error
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     log_file: Option<PathBuf>,
 }
 
@@ -123,7 +124,7 @@ pub(super) struct LogArgs {
 #[derive(Args, Debug)]
 pub(super) struct MetricsArgs {
     /// Write metrics to this file or FIFO, one JSON object a line
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     metrics_path: Option<PathBuf>,
 }
 
@@ -145,10 +146,10 @@ impl MetricsArgs {
 #[derive(Args, Debug)]
 pub(super) struct MmdsArgs {
     /// Metadata for the guest, a file with JSON; how it reaches them is configured by mmds-config
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     metadata: Option<PathBuf>,
     /// Largest size of the guest's metadata as JSON; that of a request's body by default
-    #[arg(long, value_name = "BYTES")]
+    #[arg(long, value_name = "BYTES", allow_negative_numbers = true, value_parser = number::<usize>)]
     mmds_size_limit: Option<usize>,
 }
 
@@ -164,7 +165,7 @@ impl MmdsArgs {
 #[derive(Args, Debug)]
 pub(super) struct PayloadArgs {
     /// What this VM alone is given, in its memory: a file with JSON, or - for standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", value_parser = path())]
     payload: Option<PathBuf>,
 }
 
@@ -199,7 +200,7 @@ pub(super) struct RunArgs {
 #[derive(Args, Debug)]
 pub(super) struct ProcessArgs {
     /// Also listen on this Unix socket
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = path())]
     api_sock: Option<PathBuf>,
     /// A name for the VM, shown by the API
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
@@ -230,7 +231,7 @@ On a terminal, Ctrl-A x ends husk, and Ctrl-A ? shows the other keys.";
 #[command(after_help = API_EXAMPLES)]
 pub(super) struct ApiArgs {
     /// The Unix socket to listen on
-    #[arg(long, value_name = "SOCKET")]
+    #[arg(long, value_name = "SOCKET", value_parser = path())]
     api_sock: PathBuf,
     /// Where the serial port leads: stdio, file=PATH, pty, socket=PATH or none
     #[arg(long, value_name = "WHERE", default_value = "stdio")]
@@ -239,7 +240,8 @@ pub(super) struct ApiArgs {
     #[arg(long)]
     boot_timer: bool,
     /// Largest body of a request, in bytes
-    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT)]
+    #[arg(long, value_name = "BYTES", default_value_t = launch::BODY_LIMIT,
+          allow_negative_numbers = true, value_parser = number::<usize>)]
     max_payload: usize,
     /// A name for the VM, shown by the API
     #[arg(long, default_value = "anonymous-instance", value_parser = launch::id)]
@@ -412,6 +414,12 @@ impl GuestArgs {
     }
 }
 
+/// So many vCPUs.
+fn cpus(s: &str) -> Result<u8, String> {
+    let count = s.parse().ok().filter(|count| (1..=VCPUS_MAX).contains(count));
+    count.ok_or_else(|| format!("want a number from 1 to {VCPUS_MAX}"))
+}
+
 /// So many MiB: a number by itself, or one of MiB or GiB that says so.
 fn mib(s: &str) -> Result<u64, String> {
     let digits = s.trim_end_matches(|c: char| c.is_ascii_alphabetic());
@@ -420,8 +428,12 @@ fn mib(s: &str) -> Result<u64, String> {
         "g" | "gib" => Some(1024),
         _ => None,
     };
-    let number = unit.and_then(|unit| digits.parse::<u64>().ok()?.checked_mul(unit));
-    number.ok_or_else(|| "want a number of MiB, or one with M or G after it".into())
+    let number = unit.and_then(|unit| match digits.parse::<u64>() {
+        Ok(number) => Some(number.checked_mul(unit)),
+        Err(e) => (*e.kind() == IntErrorKind::PosOverflow).then_some(None),
+    });
+    let number = number.ok_or("want a number of MiB, or one with M or G after it")?;
+    number.ok_or_else(|| "so many MiB there are not".into())
 }
 
 pub(super) fn huge_pages(s: &str) -> Result<HugePages, String> {

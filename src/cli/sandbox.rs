@@ -3,6 +3,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
+use super::flags::path;
 use crate::exit::ExitCode;
 use crate::sandbox::{self, Allowed, Seccomp, Wanted};
 
@@ -15,7 +16,7 @@ pub(super) struct SandboxArgs {
     /// Once the guest runs, use files at or below this path only, besides those that are open by then; may be given more
     /// than once. 'none': open nothing by path, but take what API clients have opened. Without it, and with an API
     /// socket, files may be used anywhere
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = path())]
     allow: Vec<PathBuf>,
     /// Do not start with less than the whole sandbox; files that are not open by then only with --allow
     #[arg(long)]

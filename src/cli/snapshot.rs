@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 
+use super::flags::path;
 use super::{fail, print};
 use crate::error::chain;
 use crate::exit::ExitCode;
@@ -51,7 +52,7 @@ enum Verb {
         #[command(flatten)]
         which: Which,
         /// The directory for it, made if it is missing
-        #[arg(short, long, value_name = "OUT")]
+        #[arg(short, long, value_name = "OUT", value_parser = path())]
         output: PathBuf,
         /// How its memory is compressed
         #[arg(long, value_enum, default_value_t, value_name = "HOW")]
@@ -62,10 +63,10 @@ enum Verb {
 #[derive(Args, Debug)]
 struct Which {
     /// The snapshot's directory, or its state file
-    #[arg(value_name = "DIR|STATE")]
+    #[arg(value_name = "DIR|STATE", value_parser = path())]
     path: PathBuf,
     /// The memory file, if the state file is elsewhere
-    #[arg(value_name = "MEMORY")]
+    #[arg(value_name = "MEMORY", value_parser = path())]
     memory: Option<PathBuf>,
 }
 

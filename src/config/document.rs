@@ -12,7 +12,7 @@ use serde_json::Value;
 use serde_json::value::RawValue;
 
 use super::VmConfig;
-use super::sections::{MMDS_CONFIG, is_known, is_many, parse};
+use super::sections::{MMDS_CONFIG, is_known, is_many, known, parse};
 use super::{Payload, RATE_LIMIT_GROUPS};
 use crate::error::Refusal;
 
@@ -170,7 +170,10 @@ impl<'de: 'a, 'a> Deserialize<'de> for Document<'a> {
                         return Err(serde::de::Error::custom(message));
                     }
                     if !is_known(&name) {
-                        return Err(serde::de::Error::custom(format!("unknown field `{name}`")));
+                        let known: Vec<_> = known().map(|name| format!("`{name}`")).collect();
+                        let message =
+                            format!("unknown field `{name}`, expected one of {}", known.join(", "));
+                        return Err(serde::de::Error::custom(message));
                     }
                     sections.push((name, map.next_value()?));
                 }

@@ -411,7 +411,7 @@ impl VmConfig {
         self.boot_source.as_ref().ok_or_else(|| Refusal::Field {
             section: "boot-source",
             field: "kernel_image_path",
-            why: "no kernel is configured: PUT /boot-source or give --kernel".into(),
+            why: "no kernel is configured: name one in the configuration file, by PUT /boot-source or by --kernel".into(),
         })
     }
 

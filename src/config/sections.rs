@@ -280,6 +280,12 @@ pub(super) fn is_known(name: &str) -> bool {
     fixed(name).is_some() || virtio::model(name).is_some()
 }
 
+/// The names that a document may have.
+pub(super) fn known() -> impl Iterator<Item = &'static str> {
+    let fixed = SECTIONS.iter().map(|fixed| fixed.section.name);
+    fixed.chain(virtio::MODELS.iter().map(|row| row.name))
+}
+
 /// Whether there may be several of the section called `name`.
 pub(super) fn is_many(name: &str) -> bool {
     fixed(name).is_some_and(|fixed| fixed.section.id == Id::Needed)

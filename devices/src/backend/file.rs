@@ -54,6 +54,9 @@ pub enum OpenError {
         /// What was wanted.
         wanted: &'static str,
     },
+    /// There is no path.
+    #[error("the path is empty")]
+    Empty,
     /// It names a descriptor that is not here.
     #[error("{}", passed::missing(.0))]
     NotHeld(PathBuf),
@@ -82,6 +85,9 @@ pub fn open(path: &Path, access: Access, kind: Kind) -> Result<File, OpenError> 
     if passed::is_descriptor(path) {
         let held = passed::held(path).ok_or_else(|| OpenError::NotHeld(path.into()))?;
         return open_held(&held, path, access, kind);
+    }
+    if path.as_os_str().is_empty() {
+        return Err(OpenError::Empty);
     }
     let (flags, purpose) = match access {
         Access::Read => (OFlags::RDONLY, "reading"),
