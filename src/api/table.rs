@@ -53,7 +53,7 @@ pub(super) const ROUTES: &[Route] = &[
         "/snapshot/create",
         "Write a snapshot; answered when it is there",
         shape::<SnapshotParams>(),
-        |body| Ok(Request::Snapshot(parse(body)?)),
+        snapshot,
     ),
     // Overrides may have metadata in them.
     private(deprecating(
@@ -229,6 +229,12 @@ fn act(body: &[u8]) -> Result<Request, Refusal> {
         ActionType::Shutdown => Request::Shutdown,
         ActionType::Kill => Request::Kill,
     })
+}
+
+fn snapshot(body: &[u8]) -> Result<Request, Refusal> {
+    let params: SnapshotParams = parse(body)?;
+    params.check_form()?;
+    Ok(Request::Snapshot(params))
 }
 
 fn load(body: &[u8]) -> Result<Request, Refusal> {

@@ -49,8 +49,10 @@ pub enum OnReboot {
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
     /// How many vCPUs, 1-32.
+    #[schemars(range(min = 1, max = 32))]
     pub vcpu_count: u8,
     /// RAM in MiB, from 1.
+    #[schemars(range(min = 1))]
     pub mem_size_mib: u64,
     /// Whether two vCPUs share a core.
     #[serde(default)]

@@ -66,6 +66,19 @@ impl SnapshotParams {
         Self { directory: Some(directory.into()), ..Self::default() }
     }
 
+    /// Refuses a body that does not say where the files are, in Firecracker's words.
+    pub(crate) fn check_form(&self) -> Result<(), Refusal> {
+        let missing = match (&self.directory, &self.snapshot_path, &self.mem_file_path) {
+            (None, None, _) => "snapshot_path",
+            (None, Some(_), None) => "mem_file_path",
+            _ => return Ok(()),
+        };
+        let why = format!(
+            "missing field `{missing}`: give snapshot_path and mem_file_path, or directory"
+        );
+        Err(Refusal::Body(serde::de::Error::custom(why)))
+    }
+
     fn is_compressed_diff(&self) -> bool {
         self.snapshot_type == SnapshotType::Diff && !self.compression.is_none()
     }

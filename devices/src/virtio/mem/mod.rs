@@ -43,11 +43,11 @@ pub struct Config {
     pub total_size_mib: u64,
     /// What is plugged at once, in MiB.
     #[serde(default, deserialize_with = "null_is_default")]
-    #[schemars(with = "Option<u64>")]
+    #[schemars(with = "Option<u64>", range(min = 2))]
     pub block_size_mib: BlockSize,
     /// What the guest is shown at once, in MiB.
     #[serde(default, deserialize_with = "null_is_default")]
-    #[schemars(with = "Option<u64>")]
+    #[schemars(with = "Option<u64>", range(min = 128))]
     pub slot_size_mib: SlotSize,
 }
 

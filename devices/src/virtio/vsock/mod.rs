@@ -4,6 +4,7 @@
 mod worker;
 
 use std::borrow::Cow;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -66,6 +67,11 @@ impl Config {
     fn refused(&self, e: ListenError) -> DeviceError {
         let path = self.uds_path.display();
         match e {
+            ListenError::Host { doing, source }
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                DeviceError::field("uds_path", format!("{path}: cannot {doing}: {source}"))
+            }
             ListenError::Host { doing, source } => {
                 DeviceError::host(format!("uds_path: {path}: cannot {doing}"))(source)
             }
