@@ -77,7 +77,8 @@ impl PageSet {
             return;
         };
         let first = offset / PAGE;
-        for (word, at) in self.words.iter().zip(0..=last / BITS).skip(first / BITS) {
+        // Skipped before they are numbered: numbers would be counted up one by one.
+        for (word, at) in self.words.iter().skip(first / BITS).zip(first / BITS..=last / BITS) {
             let base = at.saturating_mul(BITS);
             let from = first.saturating_sub(base).min(BITS);
             let to = last.saturating_sub(base).min(BITS.saturating_sub(1));
