@@ -9,8 +9,9 @@ use super::pages::PageSet;
 use crate::GuestBitmap;
 use crate::sys::map::Pages;
 
-/// Most runs of pages that are mapped over images in this process, whichever VM they are of: each
-/// costs up to two mappings, of which a process has 65,530.
+/// Most runs of pages that are mapped over images, or plugged, in this process, whichever VM they are
+/// of: each costs up to two mappings, of which a process has 65,530. What is left of these is for
+/// threads, images and everybody else.
 const RUNS_MAX: usize = 16_384;
 /// How many more there can be.
 static RUNS_LEFT: AtomicUsize = AtomicUsize::new(RUNS_MAX);
@@ -49,18 +50,24 @@ struct State {
 
 /// A number of runs, taken from those that there can be. Given back when it is dropped.
 #[derive(Debug)]
-struct Runs {
+pub(super) struct Runs {
     count: usize,
     left: &'static AtomicUsize,
 }
 
+impl Default for Runs {
+    fn default() -> Self {
+        Self::none(&RUNS_LEFT)
+    }
+}
+
 impl Runs {
-    fn none(left: &'static AtomicUsize) -> Self {
+    pub(super) fn none(left: &'static AtomicUsize) -> Self {
         Self { count: 0, left }
     }
 
     /// Becomes another number. False if that is more than there can be.
-    fn set(&mut self, count: usize) -> bool {
+    pub(super) fn set(&mut self, count: usize) -> bool {
         let rest = |left: usize| left.saturating_add(self.count).checked_sub(count);
         let is_had = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, rest).is_ok();
         if is_had {
@@ -79,7 +86,7 @@ impl Drop for Runs {
 impl Backing {
     /// Of `len` bytes in `pages`; writes are not recorded.
     pub fn new(len: u64, behind: Behind, pages: Pages) -> Self {
-        let state = Mutex::new(State { behind, runs: Runs::none(&RUNS_LEFT) });
+        let state = Mutex::new(State { behind, runs: Runs::default() });
         Self { len, pages, state, vacated: OnceLock::new(), written: None }
     }
 

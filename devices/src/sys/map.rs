@@ -84,16 +84,24 @@ impl Mapping {
     pub fn anonymous(len: u64, pages: Pages, access: Access) -> Result<Self> {
         let mut mapping = Self::reserve(len)?;
         mapping.backing = Backing::new(len, Behind::Anonymous, pages);
+        mapping.renew(access)?;
+        Ok(mapping)
+    }
+
+    /// Maps anonymous memory of the same pages, all zero, in the place of everything. However often it
+    /// was divided, it is one mapping afterwards.
+    pub fn renew(&self, access: Access) -> Result<()> {
+        let (all, pages) = (0..self.len(), self.backing.pages());
         let mut flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
         if pages == Pages::Huge2M {
             flags |= MapFlags::HUGETLB | MapFlags::HUGE_2MB;
         }
-        mapping.map_anonymous(0..len, flags, access)?;
+        self.map_anonymous(all.clone(), flags, access)?;
+        self.backing.set_behind(Behind::Anonymous);
         if pages == Pages::Transparent {
-            mapping.advise(0..len, Advice::LinuxHugepage)?;
+            self.advise(all.clone(), Advice::LinuxHugepage)?;
         }
-        mapping.advise(0..len, Advice::LinuxDontDump)?;
-        Ok(mapping)
+        self.advise(all, Advice::LinuxDontDump)
     }
 
     /// `file`, shared with everybody who maps it, and zeroes after its first `file_len` bytes to
