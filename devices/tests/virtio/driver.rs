@@ -83,7 +83,12 @@ pub(crate) struct Shown {
     pieces: Mutex<BTreeMap<u32, Piece>>,
     /// Whether the host refuses to show more.
     pub(crate) is_full: AtomicBool,
+    /// Whether the host takes its time to hide some, as KVM does on a slow host.
+    pub(crate) is_slow: AtomicBool,
 }
+
+/// How long a slow host takes.
+const SLOW: Duration = Duration::from_millis(30);
 
 impl Shown {
     pub(crate) fn pieces(&self) -> Vec<Piece> {
@@ -102,6 +107,10 @@ impl Slots for Shown {
     }
 
     fn hide(&self, piece: &Piece) -> std::io::Result<()> {
+        let start = Instant::now();
+        while self.is_slow.load(Ordering::Relaxed) && start.elapsed() < SLOW {
+            std::thread::yield_now();
+        }
         let before = self.pieces.lock().unwrap().remove(&piece.slot);
         assert_eq!(before.as_ref(), Some(piece), "another piece was shown");
         Ok(())

@@ -6,7 +6,7 @@ use devices::virtio::mmio::Saved;
 use serde_json::{Value, json};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
-use crate::driver::{Buf, HIGH, Machine, OWN, Ring, Shown, pages_of, ram};
+use crate::driver::{Buf, COUNTED_FILE, HIGH, Machine, OWN, Ring, Shown, pages_of, ram};
 use crate::samples::{open, refusal};
 
 const REQUEST: u64 = HIGH.0;
@@ -40,8 +40,18 @@ impl Device {
     }
 
     fn restored(saved: Option<&Saved>) -> Self {
+        Self::of(&json!({"total_size_mib": 256}), saved)
+    }
+
+    /// One of which all that can be plugged is requested.
+    fn full(config: &Value) -> Self {
+        let mib = config["total_size_mib"].as_u64().unwrap();
+        Self::of(config, None).with_requested(mib)
+    }
+
+    fn of(config: &Value, saved: Option<&Saved>) -> Self {
         let shown = Arc::<Shown>::default();
-        let device = open("memory-hotplug", &json!({"total_size_mib": 256}));
+        let device = open("memory-hotplug", config);
         let machine = Machine::placed(device, ram(), saved, shown.clone()).unwrap();
         let ring = match saved {
             None => machine.start(0).remove(0),
@@ -87,6 +97,25 @@ impl Device {
     fn state(&mut self, offset: u64, blocks: u16) -> u16 {
         assert_eq!(self.ask(STATE, offset, blocks), ACK);
         self.machine.mem.read_obj(GuestAddress(ANSWER + 8)).unwrap()
+    }
+
+    /// Asks for everything to be unplugged, and waits until the device has begun.
+    fn begin_unplug_all(&mut self) {
+        let before = self.machine.counter("unplug_all_count");
+        self.machine.mem.write_obj(UNPLUG_ALL, GuestAddress(REQUEST)).unwrap();
+        self.machine.mem.write_obj(UNTOUCHED, GuestAddress(ANSWER)).unwrap();
+        self.ring.add(&[(REQUEST, 24, false), (ANSWER, 10, true)]);
+        self.count += 1;
+        self.machine.kick(&self.ring);
+        while self.machine.counter("unplug_all_count") == before {
+            std::thread::yield_now();
+        }
+    }
+
+    /// Waits for the answer.
+    fn answer(&mut self) -> u16 {
+        self.machine.finish(&self.ring, self.count);
+        self.machine.mem.read_obj(GuestAddress(ANSWER)).unwrap()
     }
 
     fn sizes(&self) -> (u64, u64, u64) {
@@ -311,6 +340,134 @@ fn a_pause_does_not_wait_for_all_requests() {
     transport.lock().unwrap().resume().unwrap();
     device.machine.finish(&device.ring, 9);
     assert!(!device.reach(0));
+}
+
+/// A slow host needs 1.2 s for this request. A pause waits for half a second.
+#[test]
+fn a_pause_does_not_wait_until_everything_is_unplugged() {
+    let config = json!({"total_size_mib": 40 * 128});
+    let mut device = Device::full(&config);
+    // The first is a run of many slots: it is not unplugged at once either.
+    assert_eq!(device.ask(PLUG, 0, 16 * 64), ACK);
+    for slot in 16..40 {
+        assert_eq!(device.ask(PLUG, slot * SLOT, 1), ACK);
+    }
+    device.shown.is_slow.store(true, Ordering::Relaxed);
+    device.begin_unplug_all();
+    let transport = device.machine.transport.clone();
+    transport.lock().unwrap().pause().unwrap();
+    device.shown.is_slow.store(false, Ordering::Relaxed);
+    let left = device.sizes().1;
+    assert!(left > 0, "it waited for all of it");
+    assert_eq!(device.machine.mem.read_obj::<u16>(GuestAddress(ANSWER)).unwrap(), UNTOUCHED);
+    // Whoever is restored goes on as well.
+    let saved = transport.lock().unwrap().save();
+    let other = Device::of(&config, Some(&saved));
+    assert_eq!(other.sizes().1, left);
+    for (addr, bytes) in pages_of(&device.machine.ram) {
+        other.machine.ram.write_slice(&bytes, addr).unwrap();
+    }
+    other.machine.transport.lock().unwrap().resume().unwrap();
+    transport.lock().unwrap().resume().unwrap();
+    let count = device.count;
+    let answers = [other, device].map(|mut device| {
+        device.count = count;
+        (device.answer(), device.sizes().1, device.shown.pieces().len())
+    });
+    assert_eq!(answers, [(ACK, 0, 0); 2]);
+}
+
+#[test]
+fn a_request_that_is_served_in_turns_counts_once() {
+    let mut device = Device::full(&json!({"total_size_mib": 8 * 128}));
+    for slot in 0..8 {
+        assert_eq!(device.ask(PLUG, slot * SLOT, 64), ACK);
+    }
+    device.shown.is_slow.store(true, Ordering::Relaxed);
+    device.begin_unplug_all();
+    device.machine.transport.lock().unwrap().pause().unwrap();
+    device.machine.transport.lock().unwrap().resume().unwrap();
+    assert_eq!(device.answer(), ACK);
+    let counters = ["unplug_all_count", "unplug_all_agg", "unplug_all_fails", "unplug_count"];
+    assert_eq!(counters.map(|name| device.machine.counter(name)), [1, 1, 0, 0]);
+    assert_eq!(device.machine.counter("unplug_bytes"), 8 * SLOT);
+}
+
+#[test]
+fn a_request_over_too_many_slots_is_busy() {
+    let mut device = Device::full(&json!({"total_size_mib": 4096}));
+    // 17 slots, of the last only a block.
+    for (offset, blocks) in [(0, 16 * 64 + 1), (BLOCK, 16 * 64), (SLOT - BLOCK, 15 * 64 + 2)] {
+        assert_eq!(device.ask(PLUG, offset, blocks), BUSY, "{offset:#x} {blocks}");
+    }
+    assert_eq!((device.sizes().1, device.shown.pieces().len()), (0, 0));
+    assert_eq!(device.ask(PLUG, 0, 16 * 64), ACK);
+    assert_eq!(device.ask(PLUG, 16 * SLOT, 64), ACK);
+    assert_eq!(device.ask(UNPLUG, 0, 17 * 64), BUSY);
+    assert_eq!((device.sizes().1, device.shown.pieces().len()), (17 * SLOT, 17));
+    // To ask costs nothing.
+    assert_eq!(device.state(0, 17 * 64), 0);
+    assert_eq!(device.ask(UNPLUG, SLOT, 16 * 64), ACK);
+    assert_eq!(device.ask(UNPLUG_ALL, 0, 0), ACK);
+    // Slots that are large do not make more of it; a block can be had however large it is.
+    let mut device = Device::full(&json!({"total_size_mib": 8192, "slot_size_mib": 8192}));
+    assert_eq!(device.ask(PLUG, 0, 1025), BUSY);
+    assert_eq!(device.ask(PLUG, 0, 1024), ACK);
+    assert_eq!(device.ask(UNPLUG_ALL, 0, 0), ACK);
+    let large = json!({"total_size_mib": 8192, "slot_size_mib": 4096, "block_size_mib": 4096});
+    let mut device = Device::full(&large);
+    assert_eq!(device.ask(PLUG, 0, 2), BUSY);
+    assert_eq!(device.ask(PLUG, 0, 1), ACK);
+    assert_eq!(device.ask(UNPLUG, 0, 1), ACK);
+}
+
+fn mappings() -> usize {
+    std::fs::read_to_string("/proc/self/maps").unwrap().lines().count()
+}
+
+/// A process has 65,530 mappings, also for the stacks of its threads.
+#[test]
+fn a_guest_cannot_use_up_the_mappings_of_the_process() {
+    const RUNS: u64 = 16_384;
+    // There the process is other tests' too, which would go without.
+    if std::env::var_os(COUNTED_FILE).is_some() {
+        return;
+    }
+    let mut device = Device::full(&json!({"total_size_mib": 6 * RUNS}));
+    let before = mappings();
+    // Each is written to while it is on its own: Linux does not join such when they meet.
+    let plug = |device: &mut Device, block: u64| {
+        let answer = device.ask(PLUG, block * BLOCK, 1);
+        if answer == ACK {
+            let at = GuestAddress(OWN.0 + block * BLOCK);
+            device.machine.mem.write_obj(7u64, at).unwrap();
+        }
+        answer
+    };
+    let refused = (0..RUNS + 100).find(|n| plug(&mut device, 2 * n + 1) == BUSY).unwrap();
+    assert_eq!(refused, RUNS);
+    // Their neighbours cost nothing more, and give nothing back.
+    for n in 1..1000 {
+        assert_eq!(device.ask(PLUG, 2 * n * BLOCK, 1), ACK);
+    }
+    for n in 1..1000 {
+        assert_eq!(plug(&mut device, 2 * (RUNS + n) + 1), BUSY);
+    }
+    let most = mappings() - before;
+    assert!((30_000..34_000).contains(&most), "{most}");
+    std::thread::Builder::new().spawn(|| ()).unwrap().join().unwrap();
+    // What is there can go, piece by piece, and a pause may come in between.
+    assert_eq!(device.ask(UNPLUG, BLOCK, 1), ACK);
+    device.begin_unplug_all();
+    device.machine.transport.lock().unwrap().pause().unwrap();
+    device.machine.transport.lock().unwrap().resume().unwrap();
+    assert_eq!(device.answer(), ACK);
+    assert_eq!(device.machine.counter("unplug_discard_fails"), 0);
+    assert!(mappings() < before + 100, "{}", mappings());
+    // With what there was for them.
+    assert_eq!(plug(&mut device, 2 * RUNS + 1), ACK);
+    assert_eq!(device.machine.mem.read_obj::<u64>(GuestAddress(OWN.0 + BLOCK)).ok(), None);
+    assert_eq!(device.ask(UNPLUG_ALL, 0, 0), ACK);
 }
 
 #[test]

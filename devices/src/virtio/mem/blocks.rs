@@ -46,6 +46,15 @@ impl Geometry {
     }
 }
 
+/// Most slots that one request plugs or unplugs something in. It is granted wholly or not at all, so
+/// that nothing can come in between, and KVM takes up to 17 ms for a slot: a pause waits that long.
+/// Linux asks for 2 GiB at most, a block of its own, which are so many slots of the usual size.
+const SLOTS_MAX: u64 = 16;
+/// The same, to step by.
+const SLOTS_STEP: usize = 16;
+/// Most bytes of it, or one block: giving those back takes its time too, however large slots are.
+const BYTES_MAX: u64 = 2 << 30;
+
 /// Memory in its place.
 #[derive(Debug)]
 pub(super) struct Blocks {
@@ -64,6 +73,8 @@ pub(super) enum Unplugged {
     Kept,
     /// They are not: a device is in the middle of using them.
     InUse,
+    /// They are not: the host has no mapping left to divide for them.
+    Refused,
 }
 
 impl Blocks {
@@ -99,6 +110,9 @@ impl Blocks {
 
     /// Plugs `blocks`, which are not. If the host refuses, nothing has changed.
     pub(super) fn plug(&self, blocks: Range<u64>) -> io::Result<()> {
+        if !self.memory.divide(&blocks) {
+            return Err(io::Error::other("too many places are plugged"));
+        }
         let bytes = self.geometry.bytes(&blocks);
         let done = self.take(bytes.clone()).and_then(|()| self.show(&blocks));
         match done {
@@ -111,22 +125,73 @@ impl Blocks {
         done
     }
 
+    /// Plugs `runs`, however long they are, where nothing is plugged yet. What one request is granted is
+    /// never longer, so that [`Self::step`] always finds an end of what was plugged at once.
+    pub(super) fn restore(&self, runs: &[Range<u64>]) -> io::Result<()> {
+        runs.iter().try_for_each(|run| self.plug(run.clone()))?;
+        // Afterwards: these are not worth what a run needs.
+        for run in runs {
+            for slot in self.geometry.slots_of(run).skip(1).step_by(SLOTS_STEP) {
+                let first = self.geometry.blocks_of_slot(slot).start;
+                if !self.memory.divide(&(first..run.end)) {
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Unplugs `blocks`, which are plugged.
     pub(super) fn unplug(&self, blocks: Range<u64>) -> Unplugged {
+        if !self.memory.divide(&blocks) {
+            return Unplugged::Refused;
+        }
         if !self.memory.withdraw(blocks.clone(), &self.place.leases) {
             return Unplugged::InUse;
+        }
+        let (bytes, mapping) = (self.geometry.bytes(&blocks), self.memory.mapping());
+        // First, because it is what can still be undone.
+        if let Err(e) = mapping.protect(bytes.clone(), idle(self.pages)) {
+            log::error!("memory hotplug: cannot take memory away: {e}");
+            // A part may have gone. Bringing that back divides nothing that is not divided already.
+            if mapping.protect(bytes.clone(), Access::ReadWrite).is_ok() {
+                self.memory.plug(blocks);
+                return Unplugged::Refused;
+            }
         }
         let slots = self.geometry.slots_of(&blocks);
         let hidden = slots
             .filter(|&slot| self.is_empty(slot))
             .try_for_each(|slot| self.place.slots.hide(&self.piece(slot)?));
-        match hidden.and(self.give_back(self.geometry.bytes(&blocks))) {
+        // Even if it was not hidden.
+        let given_back = self.give_back(bytes);
+        // Nobody is shown anything once nothing is plugged: what could not be given back goes now.
+        let united = hidden.and_then(|()| self.memory.unite(idle(self.pages)));
+        match united.and_then(|is_anew| if is_anew { Ok(()) } else { given_back }) {
             Ok(()) => Unplugged::Freed,
             Err(e) => {
                 log::error!("memory hotplug: unplugged memory stays in use: {e}");
                 Unplugged::Kept
             }
         }
+    }
+
+    /// The first of `blocks`, a run that is plugged, as many as are unplugged in one go: those of a slot,
+    /// or where that would take a mapping that there is not, those that were plugged in one go.
+    pub(super) fn step(&self, blocks: Range<u64>) -> Range<u64> {
+        let slot = self.geometry.slots_of(&blocks).start;
+        let end = self.geometry.blocks_of_slot(slot).end.min(blocks.end);
+        let step = self.memory.undivided(blocks.start..end);
+        if self.memory.divide(&step) { step } else { self.memory.undivided(blocks) }
+    }
+
+    /// Whether plugging or unplugging `blocks` at once would take too long.
+    pub(super) fn are_too_many(&self, blocks: &Range<u64>) -> bool {
+        let slots = self.geometry.slots_of(blocks);
+        let bytes = self.geometry.bytes(blocks);
+        let len = bytes.end.saturating_sub(bytes.start);
+        slots.end.saturating_sub(slots.start) > SLOTS_MAX
+            || len > BYTES_MAX.max(self.geometry.block)
     }
 
     /// Makes memory usable, and with pages of the pool takes them: later they may be gone.

@@ -8,7 +8,9 @@ mod blocks;
 mod request;
 
 use std::borrow::Cow;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -286,11 +288,12 @@ impl VirtioDevice for Mem {
         &mut self,
         queues: Vec<VirtQueue>,
         _features: u64,
-        _saved: Option<&Value>,
+        saved: Option<&Value>,
     ) -> Result<Box<dyn Worker>, DeviceError> {
         let [requests] = split(queues)?;
         let (shared, counters) = (self.shared.clone(), self.counters.clone());
-        Ok(Box::new(MemWorker { requests, shared, counters }))
+        let unplugging = saved.and_then(Value::as_u64).map(Duration::from_micros);
+        Ok(Box::new(MemWorker { requests, shared, counters, unplugging }))
     }
 
     /// As after power-on: [`OwnMemory::restore`] plugs what was plugged.
@@ -302,6 +305,10 @@ impl VirtioDevice for Mem {
                 Unplugged::Freed => {}
                 Unplugged::Kept => self.counters.unplug_discard_fails().inc(),
                 Unplugged::InUse => return Err(IoError::Busy.into()),
+                Unplugged::Refused => {
+                    let (what, source) = ("cannot unplug memory".into(), ErrorKind::OutOfMemory);
+                    return Err(DeviceError::Host { what, source: source.into() });
+                }
             }
         }
         let mut sizes = self.shared.sizes();
@@ -386,16 +393,19 @@ impl OwnMemory for Mem {
         }
         let blocks = self.shared.blocks();
         let blocks = blocks.as_ref().ok_or(DeviceError::Saved("it has no place"))?;
-        let mut count = 0u64;
+        let (mut count, mut runs) = (0u64, Vec::new());
+        let mut until = 0;
         for (first, len) in plugged {
             let end = first.checked_add(len).filter(|&end| end <= geometry.blocks());
             let run = first..end.ok_or(DeviceError::Saved("it has more blocks"))?;
-            if blocks.count(run.clone()) > 0 {
+            if first < until || blocks.count(run.clone()) > 0 {
                 return Err(DeviceError::Saved("it has a block twice"));
             }
-            blocks.plug(run).map_err(DeviceError::host("cannot plug what was plugged"))?;
+            until = run.end;
+            runs.push(run);
             count = count.saturating_add(len);
         }
+        blocks.restore(&runs).map_err(DeviceError::host("cannot plug what was plugged"))?;
         let plugged = count.saturating_mul(geometry.block);
         *self.shared.sizes() = Sizes { requested, usable, plugged };
         Ok(())

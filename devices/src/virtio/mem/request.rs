@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use event_manager::EventSet;
-use serde_json::Value;
 use vm_memory::{ByteValued, Le16, Le64};
 
 use super::blocks::{Blocks, Unplugged};
@@ -52,7 +51,8 @@ unsafe impl ByteValued for Response {}
 /// Bytes of a [`Response`].
 const RESPONSE_LEN: u32 = 10;
 /// When a turn ends: KVM takes milliseconds to show a slot, and a device may take its time to give up
-/// what it uses. Whoever wants the worker back waits for the request in progress, not for all.
+/// what it uses. Whoever wants the worker back waits for the request in progress, not for all; and not
+/// for all of one that unplugs everything, which is done step by step.
 const TURN: Duration = Duration::from_millis(20);
 
 /// What the driver is answered.
@@ -92,6 +92,8 @@ pub(super) struct MemWorker {
     pub(super) requests: VirtQueue,
     pub(super) shared: Arc<Shared>,
     pub(super) counters: Arc<Counters>,
+    /// How long the next request has taken so far, if it has begun to unplug everything.
+    pub(super) unplugging: Option<Duration>,
 }
 
 impl Worker for MemWorker {
@@ -100,23 +102,29 @@ impl Worker for MemWorker {
     }
 
     fn ready(&mut self, _source: usize) -> Watch {
-        let Self { requests, shared, counters } = self;
+        let Self { requests, shared, counters, unplugging } = self;
         counters.queue_event_count().inc();
         let blocks = shared.blocks();
         let Some(blocks) = blocks.as_ref() else { return Watch::Keep };
-        let executor = Executor { shared, blocks, counters };
         let started = Instant::now();
+        let mut executor = Executor { shared, blocks, counters, started, unplugging };
         let mut is_more_left = false;
         requests.serve(|chain| {
-            is_more_left = started.elapsed() >= TURN;
+            is_more_left = executor.is_late();
             if is_more_left {
                 return Served::Later;
             }
-            let written = executor.serve(&chain);
-            if written.is_err() {
-                counters.queue_event_fails().inc();
+            match executor.serve(&chain) {
+                Ok(Some(written)) => Served::Used(written),
+                Ok(None) => {
+                    is_more_left = true;
+                    Served::Later
+                }
+                Err(Fault) => {
+                    counters.queue_event_fails().inc();
+                    Served::Used(0)
+                }
             }
-            Served::Used(written.unwrap_or(0))
         });
         if is_more_left {
             requests.kick_again();
@@ -125,7 +133,9 @@ impl Worker for MemWorker {
     }
 
     fn retire(self: Box<Self>) -> Retired {
-        Retired { queues: vec![self.requests], state: Value::Null }
+        let micros = |spent: Duration| u64::try_from(spent.as_micros()).unwrap_or(u64::MAX);
+        let state = self.unplugging.map(micros).into();
+        Retired { queues: vec![self.requests], state }
     }
 }
 
@@ -133,44 +143,69 @@ struct Executor<'a> {
     shared: &'a Shared,
     blocks: &'a Blocks,
     counters: &'a Counters,
+    /// When the turn began.
+    started: Instant,
+    unplugging: &'a mut Option<Duration>,
 }
 
 impl Executor<'_> {
-    /// Serves one request; the bytes written to the driver's buffers.
-    fn serve(&self, chain: &Chain<'_>) -> Result<u32, Fault> {
+    fn is_late(&self) -> bool {
+        self.started.elapsed() >= TURN
+    }
+
+    /// Serves one request; the bytes written to the driver's buffers. `None` if it is to be served again
+    /// to go on.
+    fn serve(&mut self, chain: &Chain<'_>) -> Result<Option<u32>, Fault> {
+        // Whatever is there now: the driver may have changed its mind.
+        let begun = self.unplugging.take();
         let mut output = chain.writable();
         if chain.is_mixed() || output.len() < RESPONSE_LEN.into() {
             return Err(Fault);
         }
         let request = chain.readable().read_obj::<Request>()?;
-        output.write_obj(self.execute(&request).response())?;
-        Ok(RESPONSE_LEN)
+        let Some(answer) = self.execute(&request, begun) else { return Ok(None) };
+        output.write_obj(answer.response())?;
+        Ok(Some(RESPONSE_LEN))
     }
 
-    fn execute(&self, request: &Request) -> Answer {
+    /// `begun`: how long the request has taken so far, if it is one to unplug everything that goes on.
+    /// `None` if it is to go on again.
+    fn execute(&mut self, request: &Request, begun: Option<Duration>) -> Option<Answer> {
         let c = self.counters;
-        let (count, agg, fails) = match request.kind.to_native() {
+        let kind = request.kind.to_native();
+        let begun = begun.filter(|_| kind == kind::UNPLUG_ALL);
+        let (count, agg, fails) = match kind {
             kind::PLUG => (c.plug_count(), c.plug_agg(), c.plug_fails()),
             kind::UNPLUG => (c.unplug_count(), c.unplug_agg(), c.unplug_fails()),
             kind::UNPLUG_ALL => (c.unplug_all_count(), c.unplug_all_agg(), c.unplug_all_fails()),
             kind::STATE => (c.state_count(), c.state_agg(), c.state_fails()),
             _ => {
                 c.queue_event_fails().inc();
-                return Answer::Error;
+                return Some(Answer::Error);
             }
         };
-        count.inc();
-        let answer = agg.time(|| match request.kind.to_native() {
+        if begun.is_none() {
+            count.inc();
+        }
+        let now = Instant::now();
+        let since = begun.and_then(|spent| now.checked_sub(spent)).unwrap_or(now);
+        let answer = match kind {
             kind::UNPLUG_ALL => self.unplug_all(),
-            kind => match self.range(request) {
+            kind => Some(match self.range(request) {
                 None => Answer::Error,
+                Some(range) if kind == kind::STATE => self.state(range),
                 Some(range) if kind == kind::PLUG => self.plug(range),
-                Some(range) if kind == kind::UNPLUG => self.unplug(range),
-                Some(range) => self.state(range),
-            },
-        });
-        if !answer.is_granted() {
-            fails.inc();
+                Some(range) => self.unplug_at_once(range),
+            }),
+        };
+        match answer {
+            None => *self.unplugging = Some(since.elapsed()),
+            Some(answer) => {
+                agg.since(since);
+                if !answer.is_granted() {
+                    fails.inc();
+                }
+            }
         }
         answer
     }
@@ -202,6 +237,9 @@ impl Executor<'_> {
         if sizes.plugged.saturating_add(len) > sizes.requested {
             return Answer::Nack;
         }
+        if self.blocks.are_too_many(&range) {
+            return Answer::Busy;
+        }
         if let Err(e) = self.blocks.plug(range) {
             log::warn!("memory hotplug: cannot plug {} MiB: {e}", len >> 20);
             return Answer::Busy;
@@ -212,13 +250,22 @@ impl Executor<'_> {
         Answer::Ack
     }
 
-    fn unplug(&self, range: Range<u64>) -> Answer {
+    fn unplug_at_once(&self, range: Range<u64>) -> Answer {
         let count = range.end.saturating_sub(range.start);
         if self.blocks.count(range.clone()) != count {
             return Answer::Error;
         }
+        match self.blocks.are_too_many(&range) {
+            true => Answer::Busy,
+            false => self.unplug(range),
+        }
+    }
+
+    /// Unplugs what is plugged.
+    fn unplug(&self, range: Range<u64>) -> Answer {
+        let count = range.end.saturating_sub(range.start);
         match self.blocks.unplug(range) {
-            Unplugged::InUse => return Answer::Busy,
+            Unplugged::InUse | Unplugged::Refused => return Answer::Busy,
             Unplugged::Kept => self.counters.unplug_discard_fails().inc(),
             Unplugged::Freed => {}
         }
@@ -229,16 +276,28 @@ impl Executor<'_> {
         Answer::Ack
     }
 
-    fn unplug_all(&self) -> Answer {
+    /// Goes on until the turn is over, but for one step at least: `None` if more is left. What has been
+    /// unplugged stays so.
+    fn unplug_all(&self) -> Option<Answer> {
+        let mut is_begun = false;
         for (first, count) in self.blocks.runs() {
-            let answer = self.unplug(first..first.saturating_add(count));
-            if answer != Answer::Ack {
-                return answer;
+            let mut run = first..first.saturating_add(count);
+            while !run.is_empty() {
+                if is_begun && self.is_late() {
+                    return None;
+                }
+                is_begun = true;
+                let step = self.blocks.step(run.clone());
+                run.start = step.end;
+                let answer = self.unplug(step);
+                if answer != Answer::Ack {
+                    return Some(answer);
+                }
             }
         }
         let mut sizes = self.shared.sizes();
         sizes.usable = self.shared.usable_for(sizes.requested);
-        Answer::Ack
+        Some(Answer::Ack)
     }
 
     fn state(&self, range: Range<u64>) -> Answer {
