@@ -304,6 +304,91 @@ fn a_long_chain_begins_anew() {
     }
 }
 
+/// The id of the snapshot in a directory.
+fn id_of(directory: &Path) -> Value {
+    let args = ["snapshot", "inspect", "--json", directory.to_str().unwrap()];
+    let found: Value = serde_json::from_str(&Husk::new(args).wait().code(0).output).unwrap();
+    found["id"].clone()
+}
+
+/// What a Diff of `vm`, which another VM knows nothing of, is like: by itself, and as the VM is.
+#[track_caller]
+fn is_complete(vm: &TestVm, directory: &Path) {
+    tell(vm, "w");
+    let sum = tell(vm, "h");
+    create(vm, directory, "Diff");
+    vm.expect_error("is complete: snapshot");
+    Husk::new(["snapshot", "verify", directory.to_str().unwrap()]).wait().code(0);
+    assert_eq!(tell(&load(directory), "h"), sum, "{}", directory.display());
+}
+
+/// Others have taken away what a Diff would go over, or have put something else in its place.
+#[test]
+fn a_diff_of_what_is_gone_is_complete() {
+    let scratch = Scratch::new();
+    let [base, first, second, third] =
+        ["base", "first", "second", "third"].map(|name| scratch.path(name));
+    let vm = pages(true);
+    tell(&vm, "w");
+    create(&vm, &base, "Full");
+    drop(vm);
+    let (one, other) = (load(&base), load(&base));
+    create(&other, &base, "Full");
+    is_complete(&one, &first);
+    // The next one goes over that.
+    tell(&one, "z");
+    create(&one, &second, "Diff");
+    assert!(held_kib(&memory_of(&second)) < 2000, "{}", held_kib(&memory_of(&second)));
+    // And not over it without what it goes over itself.
+    std::fs::remove_dir_all(&first).unwrap();
+    is_complete(&one, &third);
+    std::fs::remove_dir_all(&base).unwrap();
+    is_complete(&other, &first);
+    // Its state is there, and not its memory.
+    std::fs::remove_file(memory_of(&first)).unwrap();
+    is_complete(&other, &second);
+}
+
+/// A snapshot is refused when it has its place already: it is there, and husk does not count on it.
+#[test]
+fn a_diff_after_a_snapshot_that_may_not_be_safe_is_complete() {
+    let scratch = Scratch::new();
+    let [base, diff] = ["base", "diff"].map(|name| scratch.path(name));
+    let vm = pages(true);
+    tell(&vm, "w");
+    create(&vm, &base, "Full");
+    let before = id_of(&base);
+    // Memory, state, the directory before and after.
+    let strace = Strace::attach(&vm, &scratch, "fsync", "error=EIO:when=4");
+    let fault = vm.api().put("/snapshot/create", json!({"directory": base})).fault();
+    assert!(strace.detach() && fault.contains("cannot sync the directory"), "{fault}");
+    assert_ne!(id_of(&base), before);
+    is_complete(&vm, &diff);
+}
+
+/// Two files are for others to merge, who see what is in them only: what has become zero is, too.
+#[test]
+fn a_complete_diff_can_be_merged_all_the_same() {
+    let scratch = Scratch::new();
+    let vm = pages(true);
+    let names = ["base.state", "base.mem", "diff.state", "diff.mem"];
+    let [base_state, base, state, diff] = names.map(|name| scratch.path(name));
+    let files =
+        |state: &Path, memory: &Path| json!({"snapshot_path": state, "mem_file_path": memory});
+    tell(&vm, "w");
+    vm.api().put("/snapshot/create", files(&base_state, &base)).done();
+    tell(&vm, "z");
+    let sum = tell(&vm, "h");
+    std::fs::remove_file(&base_state).unwrap();
+    let mut body = files(&state, &diff);
+    body["snapshot_type"] = "Diff".into();
+    vm.api().put("/snapshot/create", body).done();
+    vm.expect_error("is complete: snapshot");
+    assert_eq!(tell(&load_with(files(&state, &diff)), "h"), sum);
+    copy_data(&diff, &base);
+    assert_eq!(tell(&load_with(files(&state, &base)), "h"), sum);
+}
+
 /// Memory is copied while the guest writes all of it: a page of another moment would not fit.
 #[test]
 fn a_busy_guest_is_saved_as_it_was() {

@@ -60,7 +60,7 @@ impl Controller {
             let (model, id) = (recipe.model(), recipe.id().to_owned());
             return Err(SnapshotError::Elsewhere { model, id }.into());
         }
-        let draft = Draft::new(params, machine.ram().len())?;
+        let draft = Draft::new(params, machine.ram())?;
         let writer = Writer::spawn();
         let writer = writer.map_err(Refusal::host("cannot start a thread to write a snapshot"))?;
         self.stand_still()?;

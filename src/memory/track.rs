@@ -52,6 +52,11 @@ impl Tracker {
         state.pending.fill(0);
     }
 
+    /// The snapshot that changes are changes to.
+    pub(crate) fn parent(&self) -> Option<Parent> {
+        self.lock().parent.clone()
+    }
+
     /// Of memory that is as an image has it, and mapped from it. What is no snapshot cannot be a parent.
     fn of_image(parent: Option<Parent>) -> Self {
         Self(Mutex::new(State { parent, is_behind: true, pending: Vec::new() }))

@@ -19,8 +19,10 @@ use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::SnapshotError;
 use super::extent::{Extent, Kind, checksum};
 use super::image::{MemoryImage, Segment};
+use super::opening::Summary;
 use super::params::Place;
 
 /// Bytes of a page.
@@ -59,6 +61,15 @@ pub(crate) struct Parent {
     pub(super) needs: Vec<PathBuf>,
 }
 
+/// A snapshot that is not where it was.
+#[derive(Debug)]
+pub(super) struct Missing {
+    pub(super) id: String,
+    /// Where its state file should be.
+    pub(super) path: PathBuf,
+    pub(super) why: SnapshotError,
+}
+
 impl Parent {
     /// A snapshot by itself, or with what its own parent needs.
     pub(super) fn new(
@@ -95,6 +106,20 @@ impl Parent {
         }
     }
 
+    /// Looks whether it is where it was, and what it goes over: others may have taken it away, or have put another
+    /// snapshot in its place.
+    pub(super) fn look(&self) -> Result<(), Missing> {
+        let (mut place, mut id) = (self.place.clone(), self.id.clone());
+        for _ in 0..CHAIN_MAX {
+            match look_at(&place, &id) {
+                Ok(Some(older)) => (place, id) = (older.place(&place.state()), older.id),
+                Ok(None) => break,
+                Err(why) => return Err(Missing { id, path: place.state(), why }),
+            }
+        }
+        Ok(())
+    }
+
     /// How a snapshot with its state file at `state` names it.
     pub(super) fn document(&self, state: &Path) -> ParentDocument {
         let from = absolute(state);
@@ -122,6 +147,19 @@ impl Parent {
         let some = all.step_by(usize::try_from(step).unwrap_or(usize::MAX));
         some.filter(|page| !has_changed(*page)).map(|page| page * PAGE).collect()
     }
+}
+
+/// Looks whether the snapshot `id` is there; the one that it goes over, if that has to be there, too.
+fn look_at(place: &Place, id: &str) -> Result<Option<ParentDocument>, SnapshotError> {
+    let Summary { id: is, memory } = Summary::glance(&place.state())?;
+    if is != id {
+        return Err(SnapshotError::Inconsistent(format!("it is snapshot {is} by now")));
+    }
+    // Of two files the memory is for others to merge, and perhaps to remove then; with all that was under it.
+    let Place::Directory(directory) = place else { return Ok(None) };
+    let path = directory.join(memory.file.unwrap_or_default());
+    path.metadata().map_err(SnapshotError::file("cannot look at", &path))?;
+    Ok(memory.parent.filter(|older| older.is_partial))
 }
 
 impl ParentDocument {

@@ -69,15 +69,8 @@ impl StateFile {
         failed: impl Fn(std::io::Error) -> SnapshotError,
     ) -> Result<Self, SnapshotError> {
         let damaged = SnapshotError::Damaged;
-        let mut header = Vec::with_capacity(HEADER_LEN);
-        from.take(HEADER_LEN as u64).read_to_end(&mut header).map_err(&failed)?;
-        let Header { version, json_len, json_sum, extents: count, extents_sum } =
-            Header::decode(&header, len)?;
-        let mut json = vec![0; json_len];
-        from.read_exact(&mut json).map_err(&failed)?;
-        if json_sum != checksum(&json) {
-            return Err(damaged("state checksum"));
-        }
+        let (Header { version, extents: count, extents_sum, .. }, json) =
+            read_json(from, len, &failed)?;
         let (mut extents, mut digest) = (Vec::new(), Digest::new());
         let (mut end, mut left) = (0, count);
         let mut piece = [0; PIECE_LEN];
@@ -99,6 +92,31 @@ impl StateFile {
             return Err(damaged("extents checksum"));
         }
         Ok(Self { version, json, extents })
+    }
+
+    /// The JSON alone, checked: what it costs does not grow with the memory of the VM.
+    pub(crate) fn read_json(
+        from: &mut impl Read,
+        len: u64,
+        failed: impl Fn(std::io::Error) -> SnapshotError,
+    ) -> Result<Vec<u8>, SnapshotError> {
+        read_json(from, len, failed).map(|(_, json)| json)
+    }
+}
+
+fn read_json(
+    from: &mut impl Read,
+    len: u64,
+    failed: impl Fn(std::io::Error) -> SnapshotError,
+) -> Result<(Header, Vec<u8>), SnapshotError> {
+    let mut bytes = Vec::with_capacity(HEADER_LEN);
+    from.take(HEADER_LEN as u64).read_to_end(&mut bytes).map_err(&failed)?;
+    let header = Header::decode(&bytes, len)?;
+    let mut json = vec![0; header.json_len];
+    from.read_exact(&mut json).map_err(&failed)?;
+    match header.json_sum == checksum(&json) {
+        true => Ok((header, json)),
+        false => Err(SnapshotError::Damaged("state checksum")),
     }
 }
 

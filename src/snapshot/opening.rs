@@ -24,7 +24,7 @@ pub(super) fn read_state_file(path: &Path) -> Result<(StateFile, Document), Snap
 #[derive(Debug, Deserialize)]
 pub(super) struct Summary {
     pub(super) id: String,
-    memory: MemoryDocument,
+    pub(super) memory: MemoryDocument,
 }
 
 impl Summary {
@@ -32,6 +32,12 @@ impl Summary {
     pub(super) fn read(state: &Path) -> Result<Self, SnapshotError> {
         let file = read_state(state)?;
         serde_json::from_slice(&file.json).map_err(SnapshotError::Document)
+    }
+
+    /// The same of all but the table of its memory, which can be long and is not looked at.
+    pub(super) fn glance(state: &Path) -> Result<Self, SnapshotError> {
+        let json = read_by(state, |file, len, failed| StateFile::read_json(file, len, failed))?;
+        serde_json::from_slice(&json).map_err(SnapshotError::Document)
     }
 
     /// Whether the file of this name is needed to load it.
@@ -53,11 +59,23 @@ fn read_id(file: &File, memory: &MemoryDocument) -> std::io::Result<String> {
 }
 
 fn read_state(path: &Path) -> Result<StateFile, SnapshotError> {
+    read_by(path, |file, len, failed| StateFile::read(file, len, failed))
+}
+
+/// Reads a state file by `read`, which is given its length and what to say if that fails.
+fn read_by<T>(
+    path: &Path,
+    read: impl FnOnce(
+        &mut FromStart<'_>,
+        u64,
+        &dyn Fn(std::io::Error) -> SnapshotError,
+    ) -> Result<T, SnapshotError>,
+) -> Result<T, SnapshotError> {
     let file = file::open(path, Access::Read, file::Kind::Regular)
         .map_err(|source| SnapshotError::Open { what: "state file", source })?;
     let failed = |e| SnapshotError::file("cannot read the state file", path)(e);
     let len = file.metadata().map_err(failed)?.len();
-    StateFile::read(&mut FromStart::of(&file), len, failed)
+    read(&mut FromStart::of(&file), len, &failed)
 }
 
 /// Opens the memory file, under the name that it had when it was written if it did not get to the one that it was

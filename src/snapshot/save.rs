@@ -12,17 +12,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
 use arch::layout;
+use devices::memory::PAGE;
 use devices::sys::again::spawn;
 use rustix::process::{Signal, pidfd_send_signal};
 use serde_json::Value;
 
-use super::chain::{Parent, over};
+use super::chain::{Missing, Parent, over};
 use super::document::{Document, MachineState, MemoryDocument, hex};
 use super::files::Files;
 use super::format::StateFile;
 use super::layers;
 use super::params::{Place, SnapshotParams, SnapshotType};
 use super::{Compression, SnapshotError};
+use crate::error::chain;
 use crate::memory::{Changes, Dump, Dumped, Plan, Ram, Since, Tracker, Zeroes};
 
 /// A snapshot whose files are there, and nothing in them.
@@ -33,19 +35,24 @@ pub(crate) struct Draft {
     compression: Compression,
     place: Place,
     files: Files,
+    /// The snapshot that it can go over.
+    over: Option<String>,
 }
 
 impl Draft {
-    /// Makes the files for a VM with `ram_len` bytes of RAM, and refuses what cannot be or must not be replaced.
-    pub(crate) fn new(params: &SnapshotParams, ram_len: u64) -> Result<Self, SnapshotError> {
+    /// Makes the files for a VM with such RAM, and refuses what cannot be or must not be replaced.
+    pub(crate) fn new(params: &SnapshotParams, ram: &Ram) -> Result<Self, SnapshotError> {
         let place = params.place()?;
         let mut id = [0; 16];
         rustix::rand::getrandom(&mut id, rustix::rand::GetRandomFlags::empty())
             .map_err(|e| SnapshotError::Copy(e.into()))?;
         let compression = params.compression;
-        let len = if compression.is_none() { ram_len } else { 0 };
+        let len = if compression.is_none() { ram.len() } else { 0 };
         let files = Files::create(place.clone(), &hex(&id), len, params.sync)?;
-        Ok(Self { id, kind: params.snapshot_type, compression, place, files })
+        let kind = params.snapshot_type;
+        let parent = ram.tracker.parent().filter(|_| kind == SnapshotType::Diff);
+        let over = parent.filter(|parent| can_go_over(parent, &place)).map(|parent| parent.id);
+        Ok(Self { id, kind, compression, place, files, over })
     }
 
     /// Begins with the memory of a VM that stands still; it may go on when this returns.
@@ -55,15 +62,13 @@ impl Draft {
         machine: MachineState,
         ram: &Ram,
     ) -> Result<Saving, SnapshotError> {
-        let Self { id, kind, compression, place, files } = self;
+        let Self { id, kind, compression, place, files, over } = self;
         let id_at = if compression.is_none() { ram.offset_of(layout::SNAPSHOT_ID) } else { 0 };
         let patch = ram.patch(id);
         // Of any snapshot: the next one is of what changes from now on.
         let since = ram.collect().map_err(SnapshotError::Copy)?;
         let since = since.filter(|_| kind == SnapshotType::Diff);
-        // One that cannot is complete instead.
-        let since = since.filter(|since| since.parent.allows(&place));
-        let (plan, parent) = plan(since, &place);
+        let (plan, parent) = plan(since, over.as_deref(), &place, ram.len());
         let dump = ram.dump(&plan, patch, files.memory(), compression);
         let dump = dump.map_err(SnapshotError::Copy)?;
         let memory = MemoryDocument {
@@ -86,9 +91,34 @@ impl Draft {
     }
 }
 
-/// What is copied, and what it goes over.
-fn plan(since: Option<Since>, place: &Place) -> (Plan, Option<Parent>) {
+/// Whether a snapshot in this place can go over that one. It is looked for while the guest goes on: its state file has
+/// to be read, and so have those of all that it goes over.
+fn can_go_over(parent: &Parent, place: &Place) -> bool {
+    if !parent.allows(place) {
+        return false;
+    }
+    let found = parent.look();
+    if let Err(Missing { id, path, why }) = &found {
+        let (state, path, why) = (place.state(), path.display(), chain(why));
+        log::warn!(
+            "{} is complete: snapshot {id}, which it would go over, is not to be had at {path}: {why}",
+            state.display()
+        );
+    }
+    found.is_ok()
+}
+
+/// What is copied, and what it goes over: the snapshot `over`, or nothing.
+fn plan(
+    since: Option<Since>,
+    over: Option<&str>,
+    place: &Place,
+    ram_len: u64,
+) -> (Plan, Option<Parent>) {
     let Some(Since { parent, pages }) = since else { return (Plan::Full, None) };
+    if over != Some(&*parent.id) {
+        return (complete(&parent, ram_len, place), None);
+    }
     let changes = Changes {
         before: parent.before.clone(),
         witnesses: parent.witnesses(pages.as_deref()),
@@ -100,6 +130,23 @@ fn plan(since: Option<Since>, place: &Place) -> (Plan, Option<Parent>) {
         pages,
     };
     (Plan::Changes(changes), Some(parent))
+}
+
+/// All of the memory, by itself.
+fn complete(parent: &Parent, ram_len: u64, place: &Place) -> Plan {
+    match place {
+        Place::Directory(_) => Plan::Full,
+        // It may be merged all the same: then what has become zero must not be as it was.
+        Place::Files { .. } => {
+            let pages = usize::try_from(ram_len).unwrap_or(usize::MAX) / PAGE;
+            Plan::Changes(Changes {
+                pages: Some(vec![u64::MAX; pages.div_ceil(64)]),
+                before: parent.before.clone(),
+                witnesses: Vec::new(),
+                zeroes: Zeroes::Written,
+            })
+        }
+    }
 }
 
 /// A snapshot whose state has been read, and whose memory is being copied.
