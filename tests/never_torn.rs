@@ -366,6 +366,30 @@ impl Strace {
         Self { child, log }
     }
 
+    /// Has the process stand still, and keeps it from being gone when it ends: nobody can wait for it until this is
+    /// killed.
+    fn hold(process: rustix::process::Pid, scratch: &Scratch) -> Self {
+        let log = scratch.path("strace");
+        let mut child = Command::new("strace")
+            .args(["-o", log.to_str().unwrap(), "-e", "trace=none", "-p", &process.to_string()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("strace, of the package strace");
+        let mut line = String::new();
+        BufReader::new(child.stderr.take().unwrap()).read_line(&mut line).unwrap();
+        assert!(line.contains("attached"), "{line}");
+        let tracer = rustix::process::Pid::from_child(&child);
+        rustix::process::kill_process(tracer, Signal::STOP).unwrap();
+        let stat = format!("/proc/{tracer}/stat");
+        crate::fork::wait_until(|| fs::read_to_string(&stat).unwrap().contains(") T "));
+        Self { child, log }
+    }
+
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
     /// Lets go of the process; whether something was done to it.
     pub(crate) fn detach(mut self) -> bool {
         let pid = rustix::process::Pid::from_child(&self.child);
@@ -431,6 +455,45 @@ fn a_failing_disk_leaves_one_of_both_and_the_guest() {
     }
     assert!(refused > 20, "only {refused} were refused");
     assert_goes_on(&vm);
+}
+
+#[test]
+fn a_directory_that_is_not_safe_is_not_left() {
+    let scratch = Scratch::new();
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    let body = json!({"directory": scratch.path("warm")});
+    let strace = Strace::attach(&vm, &scratch, "fsync", "error=EIO:when=1");
+    let fault = vm.api().put("/snapshot/create", &body).fault();
+    assert!(strace.detach() && fault.contains("cannot sync the directory"), "{fault}");
+    assert_eq!(names(scratch.as_ref()), ["strace"]);
+}
+
+#[test]
+fn what_is_called_off_is_gone_before_its_copier_is() {
+    let scratch = Scratch::new();
+    let vm = warm().listening().start();
+    vm.expect("tick=");
+    let body = json!({"directory": scratch.path("warm")});
+    // In the process that copies.
+    let strace = Strace::attach(&vm, &scratch, "pwrite64", "delay_enter=1000000");
+    let asked = std::thread::spawn({
+        let (api, body) = (vm.api(), body.clone());
+        move || api.put("/snapshot/create", body)
+    });
+    crate::fork::wait_until(|| vm.copier().is_some());
+    let copier = vm.copier().unwrap();
+    rustix::process::kill_process(copier, Signal::STOP).unwrap();
+    strace.detach();
+    let tracer = Strace::hold(copier, &scratch);
+    vm.api().act("Kill").done();
+    let fault = asked.join().unwrap().fault();
+    assert!(fault.contains("the microVM ended"), "{fault}");
+    // Whoever reads what husk says sees its end when the last process has ended that could say something.
+    crate::fork::wait_until(|| !vm.is_running());
+    tracer.kill();
+    vm.wait().code(0);
+    assert_eq!(names(scratch.as_ref()), ["strace"]);
 }
 
 /// The calls that write to files and directories, and how a disk refuses them.

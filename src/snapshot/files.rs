@@ -144,8 +144,10 @@ impl MadeDirectory {
     fn make(path: &Path) -> Result<Option<Self>, SnapshotError> {
         match DirBuilder::new().mode(0o700).create(path) {
             Ok(()) => {
+                // First: it goes again if what follows fails.
+                let made = Self(Some(path.into()));
                 sync_directory(parent(path))?;
-                Ok(Some(Self(Some(path.into()))))
+                Ok(Some(made))
             }
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {
                 let found = std::fs::metadata(path);

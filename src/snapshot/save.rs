@@ -7,9 +7,9 @@
 //!   refused is       memory forked
 //! ```
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arch::layout;
 use devices::memory::PAGE;
@@ -87,7 +87,8 @@ impl Draft {
             config,
             machine,
         };
-        Ok(Saving { place, files, dump, document, parent, tracker: ram.tracker.clone() })
+        let (files, tracker) = (Arc::new(Mutex::new(Some(files))), ram.tracker.clone());
+        Ok(Saving { place, files, dump, document, parent, tracker })
     }
 }
 
@@ -149,11 +150,18 @@ fn complete(parent: &Parent, ram_len: u64, place: &Place) -> Plan {
     }
 }
 
+/// Files that nothing is done with while memory is copied into them. Whoever takes them has them alone.
+type InTheMaking = Arc<Mutex<Option<Files>>>;
+
+fn take(files: &InTheMaking) -> Option<Files> {
+    files.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
 /// A snapshot whose state has been read, and whose memory is being copied.
 #[derive(Debug)]
 pub(crate) struct Saving {
     place: Place,
-    files: Files,
+    files: InTheMaking,
     dump: Dump,
     document: Document,
     /// What it goes over.
@@ -175,12 +183,15 @@ pub(crate) struct Written {
 impl Saving {
     /// Waits for the memory, then describes and names the files, unless that is called off.
     fn finish(self, flags: &Flags) -> Result<Written, SnapshotError> {
-        let Self { place, mut files, dump, mut document, parent, tracker } = self;
+        let Self { place, files, dump, mut document, parent, tracker } = self;
         let check = || match flags.is_off.load(Ordering::SeqCst) {
             true => Err(SnapshotError::Ended),
             false => Ok(()),
         };
-        let dumped = dump.finish().map_err(|e| check().err().unwrap_or(SnapshotError::Copy(e)))?;
+        let dumped = dump.finish();
+        let files = take(&files);
+        let dumped = dumped.map_err(|e| check().err().unwrap_or(SnapshotError::Copy(e)))?;
+        let mut files = files.ok_or(SnapshotError::Ended)?;
         let Dumped { extents, witnesses, is_partial } = dumped;
         if let Some(parent) = &mut document.memory.parent {
             parent.is_partial = is_partial;
@@ -253,10 +264,10 @@ impl Writer {
     /// Sees a snapshot through, and says how it went.
     pub(crate) fn write(self, saving: Saving, answer: Answer) -> Writing {
         let Self { work, flags } = self;
-        let copier = saving.dump.process();
+        let (copier, files) = (saving.dump.process(), saving.files.clone());
         let sent = work.send((saving, answer));
         debug_assert!(sent.is_ok(), "the thread waits for it");
-        Writing { copier, flags }
+        Writing { copier, files, flags }
     }
 }
 
@@ -265,6 +276,7 @@ impl Writer {
 pub(crate) struct Writing {
     /// The process that copies memory.
     copier: Option<OwnedFd>,
+    files: InTheMaking,
     flags: Arc<Flags>,
 }
 
@@ -282,6 +294,8 @@ impl Writing {
         {
             log::debug!("the process that copies memory has ended: {e}");
         }
+        // How long that process takes to end, with all of the guest's memory, is not known: its files do not wait for it.
+        drop(take(&self.files));
         match self.flags.is_committing.load(Ordering::SeqCst) {
             true => SnapshotError::Unsettled,
             false => SnapshotError::Ended,
