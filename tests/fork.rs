@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use husk::{
     Compression, Image, Overrides, Payload, Refusal, SerialConfig, SerialTo, SnapshotParams, Vm,
@@ -500,6 +500,29 @@ fn one_that_fails_ends_all() {
     assert_eq!(child.tell("c", "count"), "3");
 }
 
+/// By the host, which is out of memory, or by anybody: it cannot say so itself.
+#[test]
+fn one_that_is_killed_ends_all() {
+    let vm = idle();
+    let zygote = zygote(vm.pid()).unwrap();
+    let made = || fs::read_to_string(format!("/proc/{zygote}/task/{zygote}/children")).unwrap();
+    let first = || Pid::from_raw(made().split_whitespace().next()?.parse().ok()?);
+    for _ in 0..5 {
+        let start = Instant::now();
+        let said = std::thread::scope(|scope| {
+            let asked = scope.spawn(|| post(&vm.api(), json!({ "n": 5 })).fault());
+            wait_until(|| first().is_some());
+            rustix::process::kill_process(first().unwrap(), Signal::KILL).unwrap();
+            asked.join().unwrap()
+        });
+        assert_eq!(said, "fork: 1 of 5 children ended before they were there");
+        assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+        assert_eq!(made(), "", "there are children");
+    }
+    children(&post(&vm.api(), json!({}))).remove(0).kill();
+    wait_until(|| made().is_empty());
+}
+
 #[test]
 fn a_fork_that_cannot_begin_is_refused() {
     let vm = idle();
@@ -532,7 +555,7 @@ fn siblings(vm: &TestVm) -> Vec<String> {
 }
 
 /// The process from which the children of `pid` come, if there is one.
-fn zygote(pid: u32) -> Option<Pid> {
+pub(crate) fn zygote(pid: u32) -> Option<Pid> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
     let mut pids = children.split_whitespace();
     let pid = pids.find(|pid| {
@@ -599,9 +622,9 @@ fn children_end_with_their_parent_if_they_are_to() {
 /// Waits for what is about to be.
 #[track_caller]
 pub(crate) fn wait_until(is_so: impl Fn() -> bool) {
-    let patience = std::time::Instant::now() + PATIENCE;
+    let patience = Instant::now() + PATIENCE;
     while !is_so() {
-        assert!(std::time::Instant::now() < patience, "it never was so");
+        assert!(Instant::now() < patience, "it never was so");
         std::thread::yield_now();
     }
 }

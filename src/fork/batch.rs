@@ -70,12 +70,21 @@ pub(super) const LIVE: u8 = 1;
 /// The other.
 pub(super) const DIE: u8 = 0;
 
-/// What a child says when it is there, or why it is not.
+/// What a child says when it is there, or why it is not; or what the zygote says of it.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Report {
     /// Which child, from 0.
     pub(super) index: usize,
-    pub(super) result: Result<Arrival, String>,
+    pub(super) result: Result<Arrival, Absence>,
+}
+
+/// Why a child is not there.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Absence {
+    /// It says why.
+    Refused(String),
+    /// Its process has ended, whatever it had said.
+    Ended,
 }
 
 /// A child that is there.
@@ -200,7 +209,8 @@ impl Newborn {
     /// Tells that it is there, or why it is not.
     pub(crate) fn report(&self, result: Result<Option<PathBuf>, String>) -> io::Result<()> {
         let arrival = |serial_path| Arrival { pid: std::process::id(), serial_path };
-        Report { index: self.index, result: result.map(arrival) }.send(&self.reports)
+        let result = result.map(arrival).map_err(Absence::Refused);
+        Report { index: self.index, result }.send(&self.reports)
     }
 
     /// Waits until all its siblings are there. False if it is not to live: then whoever waits sees its
@@ -217,7 +227,7 @@ const TEXT_MAX: usize = 4096;
 
 impl Report {
     pub(super) fn send(mut self, socket: &OwnedFd) -> io::Result<()> {
-        if let Err(why) = &mut self.result
+        if let Err(Absence::Refused(why)) = &mut self.result
             && let Some((at, _)) = why.char_indices().find(|(at, _)| *at >= TEXT_MAX)
         {
             why.truncate(at);

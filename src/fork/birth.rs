@@ -4,6 +4,7 @@
 //!   VMM                     zygote         child
 //!    ├── order ───────────────►├── fork ────►│ restores; its guest stands still
 //!    │◄── report: there, or why not ─────────┤
+//!    │◄── report: ended ───────┤             ✗ if it is killed meanwhile
 //!    ├── go: a byte for each ───────────────►│ runs
 //!    └── or the end of it ──────────────────►│ ends
 //! ```
@@ -19,7 +20,7 @@ use rustix::net::{RecvFlags, recv};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::Timespec;
 
-use super::batch::{Arrival, DIE, LIVE, Report};
+use super::batch::{Absence, Arrival, DIE, LIVE, Report};
 use super::params::Child;
 use super::zygote::{Live, Order, Zygote, pair};
 use super::{Batch, ForkError, Household, Spec};
@@ -135,26 +136,35 @@ fn await_all(reports: &OwnedFd, count: usize) -> Result<Vec<Arrival>, ForkError>
     let deadline = Instant::now() + PATIENCE;
     let mut arrived: Vec<Option<Arrival>> = (0..count).map(|_| None).collect();
     let mut buffer = vec![0; REPORT_MAX];
+    let mut ended = 0;
     loop {
         let missing = arrived.iter().filter(|arrival| arrival.is_none()).count();
-        if missing == 0 {
-            return Ok(arrived.into_iter().flatten().collect());
-        }
-        let left = deadline.saturating_duration_since(Instant::now());
-        let timeout =
-            Timespec::try_from(left).map_err(|e| ForkError::Process(io::Error::other(e)))?;
-        match poll(&mut [PollFd::from_borrowed_fd(reports.as_fd(), PollFlags::IN)], Some(&timeout))
-        {
-            Ok(0) => return Err(ForkError::Late { missing, count }),
-            Ok(_) => {}
-            Err(Errno::INTR) => continue,
-            Err(e) => return Err(ForkError::Process(e.into())),
-        }
+        // All that has been said, before it is judged: one that was there may have ended, and others with it.
         let len = match recv(reports, &mut buffer[..], RecvFlags::DONTWAIT) {
             // All who could say something have ended, or never were.
-            Ok((_, 0)) | Err(Errno::CONNRESET) => return Err(ForkError::Lost { missing, count }),
+            Ok((_, 0)) | Err(Errno::CONNRESET) => {
+                let missing = if missing == 0 { count } else { missing };
+                return Err(ForkError::Lost { missing, count });
+            }
             Ok((_, len)) => len,
-            Err(Errno::AGAIN | Errno::INTR) => continue,
+            Err(Errno::INTR) => continue,
+            Err(Errno::AGAIN) if ended > 0 => {
+                return Err(ForkError::Lost { missing: ended, count });
+            }
+            Err(Errno::AGAIN) if missing == 0 => {
+                return Ok(arrived.into_iter().flatten().collect());
+            }
+            Err(Errno::AGAIN) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                let timeout = Timespec::try_from(left)
+                    .map_err(|e| ForkError::Process(io::Error::other(e)))?;
+                let mut fds = [PollFd::from_borrowed_fd(reports.as_fd(), PollFlags::IN)];
+                match poll(&mut fds, Some(&timeout)) {
+                    Ok(0) => return Err(ForkError::Late { missing, count }),
+                    Ok(_) | Err(Errno::INTR) => continue,
+                    Err(e) => return Err(ForkError::Process(e.into())),
+                }
+            }
             Err(e) => return Err(ForkError::Process(e.into())),
         };
         let report: Report = serde_json::from_slice(&buffer[..len])
@@ -162,7 +172,8 @@ fn await_all(reports: &OwnedFd, count: usize) -> Result<Vec<Arrival>, ForkError>
         let number = report.index;
         match (report.result, arrived.get_mut(number)) {
             (Ok(arrival), Some(place)) => *place = Some(arrival),
-            (Err(why), _) => return Err(ForkError::Child { number, why }),
+            (Err(Absence::Refused(why)), _) => return Err(ForkError::Child { number, why }),
+            (Err(Absence::Ended), _) => ended += 1,
             (Ok(_), None) => {}
         }
     }

@@ -28,7 +28,7 @@ use rustix::net::{
 };
 use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_send_signal, waitpid};
 
-use super::batch::{Batch, Newborn, Report, Spec};
+use super::batch::{Absence, Batch, Newborn, Report, Spec};
 use crate::exit::ExitCode;
 use crate::sandbox;
 use crate::signals::Held;
@@ -151,6 +151,93 @@ impl Drop for Zygote {
     }
 }
 
+/// Children that somebody waits for, and who that is. Kept until nobody does any more, or all have ended: until then
+/// what children end with is not what their reports end with.
+#[derive(Debug)]
+struct Awaited {
+    reports: OwnedFd,
+    /// Their processes, and which they are.
+    children: Vec<(Pid, usize)>,
+}
+
+/// What the zygote does about the ends of children. SIGCHLD comes only while it waits for something to do, so that
+/// nothing else is ever interrupted, and no end comes between the look for one and the wait.
+struct Reaper {
+    /// The signals that were held back without it.
+    before: libc::sigset_t,
+    awaited: Vec<Awaited>,
+}
+
+impl Reaper {
+    fn begin() -> io::Result<Self> {
+        extern "C" fn awake(_: libc::c_int) {}
+        // SAFETY: `sigset_t` is plain data, which the calls fill in; the handler does nothing.
+        unsafe {
+            let mut children: libc::sigset_t = std::mem::zeroed();
+            let mut before: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut children);
+            libc::sigaddset(&raw mut children, libc::SIGCHLD);
+            libc::pthread_sigmask(libc::SIG_BLOCK, &raw const children, &raw mut before);
+            // A signal without a handler does not interrupt anything.
+            libc::signal(libc::SIGCHLD, awake as extern "C" fn(libc::c_int) as libc::sighandler_t);
+            // Whoever started husk may have held it back.
+            libc::sigdelset(&raw mut before, libc::SIGCHLD);
+            Ok(Self { before, awaited: Vec::new() })
+        }
+    }
+
+    /// Waits until there is a message, and meanwhile tells of children that end.
+    fn wait(&mut self, socket: &OwnedFd) -> io::Result<()> {
+        loop {
+            self.reap();
+            let of = |fd: &OwnedFd, events| libc::pollfd { fd: fd.as_raw_fd(), events, revents: 0 };
+            let mut fds = vec![of(socket, libc::POLLIN)];
+            fds.extend(self.awaited.iter().map(|awaited| of(&awaited.reports, 0)));
+            // SAFETY: the descriptors are open, and as many as there are; the mask is whole.
+            let ready = unsafe {
+                let count = fds.len() as libc::nfds_t;
+                libc::ppoll(fds.as_mut_ptr(), count, std::ptr::null(), &raw const self.before)
+            };
+            if ready < 0 {
+                match io::Error::last_os_error() {
+                    e if e.kind() == io::ErrorKind::Interrupted => continue,
+                    e => return Err(e),
+                }
+            }
+            // Whoever waited has heard enough.
+            let mut is_over = fds.iter().skip(1).map(|fd| fd.revents != 0);
+            self.awaited.retain(|_| !is_over.next().unwrap_or(false));
+            if fds.first().is_some_and(|fd| fd.revents != 0) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes leave of children that have ended.
+    fn reap(&mut self) {
+        while let Ok(Some((pid, _))) = rustix::process::wait(WaitOptions::NOHANG) {
+            for awaited in &mut self.awaited {
+                let Some(at) = awaited.children.iter().position(|(child, _)| *child == pid) else {
+                    continue;
+                };
+                let (_, index) = awaited.children.swap_remove(at);
+                // Without a reader the request is gone.
+                let _ = Report { index, result: Err(Absence::Ended) }.send(&awaited.reports);
+            }
+            self.awaited.retain(|awaited| !awaited.children.is_empty());
+        }
+    }
+
+    /// In a child: forgets all of it, which is the zygote's alone.
+    fn leave(self) {
+        // SAFETY: the action runs no code of ours; the mask is the one that was.
+        unsafe {
+            libc::signal(libc::SIGCHLD, libc::SIG_DFL);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut());
+        }
+    }
+}
+
 /// Leaves behind the parent's terminal and all descriptors but standard error, and confines itself. Gives the socket
 /// back, under another number.
 fn settle_in(socket: OwnedFd, api: &SocketFile) -> io::Result<OwnedFd> {
@@ -197,10 +284,12 @@ pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Is the zygote. Returns when nobody can ask any more (`None`), and, in each child, with what it is to be.
 fn serve(socket: OwnedFd, api: &SocketFile) -> io::Result<Option<Newborn>> {
     let socket = settle_in(socket, api)?;
-    reap_children(true);
+    let mut reaper = Reaper::begin()?;
     let zygote = rustix::process::getpid();
     let mut removes = false;
-    while let Some(message) = receive(&socket)? {
+    loop {
+        reaper.wait(&socket)?;
+        let Some(message) = receive(&socket)? else { break };
         let Message::Fork(Order { batch, children, memory, reports, go, layers }) = message else {
             removes = true;
             continue;
@@ -218,6 +307,7 @@ fn serve(socket: OwnedFd, api: &SocketFile) -> io::Result<Option<Newborn>> {
             }
         };
         let memory = MemoryImage { file: memory, extents: extents.into(), over: [].into() };
+        let mut made = Vec::new();
         for index in 0..batch.children.len() {
             // SAFETY: this process has one thread.
             match unsafe { fork() } {
@@ -226,16 +316,21 @@ fn serve(socket: OwnedFd, api: &SocketFile) -> io::Result<Option<Newborn>> {
                     // Its siblings' are in there, too.
                     drop(children);
                     let spec = spec?;
+                    reaper.leave();
                     become_child(zygote, spec.ends_with_parent)?;
                     return Ok(Some(Newborn::new(batch, spec, memory, index, (reports, go))));
                 }
                 -1 => {
                     let why = format!("fork: {}", io::Error::last_os_error());
+                    let result = Err(Absence::Refused(why));
                     // Without a reader the request is gone.
-                    let _ = Report { index, result: Err(why) }.send(&reports);
+                    let _ = Report { index, result }.send(&reports);
                 }
-                _ => {}
+                pid => made.extend(Pid::from_raw(pid).map(|pid| (pid, index))),
             }
+        }
+        if !made.is_empty() {
+            reaper.awaited.push(Awaited { reports, children: made });
         }
     }
     if removes {
@@ -253,7 +348,6 @@ fn close_inherited() {
 }
 
 fn become_child(zygote: Pid, ends_with_parent: bool) -> io::Result<()> {
-    reap_children(false);
     if ends_with_parent {
         // The zygote ends when the VMM does.
         rustix::process::set_parent_process_death_signal(Some(Signal::TERM))?;
@@ -265,13 +359,6 @@ fn become_child(zygote: Pid, ends_with_parent: bool) -> io::Result<()> {
     rustix::process::setsid()?;
     rustix::thread::set_name(c"husk")?;
     Ok(())
-}
-
-/// Lets children that have ended go at once, or leaves them for whoever waits for them.
-fn reap_children(at_once: bool) {
-    let action = if at_once { libc::SIG_IGN } else { libc::SIG_DFL };
-    // SAFETY: neither action runs code of ours.
-    unsafe { libc::signal(Signal::CHILD.as_raw(), action) };
 }
 
 /// The next message; `None` when nobody can send one any more.
