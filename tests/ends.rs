@@ -214,4 +214,29 @@ fn a_signal_ends_husk_in_time_whatever_it_waits_for() {
     let zygote = Pid::from_raw(zygote).unwrap();
     kill_process(zygote, Signal::STOP).unwrap();
     ends_in_time("what makes children", vm);
+    assert!(!is_there(zygote), "what makes children is left");
+}
+
+/// Whether there is such a process, though it may have ended.
+fn is_there(process: Pid) -> bool {
+    fs::exists(format!("/proc/{process}")).unwrap()
+}
+
+/// The thread that waits for children has what makes them, too.
+#[test]
+fn what_makes_children_ends_though_somebody_waits_for_some() {
+    let scratch = Scratch::new();
+    let vm = at(&scratch, "a", Husk::guest("hello", "how=hlt").memory(64).arg("--forkable"));
+    vm.expect("how=hlt");
+    let zygote = crate::fork::zygote(vm.pid()).unwrap();
+    kill_process(zygote, Signal::STOP).unwrap();
+    let _asked = ask(&vm, "POST /fork", &json!({ "n": 2 }));
+    let tasks = format!("/proc/{}/task", vm.pid());
+    let name =
+        |task: fs::DirEntry| fs::read_to_string(task.path().join("comm")).unwrap_or_default();
+    crate::fork::wait_until(|| {
+        fs::read_dir(&tasks).unwrap().any(|task| name(task.unwrap()).starts_with("husk_fork"))
+    });
+    ends_in_time("a fork", vm);
+    assert!(!is_there(zygote), "what makes children is left");
 }

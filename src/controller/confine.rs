@@ -150,7 +150,9 @@ impl Controller {
             None => drop(self),
             Some(files) => files.run(|| drop(self)),
         }
-        drop(nursery);
+        if let Some(nursery) = nursery {
+            nursery.end();
+        }
         files
     }
 

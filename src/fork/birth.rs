@@ -10,7 +10,7 @@
 //! ```
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use devices::backend::unix::SocketFile;
@@ -40,8 +40,7 @@ const REPORT_MAX: usize = 16 << 10;
 pub(crate) struct Nursery {
     /// What children have of this process.
     pub(crate) household: Household,
-    /// One order is sent at a time.
-    zygote: Arc<Mutex<Zygote>>,
+    zygote: Arc<Zygote>,
 }
 
 /// Children to be.
@@ -60,12 +59,16 @@ impl Nursery {
         held: &Held,
         live: Live,
     ) -> io::Result<Self> {
-        Ok(Self { household, zygote: Arc::new(Mutex::new(Zygote::begin(socket, held, live)?)) })
+        Ok(Self { household, zygote: Arc::new(Zygote::begin(socket, held, live)?) })
+    }
+
+    /// Ends what makes children, though threads that wait for some may still have a clone of this.
+    pub(crate) fn end(&self) {
+        self.zygote.end();
     }
 
     fn ask(&self, order: &Order) -> Result<(), ForkError> {
-        let zygote = self.zygote.lock().unwrap_or_else(PoisonError::into_inner);
-        zygote.ask(order).map_err(|e| match Errno::from_io_error(&e) {
+        self.zygote.ask(order).map_err(|e| match Errno::from_io_error(&e) {
             Some(Errno::PIPE | Errno::CONNRESET | Errno::NOTCONN) => ForkError::Barren,
             _ => ForkError::Process(e),
         })

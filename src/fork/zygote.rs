@@ -116,7 +116,8 @@ impl Zygote {
         }
     }
 
-    /// Asks for children. It fails if the process is not there any more.
+    /// Asks for children, by one message: of those who ask at a time none mixes with another. It fails if the process is
+    /// not there any more.
     pub(super) fn ask(&self, order: &Order) -> io::Result<()> {
         let Order { batch, children, memory, reports, go, layers } = order;
         let mut fds = vec![batch.as_fd(), children.as_fd(), memory.as_fd()];
@@ -133,10 +134,9 @@ impl Zygote {
         })?;
         Ok(())
     }
-}
 
-impl Drop for Zygote {
-    fn drop(&mut self) {
+    /// Ends the process, unless it has ended.
+    pub(super) fn end(&self) {
         // It has nothing to finish, and may be stopped. A process that copies memory may have the socket too: closing
         // that would not do.
         let killed = self.process.as_ref().map(|process| pidfd_send_signal(process, Signal::KILL));
@@ -148,6 +148,12 @@ impl Drop for Zygote {
         if let Err(e) = waited {
             log::warn!("cannot wait for the process that makes children: {e}");
         }
+    }
+}
+
+impl Drop for Zygote {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
