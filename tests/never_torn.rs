@@ -483,6 +483,10 @@ fn what_is_called_off_is_gone_before_its_copier_is() {
     });
     crate::fork::wait_until(|| vm.copier().is_some());
     let copier = vm.copier().unwrap();
+    // At the call, where it waits: before, strace may still be about to take it on, and takes the signal for its own.
+    let call = format!("/proc/{copier}/syscall");
+    let write = format!("{} ", libc::SYS_pwrite64);
+    crate::fork::wait_until(|| fs::read_to_string(&call).unwrap().starts_with(&write));
     rustix::process::kill_process(copier, Signal::STOP).unwrap();
     strace.detach();
     let tracer = Strace::hold(copier, &scratch);
