@@ -160,7 +160,10 @@ impl Machine {
     /// Resets the device; nothing of it is at work then.
     pub fn reset(&self) {
         for _ in 0..TRIES_MAX {
-            self.set(0x70, 0);
+            // By whichever of its addresses it was found: at the other nothing has an effect.
+            for window in &self.windows {
+                window.write(0x70, &0_u32.to_le_bytes());
+            }
             if self.status() == 0 {
                 break;
             }
