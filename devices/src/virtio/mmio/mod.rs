@@ -19,25 +19,26 @@
 mod reg;
 mod registers;
 mod removed;
+mod saved;
 mod stand_in;
 mod window;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::registers::Registers;
 use self::removed::Placeholder;
+use self::saved::Files;
+pub use self::saved::Saved;
 pub use self::stand_in::StandIn;
 pub use self::window::{Window, WindowDevice};
 use super::model::{Change, DeviceError, Left, VirtioDevice};
 use super::notifier::{Notifier, status};
 use super::queue::{RingFeatures, VirtQueue};
 use crate::GuestRam;
-use crate::backend::overlay::Frozen;
 use crate::io::{IoError, IoThread, PATIENCE, Retired, Ticket};
 use crate::metrics::CounterSet;
 use crate::observer::Happening;
@@ -77,79 +78,6 @@ enum Stage {
     Parked(Retired),
     /// Gone with a failure; a reset makes new ones.
     Broken,
-}
-
-/// What a snapshot keeps of one device.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Saved {
-    registers: Registers,
-    status: u32,
-    isr: u32,
-    generation: u32,
-    /// `(next_avail, next_used)` of each live queue.
-    positions: Vec<(u16, u16)>,
-    device: Value,
-    /// What the memory that it brings along says.
-    #[serde(default)]
-    memory: Value,
-    /// What it has written on the host.
-    #[serde(default)]
-    files: Files,
-}
-
-/// What a device has written on the host. It is not among what is saved, which tells only whether it
-/// has to be beside it.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(from = "bool", into = "bool")]
-enum Files {
-    /// Nothing, or nothing that is part of it.
-    #[default]
-    None,
-    /// It is elsewhere, and has to be [put back](Saved::set_files).
-    Elsewhere,
-    Here(Frozen),
-}
-
-impl From<bool> for Files {
-    fn from(are_there: bool) -> Self {
-        if are_there { Self::Elsewhere } else { Self::None }
-    }
-}
-
-impl From<Files> for bool {
-    fn from(files: Files) -> Self {
-        !matches!(files, Files::None)
-    }
-}
-
-impl Saved {
-    /// What the device has written on the host, if that is part of it.
-    pub fn files(&self) -> Option<&Frozen> {
-        match &self.files {
-            Files::Here(files) => Some(files),
-            Files::None | Files::Elsewhere => None,
-        }
-    }
-
-    /// What the memory that it brings along says.
-    pub fn memory(&self) -> &Value {
-        &self.memory
-    }
-
-    /// Whether [`Self::set_files`] has to be called.
-    pub fn wants_files(&self) -> bool {
-        matches!(self.files, Files::Elsewhere)
-    }
-
-    /// Says what the device has written on the host.
-    pub fn set_files(&mut self, files: Frozen) {
-        self.files = Files::Here(files);
-    }
-
-    /// Whether its worker was at work when it was paused.
-    fn has_live_queues(&self) -> bool {
-        self.status & (status::DRIVER_OK | status::NEEDS_RESET) == status::DRIVER_OK
-    }
 }
 
 /// The transport of one device: what the vCPUs see at its windows.
