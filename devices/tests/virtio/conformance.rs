@@ -825,6 +825,26 @@ fn ups_and_downs_leave_no_descriptors_behind() {
 }
 
 #[test]
+fn rings_may_begin_where_another_ends() {
+    let m = Machine::new(sample("entropy").device);
+    m.negotiate(0);
+    let mut ring = Ring::new(&m.mem, 0, 16);
+    // Flags, index and event beside 16 entries.
+    ring.avail = ring.used + 6 + 16 * 8;
+    m.place(std::slice::from_ref(&ring));
+    m.set(0x70, 15);
+    assert_eq!(m.status(), 15);
+    add_some_chain(&mut ring);
+    m.finish(&ring, 1);
+    // One byte more, and one would be written over by the other.
+    m.negotiate(0);
+    ring.avail -= 2;
+    m.place(&[ring]);
+    m.set(0x70, 15);
+    assert_eq!(m.status() & NEEDS_RESET, NEEDS_RESET);
+}
+
+#[test]
 fn removal_leaves_a_placeholder() {
     every_device(|name, mut m, _host| {
         let mut rings = m.start(0);
@@ -838,6 +858,7 @@ fn removal_leaves_a_placeholder() {
         assert_eq!(m.status() & NEEDS_RESET, NEEDS_RESET, "{name}");
         assert_eq!(m.irq.counts().1, before + 1, "{name}");
         assert_eq!((m.get(0), m.get(4), m.get(8)), (0x7472_6976, 2, 0), "{name}");
+        assert_eq!(m.queues(), 0, "{name}");
         // Whatever a driver does now changes nothing.
         add_some_chain(ring);
         m.kick(ring);

@@ -81,3 +81,18 @@ fn set_low(address: &mut u64, value: u32) {
 fn set_high(address: &mut u64, value: u32) {
     *address = *address & 0xffff_ffff | u64::from(value) << 32;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_half_of_an_address_is_written_by_itself_and_anew() {
+        let mut address = u64::MAX;
+        set_low(&mut address, 0x1234_5678);
+        assert_eq!(address, 0xffff_ffff_1234_5678);
+        set_high(&mut address, 0x9abc_def0);
+        set_low(&mut address, 1);
+        assert_eq!(address, 0x9abc_def0_0000_0001);
+    }
+}
