@@ -3,6 +3,7 @@
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
@@ -425,6 +426,16 @@ fn numbers_that_are_none_and_names_that_cannot_be_told() {
         let end = Husk::new(args).arg(name).wait().quickly().code(2);
         assert!(end.errors.contains("a name that is not UTF-8"), "{args:?}: {end}");
     }
+}
+
+#[test]
+fn a_umask_takes_nothing_from_the_owner() {
+    let scratch = Scratch::new();
+    let socket = scratch.path("api.sock");
+    let husk = Husk::guest("hello", "how=hang").after("umask 0777").listening_at(&socket);
+    let vm = husk.start();
+    assert_eq!(fs::metadata(&socket).unwrap().mode() & 0o777, 0o600);
+    assert_eq!(vm.api().state(), "Running");
 }
 
 #[test]
