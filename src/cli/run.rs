@@ -45,11 +45,10 @@ struct GuestArgs {
     #[arg(long, value_name = "MIB", default_value = "128", allow_negative_numbers = true, value_parser = mib)]
     memory: u64,
     /// A disk: PATH[,ro][,root][,id=ID][,cache=writeback|unsafe][,io=sync|async][,overlay[=FILE|=memory]][,vhost-user]
-    /// (cache is writeback if it is not said) with limits [,bw=N][,ops=N][,group=ID]; with overlay, PATH is only read and may be shared, and what the guest
-    /// writes goes to a file that is gone when husk ends, to FILE or to memory; with vhost-user, PATH is the socket of
-    /// a process that serves it; the first
-    /// is the root disk unless another says so or the command line has root=; bw (bytes, like 10M) and ops
-    /// are what it may do a second
+    /// (cache is writeback if it is not said) with limits [,bw=N][,ops=N][,group=ID]; with overlay, PATH is only read
+    /// and may be shared, and what the guest writes goes to a file that is gone when husk ends, to FILE or to memory;
+    /// with vhost-user, PATH is the socket of a process that serves it; the first is the root disk unless another says
+    /// so or the command line has root=; bw (bytes, like 10M) and ops are what it may do a second
     #[arg(long, value_name = "DISK")]
     disk: Vec<DiskArg>,
     /// A file in the guest's memory (virtio-pmem): PATH[,ro][,root][,id=ID][,bw=N][,ops=N][,group=ID]

@@ -531,8 +531,6 @@ impl Worker for BlockWorker {
             && let Err(e) = flight.ring().submit()
         {
             log::error!("drive: io_uring: {e}");
-            // The driver may wait for just these.
-            requests.kick_again();
         }
         if budget == 0 {
             *is_held = in_flight(executor) >= MAX_REQUEST_BYTES;
